@@ -1,0 +1,82 @@
+"""The token-weighted loss over the whole world.
+
+A mean of per-rank means is wrong as soon as ranks hold unequal numbers of targets, and with sharded documents they do. Here
+the sum over all ranks is divided by the count over all ranks, and the backward is scaled so that averaging gradients over
+all ranks of the world, as DDP and ZeRO do, gives the very gradient of one device. Reduction and scaling only; the model's
+head and its memory are not handled here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from seqpar_ring.batch import IGNORED
+from seqpar_ring.errors import BatchError, PlanError
+from seqpar_ring.transport import Transport
+
+
+def token_mean(
+    logits_BSV: Tensor,
+    labels_BS: Tensor,
+    everyone: Transport,
+    *,
+    num_items: int | None = None,
+    accumulation: int = 1,
+) -> Tensor:
+    """Cross entropy, averaged over the targets of all ranks. Collective over the world.
+
+    Args:
+        logits_BSV: this rank's logits, any float dtype; reduced in fp32 (fp64 for fp64).
+        labels_BS: this rank's targets, already shifted; -100 where there is none.
+        everyone: transport of all ranks of the world, sequence groups and data ranks alike.
+        num_items: targets of the whole optimizer step over the world; if not given, those of this call.
+        accumulation: micro-batches of the optimizer step by which the engine divides the gradient; only with `num_items`.
+
+    Returns:
+        The global mean, the same scalar on every rank. Its gradient with respect to this rank's logits is `world` times that of
+        the true mean, so that the average over the ranks is the true gradient.
+
+    Raises:
+        PlanError: logits and labels differ in shape.
+        BatchError: not one target on any rank; `num_items` below 1; raised on every rank.
+    """
+    if logits_BSV.shape[:-1] != labels_BS.shape:
+        raise PlanError(
+            "logits and labels differ in shape",
+            fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
+            logits=tuple(logits_BSV.shape),
+            labels=tuple(labels_BS.shape),
+        )
+    wide = logits_BSV if logits_BSV.dtype is torch.float64 else logits_BSV.float()
+    flat = labels_BS.reshape(-1)
+    local = functional.cross_entropy(wide.reshape(flat.numel(), -1), flat, ignore_index=IGNORED, reduction="sum")
+    targets = (flat != IGNORED).sum()
+    total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
+    count = int(seen) if num_items is None else int(num_items)
+    if count < 1:
+        raise BatchError(
+            "no token of the batch has a target, on any rank",
+            fix="Check the labels: all are -100.",
+            targets=int(seen),
+            num_items=num_items,
+        )
+    factor = accumulation / count if num_items is not None else 1 / count
+    value = (total * factor).to(local.dtype)
+    return _Valued.apply(local, value, factor * everyone.world)  # type: ignore[no-any-return]
+
+
+class _Valued(torch.autograd.Function):
+    """A given value with a scaled gradient: the global mean to look at, this rank's share of it to differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad * ctx.factor, None, None

@@ -1,0 +1,243 @@
+"""SequenceParallel: settings and groups as one ready object, the only thing of ours that an integration holds.
+
+It makes plans, shards batches, computes the loss and reports what was sent. It owns no model and no optimizer, keeps no
+current plan, and decides nothing about attention: that is the plan's and the executor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from seqpar_ring import batch as edge
+from seqpar_ring import groups as process_groups
+from seqpar_ring import kernels
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import BatchError, ConfigError, SeqparError, UnsupportedError, did_you_mean
+from seqpar_ring.groups import Groups
+from seqpar_ring.layout import LAYOUTS
+from seqpar_ring.loss import token_mean
+from seqpar_ring.plan import Documents, Mask, Plan
+from seqpar_ring.schedule import BUILDERS
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+PLANS_KEPT = 64
+"""Sets of document lengths that are remembered. Packed data brings new ones each step; evaluation sets come round again."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank sent, and how long it waited, since the last reset.
+
+    Attributes:
+        bytes_sent: bytes sent in each lane: "kv" keys and values, "dkv" their gradients.
+        messages: transfers sent.
+        seconds_waited: time spent waiting for transfers that were not there yet.
+    """
+
+    bytes_sent: dict[str, int]
+    messages: int
+    seconds_waited: float
+
+    def __str__(self) -> str:
+        lanes = ", ".join(f"{lane} {size / 2**20:.1f} MiB" for lane, size in sorted(self.bytes_sent.items()))
+        return f"sent {lanes or 'nothing'} in {self.messages} messages, waited {self.seconds_waited:.2f} s"
+
+
+class SequenceParallel:
+    """One sequence over `size` ranks; the rest of the world is data parallel.
+
+    Making one is collective over the whole world, and needs torch.distributed to be initialised unless the world is one
+    process. Arguments beside `mesh` are those of `Settings`.
+
+    Args:
+        size: ranks that share a sequence; divides the world.
+        mesh: a DeviceMesh with a dimension named "ring" of that size; made from consecutive ranks if not given.
+        **settings: layout, schedule, heads, block_tokens, kernel, timeout.
+
+    Raises:
+        ConfigError: an unknown or wrong setting.
+        GroupError: `size` does not divide the world, or the mesh does not fit.
+        UnsupportedError: a setting that this version cannot follow exactly.
+    """
+
+    def __init__(self, size: int, *, mesh: DeviceMesh | None = None, **settings: Any) -> None:
+        asked = Settings.parse({"size": size, **settings})
+        _check(asked)
+        self._set_up(process_groups.make(asked.size, mesh, asked.timeout), asked)
+
+    @classmethod
+    def over(cls, groups: Groups, settings: Settings) -> SequenceParallel:
+        """On groups that exist already, for instance ranks that are threads of one process."""
+        _check(settings)
+        made = cls.__new__(cls)
+        made._set_up(groups, settings)
+        return made
+
+    def _set_up(self, groups: Groups, settings: Settings) -> None:
+        self.groups, self.settings = groups, settings
+        self.size, self.rank = groups.size, groups.rank
+        self.data_size, self.data_rank, self.world_size = groups.data_size, groups.data_rank, groups.world_size
+        self._documents = lru_cache(maxsize=PLANS_KEPT)(lambda lengths: Documents(lengths, settings, groups.ring))
+
+    def plan(self, lengths: int | Sequence[int], causal: bool = True, window: int | None = None) -> Plan:
+        """The plan for documents of these lengths, packed one after the other. Cached; no communication.
+
+        Args:
+            lengths: tokens of each document, or of the one document.
+            causal: whether a query sees only keys up to its own position.
+            window: of those, only so many of the last (the query's own included).
+
+        Raises:
+            PlanError: lengths below 1, or a window without causality.
+        """
+        whole = (lengths,) if isinstance(lengths, int) else tuple(lengths)
+        plan: Plan = self._documents(whole).plan(Mask(causal, window))
+        return plan
+
+    def shard_batch(self, batch: Mapping[str, Any], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+        """This rank's part of a whole batch, ready for `model(**batch)`. Collective over the sequence group.
+
+        Args:
+            batch: the same on every rank of the group: input_ids (B, S); optionally labels (B, S), not shifted,
+                attention_mask (B, S) with padding at the right only, and position_ids that restart at 0 for each packed document.
+                Other tensors with an entry for each token are sharded too; what is no tensor passes through.
+            lengths: tokens of each packed document, where position_ids do not say.
+
+        Returns:
+            input_ids (B, S_local); labels and shift_labels (B, S_local), the same tensor, shifted within each document before
+            sharding; position_ids (B, S_local) within each document; the plan under "seqpar_plan"; no attention_mask.
+
+        Raises:
+            BatchError: a batch that cannot be sharded exactly; raised on every rank.
+            DisagreementError: the ranks of the group were given different batches; raised on every rank.
+        """
+        problem: SeqparError | None = None
+        reading, keys = None, ()
+        try:
+            reading = edge.read(batch, lengths)
+            keys = edge.token_keys(batch, reading.shape)
+            self._expect_enough(reading)
+        except SeqparError as error:
+            problem = error
+        self.groups.ring.agree("shard_batch", _batch_record(batch, reading), problem)
+        assert reading is not None  # agree raised otherwise
+        plan = self.plan(reading.lengths)
+        out = {key: value for key, value in batch.items() if not isinstance(value, Tensor) or not value.dim()}
+        out.update({key: plan.shard(batch[key]) for key in keys})
+        out["position_ids"] = plan.shard(reading.position_ids).expand(reading.shape[0], -1)
+        if reading.labels is not None:
+            out["labels"] = out["shift_labels"] = plan.shard(reading.labels)
+        out.pop("attention_mask", None)
+        for key in edge.DESCRIPTIVE:
+            out.pop(key, None)
+        out[edge.PLAN_KEY] = plan
+        return out
+
+    def loss(
+        self,
+        logits_BSV: Tensor,
+        labels_BS: Tensor,
+        plan: Plan | None = None,
+        *,
+        num_items: int | None = None,
+        accumulation: int = 1,
+    ) -> Tensor:
+        """The mean cross entropy over the targets of all ranks; backward averages right under DDP and ZeRO.
+
+        `labels_BS` are shifted already (`shard_batch` does it). For a token mean over a whole optimizer step of several
+        micro-batches give `num_items` (from `count_targets`) and `accumulation`, their number. Collective over the world.
+        `plan`, if given, is checked against the shapes. See `seqpar_ring.loss.token_mean`.
+        """
+        if plan is not None and labels_BS.shape[-1] != plan.local_tokens:
+            raise BatchError(
+                "labels do not hold this rank's tokens of the plan",
+                fix="Use the labels that shard_batch returned with this plan.",
+                labels=tuple(labels_BS.shape),
+                expected_tokens=plan.local_tokens,
+            )
+        return token_mean(
+            logits_BSV, labels_BS, self.groups.everyone, num_items=num_items, accumulation=accumulation
+        )
+
+    def count_targets(self, batches: Iterable[Mapping[str, Any]]) -> int:
+        """Targets in these whole micro-batches over all data ranks: `num_items` of their optimizer step. Collective.
+
+        Raises:
+            BatchError: as `shard_batch`, and for a batch without labels.
+        """
+        problem: SeqparError | None = None
+        counts: list[Tensor] = []
+        try:
+            for one in batches:
+                labels = edge.read(one).labels
+                if labels is None:
+                    raise BatchError("a batch has no labels to count", fix="Give labels.", keys=sorted(one))
+                counts.append((labels != edge.IGNORED).sum())
+            if not counts:
+                raise BatchError("no batch to count targets in", fix="Give the micro-batches of one optimizer step.")
+        except SeqparError as error:
+            problem = error
+        self.groups.everyone.agree("count_targets", {"micro-batches": len(counts)}, problem)
+        return int(self.groups.everyone.all_reduce(torch.stack(counts).sum())) // self.size
+
+    def report(self) -> Report:
+        """What this rank sent and waited for since the last `reset_report`."""
+        stats = self.groups.ring.stats
+        return Report(dict(stats.bytes_sent), stats.messages, stats.seconds_waited)
+
+    def reset_report(self) -> None:
+        """Start counting anew."""
+        self.groups.ring.stats.reset()
+
+    def __repr__(self) -> str:
+        return f"SequenceParallel({self.settings}, rank {self.rank} of {self.size}, data rank {self.data_rank})"
+
+    def _expect_enough(self, reading: edge.Reading) -> None:
+        if reading.labels is not None and reading.shape[1] < self.size:
+            raise BatchError(
+                "a training batch has fewer tokens than the sequence group has ranks",
+                fix="Use longer sequences or a smaller size.",
+                tokens=reading.shape[1],
+                size=self.size,
+            )
+
+
+def _check(settings: Settings) -> None:
+    """What `Settings` cannot know: which names exist, and what this version can do."""
+    for key, known in (
+        ("layout", LAYOUTS),
+        ("schedule", BUILDERS),
+        ("kernel", ("auto", *kernels.names())),
+    ):
+        name = getattr(settings, key)
+        if name not in known:
+            raise ConfigError(f"unknown {key}", fix=did_you_mean(name, known), **{key: name})
+    if settings.heads != 1:
+        raise UnsupportedError(
+            "head sharding inside the sequence group is not supported in this version",
+            fix="Set heads to 1.",
+            heads=settings.heads,
+        )
+
+
+def _batch_record(batch: Mapping[str, Any], reading: edge.Reading | None) -> dict[str, object]:
+    """What the ranks of a group must have in common. The contents too: a loader that hands each rank its own sample is the
+    commonest silent error of sequence parallelism."""
+    if reading is None:
+        return {}
+    ids = batch.get("input_ids")
+    return {
+        "keys": sorted(batch),
+        "batch and tokens": reading.shape,
+        "lengths": reading.lengths,
+        "input_ids (checksum)": edge.fingerprint(ids),
+        "labels (checksum)": edge.fingerprint(reading.labels),
+    }
