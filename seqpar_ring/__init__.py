@@ -1,7 +1,7 @@
 """Exact ring attention for sequences too long for one device.
 
-The names below are the public ones. They are imported when first used, so that the parts without torch (geometry, layouts,
-schedules, the checker) load without it.
+The names below are the public ones. They are imported when first used, so that the parts without torch (geometry,
+layouts, schedules, the checker) load without it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from seqpar_ring.kernels import Kept, Kernel, Request, Scores
 from seqpar_ring.plan import Plan, plan_of
 
 
-def ring_attention(
+def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a plan, four named options
     q_BSHD: Tensor,
     k_BSGD: Tensor,
     v_BSGE: Tensor,
@@ -44,7 +44,8 @@ def ring_attention(
         return_lse: also return the log-sum-exp of each query's logits.
 
     Returns:
-        out_BSHE in q's dtype; with `return_lse` also lse_BHS in fp32 (fp64 for fp64), natural logarithm, without gradient.
+        out_BSHE in q's dtype; with `return_lse` also lse_BHS in fp32 (fp64 for fp64), natural logarithm, without
+        gradient.
 
     Raises:
         PlanError: shapes that do not fit the plan or each other.
@@ -73,11 +74,13 @@ def ring_attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, sinks: Tensor | None) -> None:
     if sinks is not None:
         raise UnsupportedError(
-            "attention sinks are not supported in this version", fix="Use a model without sinks.", sinks=tuple(sinks.shape)
+            "attention sinks are not supported in this version",
+            fix="Use a model without sinks.",
+            sinks=tuple(sinks.shape),
         )
     shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
     if any(len(shape) != 4 for shape in shapes.values()):
-        raise PlanError("q, k and v must be (batch, tokens, heads, width)", fix="Transpose or unsqueeze them.", **shapes)
+        raise PlanError("q, k and v are not (batch, tokens, heads, width)", fix="Transpose or unsqueeze.", **shapes)
     if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise PlanError("q, k and v do not fit each other", fix="Give q (B,S,H,D), k (B,S,G,D), v (B,S,G,E).", **shapes)
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
@@ -143,7 +146,7 @@ def _attention(
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int plan, float scale, float? softcap)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def _attention_backward(
+def _attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain values, one by one
     dout: Tensor,
     q: Tensor,
     k: Tensor,

@@ -1,14 +1,15 @@
 """The batch edge: from a whole batch, the same on every rank of a sequence group, to this rank's tokens and a plan.
 
-Labels are shifted here, before sharding, so that no token is lost at a shard's border and none predicts across documents.
-All that can be wrong with a batch is found here, on integers, before the model has done any work, and raised on every rank.
-Reading is pure (`read`); what is collective is in `SequenceParallel.shard_batch`.
+Labels are shifted here, before sharding, so that no token is lost at a shard's border and none predicts across
+documents. All that can be wrong with a batch is found here, on integers, before the model has done any work, and
+raised on every rank. Reading is pure (`read`); what is collective is in `SequenceParallel.shard_batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
     """Look at a whole batch and find out its documents and targets.
 
     Args:
-        batch: input_ids (B, S) or inputs_embeds (B, S, ..); labels (B, S), not shifted; attention_mask (B, S), ones, then zeros
-            at the right; position_ids (B, S) or (1, S), which restart at 0 where a packed document begins.
+        batch: input_ids (B, S) or inputs_embeds (B, S, ..); labels (B, S), not shifted; attention_mask (B, S), ones,
+            then zeros at the right; position_ids (B, S) or (1, S), which restart at 0 where a packed document begins.
         lengths: tokens of each packed document, where position_ids do not say.
 
     Raises:
@@ -175,7 +176,7 @@ def _real_tokens(mask: Any, shape: tuple[int, int]) -> Tensor | None:
 def _lengths(
     batch: Batch, lengths: Sequence[int] | None, shape: tuple[int, int], real: Tensor | None
 ) -> tuple[int, ...]:
-    """Document lengths from the argument, from position_ids, or from cumulative lengths; all that are given must agree."""
+    """Document lengths from the argument, position_ids or cumulative lengths; all that are given must agree."""
     said: dict[str, tuple[int, ...]] = {}
     if lengths is not None:
         said["lengths"] = tuple(int(n) for n in lengths)
@@ -221,7 +222,7 @@ def _lengths_of_positions(position_ids: Any, shape: tuple[int, int], real: Tenso
                 positions=row[max(0, at - 2) : at + 3].tolist(),
             )
         borders = [*starts.tolist(), shape[1]]  # padding at the right counts as the last document's
-        rows.add(tuple(b - a for a, b in zip(borders, borders[1:], strict=False)))
+        rows.add(tuple(b - a for a, b in pairwise(borders)))
     if len(rows) > 1:
         raise BatchError(
             "the rows of the batch are packed differently",

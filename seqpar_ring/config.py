@@ -47,7 +47,8 @@ class Settings(BaseModel):
             where: how messages name the place the block came from.
 
         Raises:
-            ConfigError: an unknown key (with the nearest known one), a missing `size`, or a value of a wrong type or range.
+            ConfigError: an unknown key (with the nearest known one), a missing `size`, or a value of a wrong type or
+            range.
         """
         if not isinstance(block, Mapping):
             raise ConfigError(

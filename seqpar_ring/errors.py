@@ -1,8 +1,8 @@
 """One tree of errors.
 
 Every error says what failed, with which values, and the nearest fix, so that a user can act on the message alone. All
-derive from `SeqparError`, and each also from the built-in class that fits, so that callers may catch either. Messages are
-plain text and errors pickle, because they travel between ranks. Nothing is formatted for a terminal here.
+derive from `SeqparError`, and each also from the built-in class that fits, so that callers may catch either. Messages
+are plain text and errors pickle, because they travel between ranks. Nothing is formatted for a terminal here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The executor: runs a schedule with one kernel and one transport, and obeys.
 
-It knows no layout, mask or ring by name: it waits for what is due, posts what is to be posted, computes what is to be used.
-Partial results are accumulated in fp32 (fp64 for fp64 inputs) and cast to the inputs' dtype once; dK and dV travel in that
-precision too. Autograd is next door in `attention.py`.
+It knows no layout, mask or ring by name: it waits for what is due, posts what is to be posted, computes what is to be
+used. Partial results are accumulated in fp32 (fp64 for fp64 inputs) and cast to the inputs' dtype once; dK and dV
+travel in that precision too. Autograd is next door in `attention.py`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scor
 
 
 def backward(plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass: (dq, dk, dv) of this rank's tokens in the inputs' dtype; `kept` holds the global out and lse."""
+    """The backward pass: (dq, dk, dv) of this rank's tokens, inputs' dtype; `kept` holds the global out and lse."""
     q, k, v, out, lse, _ = kept
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     dq = _Sum(q, lse.dtype)
@@ -96,7 +96,7 @@ class _Partial:
 
     def merge(self, q0: int, q1: int, out: Tensor, lse: Tensor) -> None:
         if self._out is None and q1 - q0 == self._q.shape[1]:
-            self._out, self._lse = out, lse  # the first part of all rows: nothing to merge with, and with W = 1 the answer
+            self._out, self._lse = out, lse  # nothing to merge with yet; with W = 1 this is the answer
             return
         whole_out, whole_lse = self._accumulators()
         merge_(whole_out[:, q0:q1], whole_lse[:, :, q0:q1], out, lse)

@@ -1,8 +1,8 @@
 """Layouts: which rank holds which tokens, as runs.
 
-A layout takes any document lengths: nothing needs to be divisible by anything, ranks may hold unequal counts, and a rank
-may hold nothing. One rule orders every rank's memory: by document, then by position; so whatever a rank computes with is a
-slice. A layout says where tokens lie and nothing about who sends what.
+A layout takes any document lengths: nothing needs to be divisible by anything, ranks may hold unequal counts, and a
+rank may hold nothing. One rule orders every rank's memory: by document, then by position; so whatever a rank computes
+with is a slice. A layout says where tokens lie and nothing about who sends what.
 
 Zigzag is the balanced causal layout of ring attention implementations (2W chunks, rank r holds chunks r and 2W-1-r);
 striped is that of Striped Attention (arXiv 2311.09431).
@@ -37,7 +37,7 @@ def contiguous(lengths: Sequence[int], world: int) -> Layout:
 
 
 def zigzag(lengths: Sequence[int], world: int) -> Layout:
-    """Each document cut into 2 * world chunks; rank r holds chunks r and 2 * world - 1 - r, the same work under a causal mask."""
+    """Each document in 2 * world chunks; rank r has chunks r and 2 * world - 1 - r: equal work under a causal mask."""
     pieces: list[list[Piece]] = [[] for _ in range(world)]
     base = 0
     for doc, n in enumerate(lengths):

@@ -1,9 +1,9 @@
 """The token-weighted loss over the whole world.
 
-A mean of per-rank means is wrong as soon as ranks hold unequal numbers of targets, and with sharded documents they do. Here
-the sum over all ranks is divided by the count over all ranks, and the backward is scaled so that averaging gradients over
-all ranks of the world, as DDP and ZeRO do, gives the very gradient of one device. Reduction and scaling only; the model's
-head and its memory are not handled here.
+A mean of per-rank means is wrong as soon as ranks hold unequal numbers of targets, and with sharded documents they
+do. Here the sum over all ranks is divided by the count over all ranks, and the backward is scaled so that averaging
+gradients over all ranks of the world, as DDP and ZeRO do, gives the very gradient of one device. Reduction and
+scaling only; the model's head and its memory are not handled here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def token_mean(
         labels_BS: this rank's targets, already shifted; -100 where there is none.
         everyone: transport of all ranks of the world, sequence groups and data ranks alike.
         num_items: targets of the whole optimizer step over the world; if not given, those of this call.
-        accumulation: micro-batches of the optimizer step by which the engine divides the gradient; only with `num_items`.
+        accumulation: micro-batches of the optimizer step, by which the engine divides the gradient; only with
+            `num_items`.
 
     Returns:
-        The global mean, the same scalar on every rank. Its gradient with respect to this rank's logits is `world` times that of
-        the true mean, so that the average over the ranks is the true gradient.
+        The global mean, the same scalar on every rank. Its gradient with respect to this rank's logits is `world`
+        times that of the true mean, so that the average over the ranks is the true gradient.
 
     Raises:
         PlanError: logits and labels differ in shape.
@@ -66,7 +67,8 @@ def token_mean(
         )
     factor = accumulation / count if num_items is not None else 1 / count
     value = (total * factor).to(local.dtype)
-    return _Valued.apply(local, value, factor * everyone.world)  # type: ignore[no-any-return]
+    mean: Tensor = _Valued.apply(local, value, factor * everyone.world)
+    return mean
 
 
 class _Valued(torch.autograd.Function):
@@ -78,5 +80,5 @@ class _Valued(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.factor, None, None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 PLANS_KEPT = 64
-"""Sets of document lengths that are remembered. Packed data brings new ones each step; evaluation sets come round again."""
+"""Sets of document lengths that are remembered. Packed data brings new ones each step; evaluation repeats them."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +107,23 @@ class SequenceParallel:
 
         Args:
             batch: the same on every rank of the group: input_ids (B, S); optionally labels (B, S), not shifted,
-                attention_mask (B, S) with padding at the right only, and position_ids that restart at 0 for each packed document.
-                Other tensors with an entry for each token are sharded too; what is no tensor passes through.
+                attention_mask (B, S) with padding at the right only, and position_ids that restart at 0 for each
+                packed document. Other tensors with an entry for each token are sharded too; what is no tensor passes
+                through.
             lengths: tokens of each packed document, where position_ids do not say.
 
         Returns:
-            input_ids (B, S_local); labels and shift_labels (B, S_local), the same tensor, shifted within each document before
-            sharding; position_ids (B, S_local) within each document; the plan under "seqpar_plan"; no attention_mask.
+            input_ids (B, S_local); labels and shift_labels (B, S_local), the same tensor, shifted within each
+            document before sharding; position_ids (B, S_local) within each document; the plan under "seqpar_plan"; no
+            attention_mask.
 
         Raises:
             BatchError: a batch that cannot be sharded exactly; raised on every rank.
             DisagreementError: the ranks of the group were given different batches; raised on every rank.
         """
         problem: SeqparError | None = None
-        reading, keys = None, ()
+        reading: edge.Reading | None = None
+        keys: tuple[str, ...] = ()
         try:
             reading = edge.read(batch, lengths)
             keys = edge.token_keys(batch, reading.shape)
@@ -136,8 +139,8 @@ class SequenceParallel:
         if reading.labels is not None:
             out["labels"] = out["shift_labels"] = plan.shard(reading.labels)
         out.pop("attention_mask", None)
-        for key in edge.DESCRIPTIVE:
-            out.pop(key, None)
+        for name in edge.DESCRIPTIVE:
+            out.pop(name, None)
         out[edge.PLAN_KEY] = plan
         return out
 
@@ -152,9 +155,9 @@ class SequenceParallel:
     ) -> Tensor:
         """The mean cross entropy over the targets of all ranks; backward averages right under DDP and ZeRO.
 
-        `labels_BS` are shifted already (`shard_batch` does it). For a token mean over a whole optimizer step of several
-        micro-batches give `num_items` (from `count_targets`) and `accumulation`, their number. Collective over the world.
-        `plan`, if given, is checked against the shapes. See `seqpar_ring.loss.token_mean`.
+        `labels_BS` are shifted already (`shard_batch` does it). For a token mean over a whole optimizer step of
+        several micro-batches give `num_items` (from `count_targets`) and `accumulation`, their number. Collective
+        over the world. `plan`, if given, is checked against the shapes. See `seqpar_ring.loss.token_mean`.
         """
         if plan is not None and labels_BS.shape[-1] != plan.local_tokens:
             raise BatchError(
@@ -229,8 +232,8 @@ def _check(settings: Settings) -> None:
 
 
 def _batch_record(batch: Mapping[str, Any], reading: edge.Reading | None) -> dict[str, object]:
-    """What the ranks of a group must have in common. The contents too: a loader that hands each rank its own sample is the
-    commonest silent error of sequence parallelism."""
+    """What the ranks of a group must have in common. The contents too: a loader that hands each rank its own sample
+    is the commonest silent error of sequence parallelism."""
     if reading is None:
         return {}
     ids = batch.get("input_ids")

@@ -1,8 +1,9 @@
 """Plan: what one rank knows about one set of documents: its tokens, the schedule of the group, its own kernel calls.
 
-A plan is made once for given lengths and mask, cached by `SequenceParallel.plan`, and then travels with the data as an
-argument; there is no current plan anywhere. Attention is a torch operator, and those take plain values only, so a plan is
-also interned under a number while somebody holds it: the one registry of this package. A plan computes nothing itself.
+A plan is made once for given lengths and mask, cached by `SequenceParallel.plan`, and then travels with the data as
+an argument; there is no current plan anywhere. Attention is a torch operator, and those take plain values only, so a
+plan is also interned under a number while somebody holds it: the one registry of this package. A plan computes
+nothing itself.
 """
 
 from __future__ import annotations

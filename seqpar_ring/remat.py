@@ -1,9 +1,9 @@
 """Activation checkpointing that never runs the ring twice.
 
-Attention is one operator that returns (out, lse); this policy keeps both and lets everything else be recomputed, so the
-recompute costs the projections and not one byte of communication. It plugs into torch's own non-reentrant checkpointing and
-whatever is built on it; it is no checkpointing of its own. What it costs: one hidden state and one fp32 number per head and
-token, kept for each layer.
+Attention is one operator that returns (out, lse); this policy keeps both and lets everything else be recomputed, so
+the recompute costs the projections and not one byte of communication. It plugs into torch's own non-reentrant
+checkpointing and whatever is built on it; it is no checkpointing of its own. What it costs: one hidden state and one
+fp32 number per head and token, kept for each layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[An
 
     For transformers: `model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})`.
     """
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-any-return, no-untyped-call]
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-any-return]
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,7 +1,8 @@
 """Token order: from a layout to index tensors, and the two differentiable ways between whole and sharded tensors.
 
-`shard_tokens` picks this rank's tokens out of a whole tensor, `gather_tokens` puts a whole tensor together from every rank's
-tokens. Each is the other's adjoint for the sum of all ranks' losses. No attention, no batch keys, no labels here.
+`shard_tokens` picks this rank's tokens out of a whole tensor, `gather_tokens` puts a whole tensor together from every
+rank's tokens. Each is the other's adjoint for the sum of all ranks' losses. No attention, no batch keys, no labels
+here.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ class TokenOrder:
 
 def shard_tokens(x: Tensor, dim: int, order: TokenOrder, ring: Transport) -> Tensor:
     """This rank's tokens of `x` along `dim`; a copy. The gradient is gathered: every rank gets the whole one."""
-    return _Shard.apply(x, dim, order, ring)  # type: ignore[no-any-return]
+    mine: Tensor = _Shard.apply(x, dim, order, ring)
+    return mine
 
 
 def gather_tokens(x: Tensor, dim: int, order: TokenOrder, ring: Transport) -> Tensor:
-    """All ranks' tokens along `dim` in the order of the sequence. The gradient is summed over the ranks, then sharded."""
-    return _Gather.apply(x, dim, order, ring)  # type: ignore[no-any-return]
+    """All ranks' tokens along `dim`, in the sequence's order. The gradient is summed over the ranks, then sharded."""
+    whole: Tensor = _Gather.apply(x, dim, order, ring)
+    return whole
 
 
 class _Shard(torch.autograd.Function):
@@ -65,7 +68,7 @@ class _Shard(torch.autograd.Function):
         return x.index_select(dim, order.mine(x.device))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         dim, order, ring = ctx.args
         return _whole(grad, dim, order, ring), None, None, None
 
@@ -77,7 +80,7 @@ class _Gather(torch.autograd.Function):
         return _whole(x, dim, order, ring)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         dim, order, ring = ctx.args
         return ring.all_reduce(grad.contiguous()).index_select(dim, order.mine(grad.device)), None, None, None
 

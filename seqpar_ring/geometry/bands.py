@@ -1,9 +1,9 @@
 """Bands: which key a query may see, as `lo <= k - q <= hi`, and tiles, the part of a band between two runs.
 
-Two facts carry the whole package. A band restricted to two runs of one step is again a band on local indices; and once
-the rows and columns that hold nothing are trimmed away, that band is exactly one flash-attention window call
-(bottom-right aligned, neither side negative). So striped needs no special case, nor does a diagonal. `split` goes the last
-step for kernels that know only full and square causal blocks. Integers only; no torch.
+Two facts carry the whole package. A band restricted to two runs of one step is again a band on local indices; and
+once the rows and columns that hold nothing are trimmed away, that band is exactly one flash-attention window call
+(bottom-right aligned, neither side negative). So striped needs no special case, nor does a diagonal. `split` goes the
+last step for kernels that know only full and square causal blocks. Integers only; no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Band(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows `q0:q1` of the queries against rows `k0:k1` of a KV buffer; allowed where `lo <= (k - k0) - (q - q0) <= hi`."""
+    """Rows `q0:q1` of the queries against rows `k0:k1` of a KV buffer, where `lo <= (k - k0) - (q - q0) <= hi`."""
 
     q0: int
     q1: int
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A piece of one segment. Kind "full" (all pairs), "causal" (square, j <= i) or "band" (`lo <= j - i <= hi` locally)."""
+    """A piece of one segment: "full" (all pairs), "causal" (square, j <= i) or "band" (`lo <= j - i <= hi` locally)."""
 
     q0: int
     q1: int
@@ -108,7 +108,7 @@ def join(tiles: list[Tile]) -> list[Tile]:
 
 
 def window(t: Tile) -> tuple[int, int]:
-    """A trimmed tile's (left, right) as flash-attention takes it: bottom-right aligned, INF where the edge cuts nothing."""
+    """A trimmed tile's (left, right) in flash-attention's way: bottom-right aligned, INF where an edge cuts nothing."""
     m, n = t.q1 - t.q0, t.k1 - t.k0
     return (INF if t.lo <= 1 - m else n - m - t.lo), (INF if t.hi >= n - 1 else t.hi - n + m)
 

@@ -1,7 +1,8 @@
 """Runs: where a rank's tokens come from, as arithmetic progressions of positions.
 
 A layout gives each rank a few runs of each document instead of a list of token numbers, so that masks, transfers and
-kernel calls can be worked out on a handful of integers however long the sequence is. Runs know nothing about ranks or masks.
+kernel calls can be worked out on a handful of integers however long the sequence is. Runs know nothing about ranks or
+masks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Rows = tuple[tuple[int, int], ...]
 
 
 class Run(NamedTuple):
-    """Positions `start, start + step, ...` (`n` of them) of document `doc`, in memory rows `at .. at + n` of their rank."""
+    """`n` positions `start, start + step, ...` of document `doc`, in memory rows `at .. at + n` of their rank."""
 
     doc: int
     start: int

@@ -1,8 +1,9 @@
 """Builders: from "in which order does a block visit the ranks" to traffic.
 
-A builder says only the visits of one owner's block. What is worth sending (nothing travels that nobody at or behind its
-receiver needs), the pieces a block travels in, and the steps at which it is posted and due follow here, the same way for
-every builder. The ring is that of Ring Attention (arXiv 2310.01889). Masks come in as needs; nothing here knows a layout.
+A builder says only the visits of one owner's block. What is worth sending (nothing travels that nobody at or behind
+its receiver needs), the pieces a block travels in, and the steps at which it is posted and due follow here, the same
+way for every builder. The ring is that of Ring Attention (arXiv 2310.01889). Masks come in as needs; nothing here
+knows a layout.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ BUILDERS: dict[str, dict[str, Builder]] = {"ring": {"up": ring_up, "down": ring_
 
 
 def needs(layout: Layout, band: Band) -> list[list[Rows]]:
-    """`needs[rank][owner]`: the rows of the owner's memory that some query of the rank may see. Empty where rank == owner."""
+    """`needs[rank][owner]`: the owner's rows that some query of the rank may see; empty where rank == owner."""
     shared = _runs_of_shared_documents(layout)
     out: list[list[Rows]] = []
     for rank, queries in enumerate(shared):

@@ -1,8 +1,9 @@
 """Calls: the tiles of one use as few varlen kernel calls.
 
-A call takes one slice of q, one slice of k, cumulative lengths and one window. Tiles share a call when they have the same
-window and ascend in q and in k memory together; what lies between them is covered by empty segments (rows of q with no k,
-rows of k with no q). So a call is always slices, never a gather, and all documents of a causal step are one call.
+A call takes one slice of q, one slice of k, cumulative lengths and one window. Tiles share a call when they have the
+same window and ascend in q and in k memory together; what lies between them is covered by empty segments (rows of q
+with no k, rows of k with no q). So a call is always slices, never a gather, and all documents of a causal step are
+one call.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from seqpar_ring.geometry import INF, Band, Rows, Run, Tile, by_document, join, 
 class Call(NamedTuple):
     """One varlen kernel call on rows `q0:q1` of the rank's queries and rows `k0:k1` of a KV buffer.
 
-    Segment i takes queries `cu_q[i]:cu_q[i+1]` and keys `cu_k[i]:cu_k[i+1]` of those slices, and either may be empty. In a
-    segment of m queries and n keys, query i sees key j where `-left <= (j - i) - (n - m) <= right`: flash-attention's window,
-    aligned bottom right. INF means unbounded; neither side is ever negative.
+    Segment i takes queries `cu_q[i]:cu_q[i+1]` and keys `cu_k[i]:cu_k[i+1]` of those slices, and either may be empty.
+    In a segment of m queries and n keys, query i sees key j where `-left <= (j - i) - (n - m) <= right`:
+    flash-attention's window, aligned bottom right. INF means unbounded; neither side is ever negative.
     """
 
     q0: int

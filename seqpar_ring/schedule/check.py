@@ -1,14 +1,16 @@
 """The checker: proves on plain data that a schedule computes the right answer and cannot hang. Pure Python.
 
-It shows that every allowed (q, k) pair is met exactly once and no other, that each use away from home has exactly one dKV
-transfer, that a block is where it is used and sent from, that no circular wait exists, and how many buffers are alive at
-most. It works for any schedule, whoever built it. It knows nothing of tensors: that the executor obeys is for the tests.
+It shows that every allowed (q, k) pair is met exactly once and no other, that each use away from home has exactly one
+dKV transfer, that a block is where it is used and sent from, that no circular wait exists, and how many buffers are
+alive at most. It works for any schedule, whoever built it. It knows nothing of tensors: that the executor obeys is
+for the tests.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 
 from seqpar_ring.errors import ScheduleError
 from seqpar_ring.geometry import Band, Tile, area, view
@@ -48,7 +50,8 @@ def _well_formed(traffic: Traffic, layout: Layout) -> None:
     _expect(traffic.world == len(layout), "the traffic is for another world", world=traffic.world, layout=len(layout))
     ranks, tokens = range(traffic.world), [sum(run.n for run in runs) for runs in layout]
     for move in traffic.kv + traffic.dkv:
-        _expect(move.src in ranks and move.dst in ranks and move.src != move.dst, "a move between no two ranks", move=move)
+        apart = move.src in ranks and move.dst in ranks and move.src != move.dst
+        _expect(apart, "a move between no two ranks", move=move)
         _expect(0 <= move.post < move.due <= traffic.steps, "a move that is due before it can arrive", move=move)
     for block in {*(use.block for use in traffic.uses), *(move.block for move in traffic.kv)}:
         inside = all(0 <= a < b <= tokens[block.owner] for a, b in block.rows)
@@ -66,7 +69,7 @@ def _coverage(traffic: Traffic, layout: Layout, lengths: Sequence[int], band: Ba
         computed += sum(map(area, tiles(layout[use.rank], view(layout[owner], rows), band)))
     for (rank, owner), ranges in met.items():
         ranges.sort()
-        once = all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+        once = all(a[1] <= b[0] for a, b in pairwise(ranges))
         _expect(once, "a rank meets the same rows twice", rank=rank, owner=owner, rows=ranges)
     allowed = sum(area(Tile(0, n, 0, n, max(band.lo, -n), min(band.hi, n))) for n in lengths)
     _expect(computed == allowed, "not every allowed pair is computed", computed=computed, allowed=allowed)
@@ -105,7 +108,8 @@ def _gradients(traffic: Traffic) -> None:
         _expect(used[rank, block] < post, "a partial dKV leaves before it is made", rank=rank, block=block, post=post)
     for move in traffic.dkv:
         home = move.dst == move.block.owner
-        _expect(home or move.due <= left.get((move.dst, move.block), -1), "a partial dKV misses what it joins", move=move)
+        in_time = home or move.due <= left.get((move.dst, move.block), -1)
+        _expect(in_time, "a partial dKV misses what it joins", move=move)
 
 
 def _progress(traffic: Traffic) -> None:

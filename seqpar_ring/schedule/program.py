@@ -1,7 +1,8 @@
 """Program: what one rank does at each step of a traffic, and the buffers it needs.
 
-The traffic is global; this is one rank's view of it, worked out once per plan so that the executor's loop holds no search.
-Posting order is the traffic's own order on every rank, which is what makes matching sends and receives pair up.
+The traffic is global; this is one rank's view of it, worked out once per plan so that the executor's loop holds no
+search. Posting order is the traffic's own order on every rank, which is what makes matching sends and receives pair
+up.
 """
 
 from __future__ import annotations
@@ -28,19 +29,24 @@ def program(traffic: Traffic, rank: int) -> tuple[Stage, ...]:
     `due_*` holds the rank's own sends too (their buffers may be reused from then on); `drop` the received blocks that
     nobody needs after the stage.
     """
-    stages: list[tuple[list[Move], list[Move], list[Move], list[Move], list[Block], list[Block]]]
-    stages = [([], [], [], [], [], []) for _ in range(traffic.steps + 1)]
-    for moves, due, post in ((traffic.kv, 0, 2), (traffic.dkv, 1, 3)):
-        for move in moves:
+    kinds = ("due_kv", "due_dkv", "post_kv", "post_dkv")
+    moves: list[dict[str, list[Move]]] = [{kind: [] for kind in kinds} for _ in range(traffic.steps + 1)]
+    uses: list[list[Block]] = [[] for _ in moves]
+    drop: list[list[Block]] = [[] for _ in moves]
+    for lane, of_lane in (("kv", traffic.kv), ("dkv", traffic.dkv)):
+        for move in of_lane:
             if rank in (move.src, move.dst):
-                stages[move.post][post].append(move)  # type: ignore[arg-type]
-                stages[move.due][due].append(move)  # type: ignore[arg-type]
+                moves[move.post][f"post_{lane}"].append(move)
+                moves[move.due][f"due_{lane}"].append(move)
     for use in traffic.uses:
         if use.rank == rank:
-            stages[use.step][4].append(use.block)
-    for last, block in _last_needed(traffic, rank):
-        stages[last][5].append(block)
-    return tuple(Stage(*map(tuple, stage)) for stage in stages)
+            uses[use.step].append(use.block)
+    for _, last, block in lives(traffic, rank)["kv"]:
+        drop[last].append(block)
+    return tuple(
+        Stage(uses=tuple(use), drop=tuple(gone), **{kind: tuple(of_step[kind]) for kind in kinds})
+        for of_step, use, gone in zip(moves, uses, drop, strict=True)
+    )
 
 
 def lives(traffic: Traffic, rank: int) -> dict[str, list[tuple[int, int, Block]]]:
@@ -74,7 +80,3 @@ def lives(traffic: Traffic, rank: int) -> dict[str, list[tuple[int, int, Block]]
 def peak(intervals: list[tuple[int, int, Block]]) -> int:
     """Most intervals alive in one step; giving each the lowest free slot needs exactly as many slots."""
     return max((sum(a <= s <= b for a, b, _ in intervals) for s in {a for a, _, _ in intervals}), default=0)
-
-
-def _last_needed(traffic: Traffic, rank: int) -> list[tuple[int, Block]]:
-    return [(last, block) for _, last, block in lives(traffic, rank)["kv"]]

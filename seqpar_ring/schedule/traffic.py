@@ -1,8 +1,8 @@
 """Traffic: who sends which rows to whom, and who uses them, at which step. Plain frozen data for the whole group.
 
-This is the one description that the executor runs, the checker proves, the planner prices and the pictures draw. It holds
-integers only, prints as itself (`eval(repr(t)) == t`) and hashes. It does not say which pairs of a tile are allowed: a rank
-derives its kernel calls from the layout and the mask (`seqpar_ring.schedule.calls`).
+This is the one description that the executor runs, the checker proves, the planner prices and the pictures draw. It
+holds integers only, prints as itself (`eval(repr(t)) == t`) and hashes. It does not say which pairs of a tile are
+allowed: a rank derives its kernel calls from the layout and the mask (`seqpar_ring.schedule.calls`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Use(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A transfer of `block` from rank `src` to rank `dst`: posted at the start of step `post`, there at the start of `due`.
+    """A transfer of `block` from rank `src` to rank `dst`: posted at the start of step `post`, there at the start of
+    `due`.
 
     A dKV move carries the gradient of the block's rows; it is added to what the receiver has.
     """

@@ -1,7 +1,7 @@
 """Backward traffic, derived from forward traffic by one rule for every builder.
 
-The backward pass keeps the KV traffic and the uses. Each use away from home makes a partial dKV, and each gets exactly one
-dKV transfer. Reversing time literally would not work: the keys and values would have to arrive backwards.
+The backward pass keeps the KV traffic and the uses. Each use away from home makes a partial dKV, and each gets
+exactly one dKV transfer. Reversing time literally would not work: the keys and values would have to arrive backwards.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ def transpose(forward: Traffic, node: int) -> Traffic:
     """The backward traffic of a forward traffic.
 
     A partial dKV goes to the block's next user, to be added there, if that user comes later and sits in the same node
-    (`node` ranks each); else straight to the owner. So `node=1` sends every partial home directly, and `node=world` is the
-    travelling sum of the ring.
+    (`node` ranks each); else straight to the owner. So `node=1` sends every partial home directly, and `node=world`
+    is the travelling sum of the ring.
     """
     users: dict[Block, list[Use]] = {}
     for use in forward.uses:
