@@ -1,0 +1,54 @@
+"""The documents tell the truth: their code runs or at least parses, their links lead somewhere, their names exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def relative_links(page: Path) -> list[str]:
+    """Files of this repository that a page links to."""
+    return [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in link]
+
+
+def test_the_getting_started_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "\n".join(blocks(ROOT / "docs" / "getting-started.md", "python"))
+    exec(compile(code, "getting-started.md", "exec"), {"__name__": "getting_started"})
+    printed = capsys.readouterr().out
+    assert "forward: 3 ranks" in printed
+    assert "'kv': " in printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_in_documents_parses_and_names_public_things(page: Path) -> None:
+    trees = [ast.parse(code) for code in blocks(page, "python")]
+    for node in (n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)):
+        if node.module and node.module.startswith("seqpar_ring"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+    for text in blocks(page, "json"):
+        json.loads(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_documents_lead_somewhere(page: Path) -> None:
+    assert [link for link in relative_links(page) if not (page.parent / link).exists()] == []
+
+
+def test_the_architecture_names_every_module_of_the_core() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    modules = {p.stem for p in (ROOT / "seqpar_ring").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert {name for name in modules - {"__init__"} if f"`{name}`" not in text} == set()
