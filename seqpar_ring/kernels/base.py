@@ -1,0 +1,187 @@
+"""What every block-attention kernel has in common: the protocol, what it takes, and what it says it can do.
+
+A kernel answers one `Call`: some queries of this rank against some keys that are here now. It gives the block's own
+normalised output and log-sum-exp, so that blocks can be merged in any order, and its backward takes the output and
+log-sum-exp of the *whole* row, so that the gradients of blocks simply add up (FlashAttention-2, arXiv 2307.08691,
+section 3.1: `dS = P * (dP - rowsum(dO * O))` holds for every block with the global O and log-sum-exp). A kernel
+declares its limits as data; what it lacks for a request can be listed before any work is done. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.errors import PlanError, UnsupportedError
+from seqpar_ring.geometry import INF
+from seqpar_ring.schedule import Call
+
+
+class Scores(NamedTuple):
+    """How logits are made: `scale * (q . k)`, and with a softcap c then `c * tanh(logit / c)`."""
+
+    scale: float
+    softcap: float | None = None
+
+
+class Kept(NamedTuple):
+    """What backward takes: the call's slices of the inputs, and the rows' results over *all* keys, not this call's.
+
+    q (B, S, H, D), k (B, N, G, D), v (B, N, G, E), out (B, S, H, E) in any float dtype; lse (B, H, S), natural log,
+    fp32 (fp64 for fp64); delta (B, H, S) = sum(dout * out, -1) in lse's dtype, or None where the kernel shall make it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    delta: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a kernel can do, as data.
+
+    Attributes:
+        dtypes: input dtypes it takes; q, k and v share one.
+        devices: device types ("cpu", "cuda"), or None for any.
+        max_head_dim: widest D and E, or None for no limit.
+        window: whether it takes a lower edge (a sliding window).
+        softcap: whether it takes a softcap.
+        unequal_value_dim: whether E may differ from D.
+        empty_segments: whether a segment may have queries without keys, or keys without queries.
+        priority: among the kernels that can, "auto" takes the highest; 0 unless there is a reason.
+        absent: why the kernel cannot run here at all (a missing library or op); empty when it can.
+        notes: what a user should know, in a sentence.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...] | None = None
+    max_head_dim: int | None = None
+    window: bool = True
+    softcap: bool = False
+    unequal_value_dim: bool = False
+    empty_segments: bool = True
+    priority: int = 0
+    absent: str = ""
+    notes: str = ""
+
+
+class Request(NamedTuple):
+    """What a plan and its tensors need from a kernel. `device` is a type ("cpu") or one device of it ("cuda:1")."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    heads: int
+    kv_heads: int
+    window: bool = False
+    softcap: bool = False
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """One way to compute block attention. Called without autograd; the tensors may be strided views."""
+
+    @property
+    def name(self) -> str:
+        """What the user writes in the settings to get this kernel."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do on this machine."""
+
+    def forward(
+        self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, call: Call, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """The call's own attention.
+
+        Args:
+            q_BSHD: the call's queries, `call.cu_q[-1]` rows.
+            k_BSGD: the call's keys, `call.cu_k[-1]` rows; G divides H.
+            v_BSGE: the call's values.
+            call: segments and window. Its q0 and k0 are the caller's: the tensors are sliced already.
+            scores: how logits are made.
+
+        Returns:
+            out_BSHE in q's dtype, 0 where a row sees nothing in this call, and lse_BHS, natural log, fp32 (fp64 for
+            fp64), -inf there.
+        """
+
+    def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        """The call's share of (dq_BSHD, dk_BSGD, dv_BSGE): summed over the calls of all steps it is the gradient.
+
+        The results have a float dtype at least as wide as the inputs', and are the caller's to keep.
+        """
+
+
+def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
+    """What a kernel lacks for a request, each as a few readable words; empty when it can serve it."""
+    device = request.device.split(":")[0]
+    widest = max(request.head_dim, request.value_dim)
+    complaints = (
+        (bool(can.absent), can.absent),
+        (can.devices is not None and device not in can.devices, f"device {device} (has {_listed(can.devices or ())})"),
+        (request.dtype not in can.dtypes, f"{_listed((request.dtype,))} (has {_listed(can.dtypes)})"),
+        (can.max_head_dim is not None and widest > can.max_head_dim, f"head width {widest} (up to {can.max_head_dim})"),
+        (request.window and not can.window, "sliding window"),
+        (request.softcap and not can.softcap, "softcap"),
+        (
+            request.value_dim != request.head_dim and not can.unequal_value_dim,
+            f"value width {request.value_dim} beside head width {request.head_dim}",
+        ),
+        (
+            request.kv_heads < 1 or request.heads % max(request.kv_heads, 1) != 0,
+            f"{request.heads} query heads over {request.kv_heads} key/value heads (must divide)",
+        ),
+    )
+    return tuple(words for missing, words in complaints if missing)
+
+
+def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, scores: Scores) -> None:
+    """Refuses q, k, v that this kernel would answer wrongly. Costs microseconds; every kernel calls it first.
+
+    Raises:
+        PlanError: the slices do not have the call's rows.
+        UnsupportedError: the kernel lacks something these tensors or scores need.
+    """
+    q, k, v = tensors
+    if q.shape[1] != call.cu_q[-1] or k.shape[1] != call.cu_k[-1] or v.shape[1] != k.shape[1]:
+        raise PlanError(
+            "q, k and v are not the slices this call is about",
+            fix="Slice q to call.q0:call.q1 and k, v to call.k0:call.k1 before calling the kernel.",
+            call_rows=(call.cu_q[-1], call.cu_k[-1]),
+            q=tuple(q.shape),
+            k=tuple(k.shape),
+            v=tuple(v.shape),
+        )
+    missing = lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
+    if not q.dtype == k.dtype == v.dtype:
+        missing += (f"q, k, v of different dtypes {_listed((q.dtype, k.dtype, v.dtype))}",)
+    if missing:
+        raise UnsupportedError(
+            f'kernel "{kernel.name}" cannot compute this call: it lacks {"; ".join(missing)}',
+            fix='Let select(request, "auto") choose the kernel.',
+        )
+
+
+def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Scores) -> Request:
+    """The request that q_BSHD, k_BSGD, v_BSGE amount to."""
+    q, k, v = tensors
+    return Request(
+        q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[2], k.shape[2], window, scores.softcap is not None
+    )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that partial results are summed in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    return ", ".join(str(v).removeprefix("torch.") for v in values)

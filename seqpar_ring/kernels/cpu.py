@@ -1,0 +1,208 @@
+"""Block attention by torch's own CPU flash kernel, which needs nothing installed.
+
+The kernel is a private op of aten, so it is named in this file only. It knows full blocks, top-left causal blocks and
+additive masks; so each segment of a call is cut (`geometry.split`) into full parts, square causal parts and masked
+slabs of a window, and parts that share query rows are merged in fp32. It has three traps, closed here: an empty block
+kills the process (no part is ever empty), rows of stride other than 1 are read wrongly (copied first), and without
+GQA (older torch) key heads must be repeated. It does no softcap, no values of another width than the keys, and
+ignores delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.geometry import Part, split
+from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
+from seqpar_ring.kernels.merge import merge_
+from seqpar_ring.schedule import Call
+
+OP = "_scaled_dot_product_flash_attention_for_cpu"
+"""(q_BHSD, k_BGSD, v_BGSD, dropout, causal, *, attn_mask, scale) -> (out_BHSD, lse_BHS); `OP + "_backward"` with it."""
+
+Op = Callable[..., Any]
+"""An aten op: its signature is torch's own and private."""
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Three tensors by head, (B, heads, S, width), or (B, heads, S) for a log-sum-exp."""
+
+Masks = dict[tuple[int, int, int, int], Tensor]
+"""Additive masks made so far in this call, by (rows, columns, lo, hi): the slabs of a window are mostly alike."""
+
+
+class Rows(NamedTuple):
+    """Query rows `q0:q1` of a call and the one or more parts they see. Two different ones share no row."""
+
+    q0: int
+    q1: int
+    parts: tuple[Part, ...]
+
+
+@lru_cache(maxsize=64)
+def cut(call: Call) -> tuple[Rows, ...]:
+    """The call's parts, in rows of the call's slices, grouped by the query rows they share. Pure, hence cached.
+
+    `split` gives parts whose query rows are equal or disjoint; the grouping relies on it.
+    """
+    found: list[Rows] = []
+    for q0, q1, k0, k1 in zip(call.cu_q, call.cu_q[1:], call.cu_k, call.cu_k[1:], strict=False):
+        parts = [
+            p._replace(q0=p.q0 + q0, q1=p.q1 + q0, k0=p.k0 + k0, k1=p.k1 + k0)
+            for p in split(q1 - q0, k1 - k0, call.left, call.right)
+        ]
+        found += [Rows(*rows, tuple(same)) for rows, same in groupby(parts, key=lambda p: (p.q0, p.q1))]
+    return tuple(found)
+
+
+class CpuKernel:
+    """torch's CPU flash kernel. See the module."""
+
+    name = "cpu"
+
+    def __init__(self, op: str = OP) -> None:
+        forward, backward = _aten(op), _aten(op + "_backward")
+        self._forward, self._backward = cast(Op, forward), cast(Op, backward)
+        self._shares_heads: bool | None = None  # whether the op does GQA; found out when first needed
+        self.capabilities = Capabilities(
+            dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+            devices=("cpu",),
+            priority=100,
+            absent="" if forward and backward else f"aten.{op} (torch is {torch.__version__})",
+            notes="torch's CPU flash kernel; a window is computed as masked slabs of rows",
+        )
+
+    def forward(
+        self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, call: Call, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
+        batch, length, heads, _ = q_BSHD.shape
+        qkv = self._by_head(q_BSHD, k_BSGD, v_BSGE)
+        masks: Masks = {}
+        found = cut(call) if q_BSHD.numel() else ()
+        if len(found) == 1 and found[0].q1 - found[0].q0 == length:
+            out, lse = self._attend(qkv, found[0], scores.scale, masks)
+            return out.to(q_BSHD.dtype), lse
+        out_BSHE = torch.zeros_like(q_BSHD, memory_format=torch.contiguous_format)
+        lse_BHS = q_BSHD.new_full((batch, heads, length), -torch.inf, dtype=wide(q_BSHD.dtype))
+        for rows in found:
+            out, lse = self._attend(qkv, rows, scores.scale, masks)
+            out_BSHE[:, rows.q0 : rows.q1] = out
+            lse_BHS[:, :, rows.q0 : rows.q1] = lse
+        return out_BSHE, lse_BHS
+
+    def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`. Gradients come in the inputs' dtype, or in fp32 where they are sums of parts."""
+        admit(self, kept[:3], call, scores)
+        dtype = kept.q.dtype
+        qkv = self._by_head(*kept[:3])
+        dout, out = (_readable(x.to(dtype)).transpose(1, 2) for x in (dout_BSHE, kept.out))
+        lse = kept.lse.masked_fill(kept.lse == -torch.inf, torch.inf)  # exp(s - inf) is 0, with -inf it would be nan
+        masks: Masks = {}
+        found = cut(call) if kept.q.numel() else ()
+        parts = [p for rows in found for p in rows.parts]
+        if len(parts) == 1 and _covers(parts[0], kept.q.shape[1], kept.k.shape[1]):
+            dq, dk, dv = self._differentiate(qkv, (dout, out, lse), parts[0], scores.scale, masks)
+        else:
+            dtype = wide(dtype) if len(parts) > len(found) else dtype
+            dq, dk, dv = (torch.zeros(x.transpose(1, 2).shape, dtype=dtype) for x in qkv)
+            for p in parts:
+                part_dq, part_dk, part_dv = self._differentiate(qkv, (dout, out, lse), p, scores.scale, masks)
+                dq[:, p.q0 : p.q1] += part_dq
+                dk[:, p.k0 : p.k1] += part_dk
+                dv[:, p.k0 : p.k1] += part_dv
+        groups = kept.k.shape[2]
+        return dq, _fold(dk, groups), _fold(dv, groups)
+
+    def _attend(self, qkv: Heads, rows: Rows, scale: float, masks: Masks) -> tuple[Tensor, Tensor]:
+        """(out_BSHE, lse_BHS) of some rows: the op's own for a single part, else the parts merged, out widened."""
+        q, k, v = qkv
+        q = q[:, :, rows.q0 : rows.q1]
+        done: tuple[Tensor, Tensor] | None = None
+        for p in rows.parts:
+            k_part, v_part, mask = k[:, :, p.k0 : p.k1], v[:, :, p.k0 : p.k1], _mask(p, q.dtype, masks)
+            out, lse = self._forward(q, k_part, v_part, 0.0, p.kind == "causal", attn_mask=mask, scale=scale)
+            out = out.transpose(1, 2)
+            if len(rows.parts) == 1:
+                return out, lse
+            if done is None:
+                done = out.to(wide(q.dtype)), lse
+            else:
+                merge_(*done, out, lse)
+        assert done is not None, "rows without parts are not made by cut"
+        return done
+
+    def _differentiate(self, qkv: Heads, results: Heads, p: Part, scale: float, masks: Masks) -> Heads:
+        """(dq, dk, dv) of one part, rows first; `results` are (dout, out, lse) of all the call's rows, by head."""
+        rows, columns = slice(p.q0, p.q1), slice(p.k0, p.k1)
+        dout, out, lse = (x[:, :, rows] for x in results)
+        q, k, v = qkv[0][:, :, rows], qkv[1][:, :, columns], qkv[2][:, :, columns]
+        mask = _mask(p, q.dtype, masks)
+        dq, dk, dv = self._backward(dout, q, k, v, out, lse, 0.0, p.kind == "causal", attn_mask=mask, scale=scale)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    def _by_head(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> Heads:
+        """q, k, v as the op reads them: by head, width of stride 1, key heads repeated if it cannot share them."""
+        q, k, v = (_readable(x).transpose(1, 2) for x in (q_BSHD, k_BSGD, v_BSGE))
+        if q.shape[1] != k.shape[1]:
+            if self._shares_heads is None:
+                self._shares_heads = shares_heads(self._forward)
+            if not self._shares_heads:
+                times = q.shape[1] // k.shape[1]
+                k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        return q, k, v
+
+
+def shares_heads(forward: Op) -> bool:
+    """Whether the op lets query heads share a key head (GQA).
+
+    Asked of the op itself and not of torch's version. An op without GQA need not raise: it may read past the last key
+    head. What it would read there is here a second head of the same memory, filled with another value.
+    """
+    k_BHSD = torch.ones(1, 2, 1, 8)
+    k_BHSD[:, 1] = 2.0
+    q_BHSD, k_BGSD = torch.ones(1, 2, 1, 8), k_BHSD[:, :1]
+    try:
+        out, _ = forward(q_BHSD, k_BGSD, k_BGSD, 0.0, False, attn_mask=None, scale=1.0)
+    except (RuntimeError, ValueError):
+        return False
+    return bool((out == 1.0).all())
+
+
+def _aten(name: str) -> Op | None:
+    """The op, or None where this torch lacks it: then `absent` is set and every call is refused before it."""
+    found = getattr(torch.ops.aten, name, None)
+    return None if found is None else cast(Op, found.default)
+
+
+def _readable(x_BSHD: Tensor) -> Tensor:
+    return x_BSHD if x_BSHD.stride(-1) == 1 else x_BSHD.contiguous()
+
+
+def _covers(p: Part, queries: int, keys: int) -> bool:
+    return (p.q1 - p.q0, p.k1 - p.k0) == (queries, keys)
+
+
+def _mask(p: Part, dtype: torch.dtype, masks: Masks) -> Tensor | None:
+    """0 where a row sees a column and -inf elsewhere, as the op adds it to logits; None for the kinds it knows."""
+    if p.kind != "band":
+        return None
+    key = (p.q1 - p.q0, p.k1 - p.k0, p.lo, p.hi)
+    if key not in masks:
+        distance = torch.arange(key[1]) - torch.arange(key[0]).unsqueeze(1)
+        hidden = (distance < p.lo) | (distance > p.hi)
+        masks[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return masks[key]
+
+
+def _fold(x_BSHD: Tensor, groups: int) -> Tensor:
+    """Gradients of repeated key heads, summed to those of the heads they were repeated from."""
+    if x_BSHD.shape[2] == groups:
+        return x_BSHD
+    return torch.unflatten(x_BSHD, 2, (groups, -1)).sum(3, dtype=wide(x_BSHD.dtype))

@@ -1,0 +1,160 @@
+"""What is particular to torch's CPU kernel: one op call where one is enough, older torch without GQA, shared masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seqpar_ring.errors import UnsupportedError
+from seqpar_ring.geometry import INF
+from seqpar_ring.kernels import CpuKernel, Kept, ReferenceKernel, Scores
+from seqpar_ring.kernels.cpu import cut, shares_heads
+from seqpar_ring.schedule import Call
+
+SCORES = Scores(0.3)
+SQUARE = Call(0, 0, INF, 0, (0, 11), (0, 11))
+FULL = Call(5, 7, INF, INF, (0, 11), (0, 11))
+CORNER = Call(0, 0, INF, 0, (0, 5, 11), (0, 9, 14))
+WINDOW = Call(0, 0, 3, 0, (0, 600, 1200), (0, 600, 1200))
+
+
+class Spied(CpuKernel):
+    """The CPU kernel, which notes each call of the op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, ...]] = []
+        self.masks: list[Tensor | None] = []
+        self._shares_heads = True  # not to be asked of the op, which would be noted
+        self._forward, self._backward = self._spy(self._forward), self._spy(self._backward)
+
+    def _spy(self, op: Any) -> Any:
+        def spy(*args: Any, attn_mask: Tensor | None, scale: float) -> Any:
+            self.seen.append(tuple(x for x in args if isinstance(x, Tensor)))
+            self.masks.append(attn_mask)
+            return op(*args, attn_mask=attn_mask, scale=scale)
+
+        return spy
+
+
+def tensors(call: Call, dtype: torch.dtype = torch.float64, groups: int = 2) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    m, n = call.cu_q[-1], call.cu_k[-1]
+    shapes = ((2, m, 6, 8), (2, n, groups, 8), (2, n, groups, 8), (2, m, 6, 8))
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def kept(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Kept]:
+    q, k, v, dout = tensors(call, dtype)
+    out, lse = ReferenceKernel().forward(q, k, v, call, SCORES)
+    return dout, Kept(q, k, v, out, lse)
+
+
+@pytest.mark.parametrize("call", [SQUARE, FULL], ids=["causal square", "full block"])
+def test_one_part_is_one_op_call_on_the_callers_own_memory(call: Call) -> None:
+    kernel = Spied()
+    dout, saved = kept(call)
+    out, lse = kernel.forward(*saved[:3], call, SCORES)
+    assert len(kernel.seen) == 1
+    assert [x.data_ptr() for x in kernel.seen[0]] == [x.data_ptr() for x in saved[:3]]
+    assert (out.shape, lse.shape) == ((2, 11, 6, 8), (2, 6, 11))
+    kernel.backward(dout, saved, call, SCORES)
+    assert len(kernel.seen) == 2
+    passed = [x.data_ptr() for x in kernel.seen[1]]
+    assert passed[:5] == [x.data_ptr() for x in (dout, saved.q, saved.k, saved.v, saved.out)]
+
+
+def test_a_segment_with_more_keys_than_queries_takes_two_op_calls_and_another_one() -> None:
+    kernel = Spied()
+    q, k, v, _ = tensors(CORNER)
+    kernel.forward(q, k, v, CORNER, SCORES)
+    assert [(x[0].shape[2], x[1].shape[2]) for x in kernel.seen] == [(5, 5), (5, 4), (5, 5)]
+
+
+@pytest.mark.parametrize("call", [SQUARE, CORNER, WINDOW], ids=["square", "corner", "window"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_where_the_op_cannot_share_heads_the_answer_is_the_same(call: Call, dtype: torch.dtype) -> None:
+    native, repeating = CpuKernel(), CpuKernel()
+    repeating._shares_heads = False
+    dout, saved = kept(call, dtype)
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
+    for one, other in (
+        (native.forward(*saved[:3], call, SCORES), repeating.forward(*saved[:3], call, SCORES)),
+        (native.backward(dout, saved, call, SCORES), repeating.backward(dout, saved, call, SCORES)),
+    ):
+        for a, b in zip(one, other, strict=True):
+            assert a.shape == b.shape
+            torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_whether_the_op_shares_heads_is_told_from_what_it_reads() -> None:
+    def reads_on(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return v.as_strided(q.shape, (16, 8, 8, 1)), q[..., 0]
+
+    def shares(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return v.expand(q.shape), q[..., 0]
+
+    def refuses(*_: object, **__: object) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("expected the same number of heads")
+
+    assert [shares_heads(op) for op in (shares, reads_on, refuses)] == [True, False, False]
+
+
+def test_the_slabs_of_all_segments_share_their_masks() -> None:
+    kernel = Spied()
+    q, k, v, _ = tensors(WINDOW)
+    kernel.forward(q, k, v, WINDOW, SCORES)
+    assert len(kernel.masks) == 6
+    assert len({id(mask) for mask in kernel.masks}) == 3
+
+
+def test_gradients_that_are_sums_of_parts_come_in_fp32_and_others_in_the_inputs_dtype() -> None:
+    kernel = CpuKernel()
+    for call, dtype in ((SQUARE, torch.bfloat16), (CORNER, torch.float32)):
+        assert {x.dtype for x in kernel.backward(*kept(call, torch.bfloat16), call, SCORES)} == {dtype}
+
+
+def test_rows_whose_lse_is_minus_infinity_have_no_gradient_and_give_none() -> None:
+    dout, saved = kept(SQUARE)
+    saved.lse[:, :, 4] = -torch.inf
+    dq, dk, dv = CpuKernel().backward(dout, saved, SQUARE, SCORES)
+    want = ReferenceKernel().backward(dout, saved, SQUARE, SCORES)
+    assert torch.equal(dq[:, 4], torch.zeros(2, 6, 8, dtype=torch.float64))
+    for mine, truth in zip((dq, dk, dv), want, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 11, 6, 8), (2, 11, 0, 8)], ids=["no batch", "no heads"])
+def test_tensors_without_elements_are_answered_without_the_op(shape: tuple[int, ...]) -> None:
+    kernel, x = Spied(), torch.zeros(shape)
+    y = torch.zeros(*shape[:2], 2, 8)
+    out, lse = kernel.forward(x, y, y, SQUARE, SCORES)
+    assert (out.shape, lse.shape) == (x.shape, (shape[0], shape[2], 11))
+    gradients = kernel.backward(x, Kept(x, y, y, out, lse), SQUARE, SCORES)
+    assert [g.shape for g in gradients] == [x.shape, y.shape, y.shape]
+    assert kernel.seen == []
+
+
+def test_a_softcap_or_a_value_width_of_its_own_is_refused_and_not_ignored() -> None:
+    q, k, v, _ = tensors(SQUARE)
+    with pytest.raises(UnsupportedError, match='kernel "cpu" cannot compute this call: it lacks softcap'):
+        CpuKernel().forward(q, k, v, SQUARE, Scores(0.3, 30.0))
+    with pytest.raises(UnsupportedError, match="value width 4 beside head width 8"):
+        CpuKernel().forward(q, k, v[..., :4], SQUARE, SCORES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(m=st.integers(0, 40), n=st.integers(0, 40), left=st.integers(0, 45), right=st.integers(0, 45))
+def test_rows_of_a_cut_are_disjoint_and_all_their_parts_are_on_the_same_rows(
+    m: int, n: int, left: int, right: int
+) -> None:
+    for edge in (left, INF):
+        rows = cut(Call(0, 0, edge, right, (0, m), (0, n)))
+        taken = [i for r in rows for i in range(r.q0, r.q1)]
+        assert len(taken) == len(set(taken))
+        assert all((p.q0, p.q1) == (r.q0, r.q1) and p.k0 < p.k1 for r in rows for p in r.parts)
