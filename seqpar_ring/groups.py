@@ -1,0 +1,186 @@
+"""Process groups: which ranks share a sequence (the ring), which see other data, and the transports of both.
+
+The world is data x ring: rings are consecutive ranks, so that a ring stays inside a node where it can, unless a device
+mesh says otherwise. Global ranks are arranged here and nowhere else; everything above counts within its ring. What the
+ranks ask for is compared before any group is made, since creating groups differently on two ranks hangs. Nothing
+here initialises torch.distributed, and none is needed for a world of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from seqpar_ring.errors import GroupError
+from seqpar_ring.transport import LANES, DistributedTransport, LockstepWorld, Transport
+from seqpar_ring.transport.agreement import Claim, claim, settle
+
+RING = "ring"
+"""Name of the mesh dimension whose ranks share a sequence."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """One rank's place in the world.
+
+    Attributes:
+        size: ranks that share a sequence (W).
+        world_size: all ranks.
+        rank: this rank within its ring; follows the order of global ranks.
+        data_rank: which ring this is.
+        global_rank: this rank in the world.
+        ring: transport of the sequence group.
+        everyone: transport of the whole world, for what all ranks agree on or sum.
+        mesh: the device mesh ("data", "ring") or the one that was given; None without torch.distributed.
+    """
+
+    size: int
+    world_size: int
+    rank: int
+    data_rank: int
+    global_rank: int
+    ring: Transport
+    everyone: Transport
+    mesh: DeviceMesh | None = None
+
+    @property
+    def data_size(self) -> int:
+        """Number of rings, each with data of its own."""
+        return self.world_size // self.size
+
+
+def make(size: int, mesh: DeviceMesh | None = None, timeout: float = 600.0) -> Groups:
+    """Make the groups of this world. Collective: every rank of the world calls it, with the same arguments.
+
+    Args:
+        size: ranks that share a sequence.
+        mesh: rings are the lines along its dimension "ring" (or its only dimension); None: consecutive ranks.
+        timeout: seconds after which a rank that waits for another gives up.
+
+    Raises:
+        GroupError: torch.distributed is needed and not initialised; size does not divide the world; the mesh has no
+            dimension "ring", or one of another size, or does not cover the world.
+        DisagreementError: the ranks ask for different sizes or timeouts.
+        TransportError: the ranks cannot reach each other.
+    """
+    if not dist.is_initialized():
+        return _alone(size)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    rings = _agreed_rings(size, mesh, timeout)
+    if world == 1:
+        return _alone(size, mesh)
+    mine = next(i for i, ring in enumerate(rings) if rank in ring)
+    device = _device(mesh)
+    if mesh is None:
+        mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=("data", RING))
+    limit = timedelta(seconds=timeout)
+    lanes: dict[str, dist.ProcessGroup] = {}
+    for lane in LANES if size > 1 else ():
+        for i, ranks in enumerate(rings):  # all ranks make all groups, in one order
+            group = dist.new_group(list(ranks), timeout=limit)
+            if i == mine:
+                lanes[lane] = group
+    ring: Transport = DistributedTransport(lanes, device, timeout) if size > 1 else LockstepWorld(1).transport(0)
+    everyone = DistributedTransport({"control": dist.new_group(timeout=limit)}, device, timeout)
+    return Groups(size, world, rings[mine].index(rank), mine, rank, ring, everyone, mesh)
+
+
+def lockstep(world: LockstepWorld, rank: int, size: int) -> Groups:
+    """The same for one rank of a world of threads: rings of consecutive ranks.
+
+    Raises:
+        GroupError: size does not divide the world.
+    """
+    _check_size(size, world.world)
+    data_rank, ring_rank = divmod(rank, size)
+    ring = world.subset(range(data_rank * size, (data_rank + 1) * size))
+    return Groups(size, world.world, ring_rank, data_rank, rank, ring.transport(ring_rank), world.transport(rank))
+
+
+def _alone(size: int, mesh: DeviceMesh | None = None) -> Groups:
+    if size > 1 and not dist.is_initialized():
+        raise GroupError(
+            "a sequence group of several ranks needs torch.distributed, which is not initialised",
+            fix='Start with torchrun and call torch.distributed.init_process_group("gloo" or "nccl") first.',
+            size=size,
+        )
+    _check_size(size, 1)
+    world = LockstepWorld(1)
+    return Groups(1, 1, 0, 0, 0, world.subset([0]).transport(0), world.transport(0), mesh)
+
+
+def _check_size(size: int, world: int) -> None:
+    if isinstance(size, int) and size >= 1 and world % size == 0:
+        return
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    raise GroupError(
+        "the size of a sequence group must divide the number of ranks",
+        fix=f"Give a size of {' or '.join(map(str, divisors))}, or start a multiple of size ranks.",
+        size=size,
+        world=world,
+    )
+
+
+def _agreed_rings(size: int, mesh: DeviceMesh | None, timeout: float) -> list[tuple[int, ...]]:
+    """All rings in order of their first rank, after every rank has said what it wants; errors are raised on all."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    ring: tuple[int, ...] = ()
+    failed: GroupError | None = None
+    try:
+        _check_size(size, world)
+        start = rank // size * size
+        ring = tuple(range(start, start + size)) if mesh is None else _ring_of(mesh, size)
+    except GroupError as error:
+        failed = error
+    record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None}
+    said: list[tuple[Claim, tuple[int, ...]] | None] = [None] * world
+    dist.all_gather_object(said, (claim("sequence groups", record, failed), ring))
+    heard = [item for item in said if item is not None]
+    settle([one for one, _ in heard], rank, failed)
+    rings = sorted({line for _, line in heard})
+    if sorted(r for line in rings for r in line) != list(range(world)):
+        raise GroupError(
+            "the rings of the mesh do not cover every rank of the world once",
+            fix='Give a mesh over all ranks: init_device_mesh(device, (data, size), mesh_dim_names=("data", "ring")).',
+            rings=rings,
+            world=world,
+        )
+    return rings
+
+
+def _ring_of(mesh: DeviceMesh, size: int) -> tuple[int, ...]:
+    """This rank's line along the mesh's ring dimension, as global ranks in ascending order."""
+    names = mesh.mesh_dim_names or ()
+    if RING not in names and mesh.ndim != 1:
+        raise GroupError(
+            'the mesh has no dimension named "ring"',
+            fix='Name one: mesh_dim_names=("data", "ring"); or pass the one-dimensional mesh of the sequence group.',
+            mesh_dim_names=names,
+            shape=tuple(mesh.mesh.shape),
+        )
+    group = mesh.get_group(RING) if RING in names else mesh.get_group()
+    ranks: Sequence[int] = dist.get_process_group_ranks(group)
+    if len(ranks) != size:
+        raise GroupError(
+            "the mesh's ring is not of the size asked for",
+            fix=f"Give size={len(ranks)}, or a mesh whose ring has {size} ranks.",
+            size=size,
+            ring=list(ranks),
+            mesh_dim_names=names,
+            shape=tuple(mesh.mesh.shape),
+        )
+    return tuple(sorted(ranks))
+
+
+def _device(mesh: DeviceMesh | None) -> torch.device:
+    """Where the groups' tensors live: the mesh's device, else this process's GPU if the default group speaks NCCL."""
+    if mesh is not None:
+        on_cuda = mesh.device_type == "cuda"
+    else:
+        on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config())
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

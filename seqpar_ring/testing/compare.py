@@ -1,0 +1,130 @@
+"""Ring against dense: one case of attention, run both ways, forward and backward, and compared tensor by tensor.
+
+The truth is always fp64 on one device, whatever dtype the ring runs in, and the measure is the relative L2 error of
+whole tensors, which neither a lucky element nor a large tolerance on small numbers can hide in. It compares attention
+only; models and training have tests of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.testing.dense import dense_attention
+from seqpar_ring.testing.processes import RankPool
+from seqpar_ring.testing.threads import run_lockstep
+
+if TYPE_CHECKING:
+    from seqpar_ring.parallel import SequenceParallel
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes, dtype and mask of one comparison; `value_dim` None is `head_dim`. See `dense_attention` for the rest."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 8
+    value_dim: int | None = None
+    batch: int = 1
+    dtype: torch.dtype = torch.float64
+    causal: bool = True
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    seed: int = 0
+
+    def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_BSHD, k_BSGD, v_BSGE and dout_BSHE: standard normal, in the case's dtype, the same for the same seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        shapes = (self.heads, self.head_dim), (self.kv_heads, self.head_dim), (self.kv_heads, value_dim)
+        q, k, v, dout = (
+            torch.randn(self.batch, tokens, *shape, dtype=torch.float64, generator=generator).to(self.dtype)
+            for shape in (*shapes, (self.heads, value_dim))
+        )
+        return q, k, v, dout
+
+
+def assert_matches_dense(
+    lengths: int | Sequence[int],
+    world: int,
+    case: Case | None = None,
+    tolerance: float = 1e-12,
+    pool: RankPool | None = None,
+    **settings: Any,
+) -> dict[str, float]:
+    """Run ring attention forward and backward and assert that it equals dense attention.
+
+    Args:
+        lengths: tokens of each document, or of the one document.
+        world: ranks; all share the sequence unless `size` is among the settings.
+        case: shapes, dtype, mask; None: `Case()`.
+        tolerance: largest relative L2 error allowed, for each of out, lse, dq, dk, dv.
+        pool: processes to run on; None: threads in lockstep.
+        **settings: as in `Settings`: layout, schedule, block_tokens, kernel, size.
+
+    Returns:
+        The errors by name.
+
+    Raises:
+        AssertionError: an error above the tolerance, or NaN; shows all of them.
+    """
+    case = case or Case()
+    if pool is None:
+        results = run_lockstep(lambda sp: ring_results(sp, lengths, case), world, **settings)
+    elif pool.world == world:
+        results = pool.run(ring_results, lengths, case, **settings)
+    else:
+        raise ValueError(f"the pool has {pool.world} ranks, not {world}")
+    truth = dense_results(lengths, case)
+    errors = {name: relative_error(results[0][name], truth[name]) for name in truth}
+    wrong = {name: f"{error:.3g}" for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"above {tolerance:g}: {wrong} of {errors}; lengths={lengths}, world={world}, {settings}, {case}"
+    return errors
+
+
+def ring_results(sp: SequenceParallel, lengths: int | Sequence[int], case: Case) -> dict[str, Tensor]:
+    """Whole out_BSHE, lse_BHS, dq, dk, dv by name, computed by the ring; the same on every rank. Collective."""
+    from seqpar_ring.attention import ring_attention
+
+    plan = sp.plan(lengths, causal=case.causal, window=case.window)
+    q, k, v, dout = (plan.shard(x, dim=1) for x in case.inputs(plan.tokens))
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = ring_attention(q, k, v, plan, scale=case.scale, softcap=case.softcap, return_lse=True)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    parts = {"out": (out, 1), "lse": (lse, 2), "dq": (dq, 1), "dk": (dk, 1), "dv": (dv, 1)}
+    return {name: plan.gather(x.detach(), dim=dim) for name, (x, dim) in parts.items()}
+
+
+def dense_results(lengths: int | Sequence[int], case: Case) -> dict[str, Tensor]:
+    """The same by `dense_attention` in fp64, from the inputs as rounded to the case's dtype."""
+    tokens = lengths if isinstance(lengths, int) else sum(lengths)
+    q, k, v, dout = (x.double() for x in case.inputs(tokens))
+    for x in (q, k, v):
+        x.requires_grad_()
+    out, lse = dense_attention(q, k, v, lengths, case.causal, case.window, case.scale, case.softcap)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """L2 norm of a - b over that of b, the truth, in fp64. Equal infinities count as equal.
+
+    Returns:
+        0 for equal (or empty) tensors, infinity where only b is zero, NaN where either has one.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"cannot compare shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    off = torch.where(a == b, 0.0, a - b).norm().item()
+    size = torch.where(b.isinf(), 0.0, b).norm().item()
+    return 0.0 if off == 0 else off / size if size != 0 else float("inf")

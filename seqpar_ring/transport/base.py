@@ -1,0 +1,184 @@
+"""What a transport is: messages between the ranks of one group, a few collectives, an agreement, and statistics.
+
+Everything above (the executor, sharding, the loss) speaks to this protocol only, so the same schedule runs over
+torch.distributed or over threads of one process. `BaseTransport` holds what both share: checks of what is posted, and
+`all_gather`, which follows from `exchange`. A transport knows nothing of attention, plans or layouts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.errors import TransportError
+
+LANES = ("kv", "dkv", "control")
+"""Independent streams of messages: none waits for another. Collectives travel in "control"."""
+
+
+class Send(NamedTuple):
+    """A message out. `tensor` is contiguous and must stay unchanged until the handle was waited for."""
+
+    peer: int
+    tensor: Tensor
+
+
+class Recv(NamedTuple):
+    """A message in. `tensor` is contiguous, filled in place; dtype and number of elements are the `Send`'s."""
+
+    peer: int
+    tensor: Tensor
+
+
+class Handle(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> None:
+        """Return when received data is there and sent tensors may be reused (on CUDA: for work queued after this).
+
+        Raises:
+            TransportError: a peer died, or did not arrive within the timeout.
+        """
+
+
+@dataclass
+class TransportStats:
+    """What one rank sent and how long it waited since the last reset.
+
+    Attributes:
+        bytes_sent: by lane.
+        messages: number of messages and collectives posted.
+        seconds_waited: wall seconds spent in waits and collectives; on CUDA, the host's seconds only.
+    """
+
+    bytes_sent: dict[str, int] = field(default_factory=dict)
+    messages: int = 0
+    seconds_waited: float = 0.0
+
+    def count(self, lane: str, nbytes: int) -> None:
+        """Note one message of `nbytes` bytes."""
+        self.bytes_sent[lane] = self.bytes_sent.get(lane, 0) + nbytes
+        self.messages += 1
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.bytes_sent, self.messages, self.seconds_waited = {}, 0, 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """A copy as plain values, e.g. for a log."""
+        return {
+            "bytes_sent": dict(self.bytes_sent),
+            "messages": self.messages,
+            "seconds_waited": self.seconds_waited,
+        }
+
+
+class Transport(Protocol):
+    """The ranks of one group, numbered 0 .. world-1, and ways to move tensors between them."""
+
+    rank: int
+    world: int
+    stats: TransportStats
+
+    def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
+        """Post messages and return at once.
+
+        Within a lane, the messages of a pair (from, to) match in posting order. Tensors without elements are skipped on
+        both sides.
+
+        Raises:
+            TransportError: a peer outside the group, a tensor that is not contiguous, an unknown lane, a dead peer.
+        """
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        """All ranks' tensors, concatenated along `dim` in rank order; not differentiable.
+
+        Args:
+            x: this rank's part; the ranks' shapes are equal but for `dim`.
+            sizes: each rank's size along `dim`; 0 is allowed.
+            dim: the dimension that is concatenated.
+        """
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks as a new tensor, with the same bits on all of them; not differentiable."""
+
+    def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
+        """Return if all ranks hold the same record and none has an error; else raise on every rank. Collective.
+
+        Args:
+            what: the point all ranks are at, for messages: "plan", "batch".
+            record: field names to values with a stable repr: numbers, strings, tuples, dtypes.
+            error: what went wrong on this rank, if anything; then every rank raises.
+
+        Raises:
+            DisagreementError: records differ; names the field and the values by rank.
+            Exception: `error` itself here; elsewhere one that names the failing rank, of the same class where possible.
+        """
+
+
+class BaseTransport(ABC):
+    """Rank, statistics, checks of what is posted, and `all_gather`, which needs nothing but `exchange`."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world, self.stats = rank, world, TransportStats()
+
+    @abstractmethod
+    def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
+        """See `Transport.exchange`."""
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        """See `Transport.all_gather`.
+
+        Raises:
+            TransportError: as many sizes as ranks are needed, and this rank's must be its tensor's.
+        """
+        dim %= x.dim()
+        if len(sizes) != self.world or sizes[self.rank] != x.shape[dim]:
+            raise TransportError(
+                "all_gather was given sizes that do not fit",
+                fix="Give one size for each rank, and the tensor of this rank's size.",
+                rank=self.rank,
+                sizes=list(sizes),
+                shape=tuple(x.shape),
+                dim=dim,
+            )
+        mine = x.detach().contiguous()
+        shapes = [[*x.shape[:dim], size, *x.shape[dim + 1 :]] for size in sizes]
+        parts = [mine if r == self.rank else mine.new_empty(shape) for r, shape in enumerate(shapes)]
+        others = [r for r in range(self.world) if r != self.rank]
+        self.exchange([Send(r, mine) for r in others], [Recv(r, parts[r]) for r in others], lane="control").wait()
+        return torch.cat(parts, dim)
+
+    def _to_post(
+        self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str, lanes: Iterable[str]
+    ) -> tuple[list[Send], list[Recv]]:
+        """The messages that have something in them, checked, and counted in the statistics."""
+        if lane not in lanes:
+            raise TransportError("unknown lane", fix=f"Use one of {', '.join(lanes)}.", lane=lane)
+        for peer, tensor in (*sends, *recvs):
+            if not 0 <= peer < self.world or peer == self.rank:
+                raise TransportError(
+                    "a message needs another rank of this group as its peer",
+                    fix="Keep what stays on a rank out of the exchange.",
+                    peer=peer,
+                    rank=self.rank,
+                    world=self.world,
+                )
+            if not tensor.is_contiguous():
+                raise TransportError(
+                    "a message's tensor is not contiguous",
+                    fix="Send tensor.contiguous(); receive into an empty tensor and copy.",
+                    lane=lane,
+                    peer=peer,
+                    shape=tuple(tensor.shape),
+                    stride=tensor.stride(),
+                )
+        for message in sends:
+            if message.tensor.numel():
+                self.stats.count(lane, message.tensor.nbytes)
+        return [m for m in sends if m.tensor.numel()], [m for m in recvs if m.tensor.numel()]

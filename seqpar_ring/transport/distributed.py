@@ -1,0 +1,137 @@
+"""Transport over torch.distributed: a process group per lane, so KV, dKV and collectives never wait for each other.
+
+Works with gloo on CPU and NCCL on CUDA; the tensors of a collective are put on the transport's device, which its groups
+can carry. Errors and timeouts of the backend come back as `TransportError` that says who waited for whom and in which
+lane. Neither backend tells the two sides' sizes apart: gloo ends the receiving process when more arrives than is
+expected and fills only a part when less does, which is why plans are agreed on before anything is posted. This module
+makes no groups (`seqpar_ring.groups` does), but translates ranks of the group to the global ones that posting takes.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seqpar_ring.errors import TransportError
+from seqpar_ring.transport.agreement import Claim, claim, digest, settle
+from seqpar_ring.transport.base import BaseTransport, Handle, Recv, Send
+
+
+class DistributedTransport(BaseTransport):
+    """The ranks of one or more process groups over the same processes. Collective: all of them make it together.
+
+    Args:
+        lanes: process group of each lane; "control" is needed (for collectives), "kv" and "dkv" to exchange on them.
+        device: where the tensors that travel live.
+        timeout: seconds the groups were made with; for messages.
+
+    Raises:
+        TransportError: the ranks could not reach each other.
+    """
+
+    def __init__(self, lanes: Mapping[str, dist.ProcessGroup], device: torch.device, timeout: float) -> None:
+        control = lanes["control"]
+        super().__init__(dist.get_rank(control), dist.get_world_size(control))
+        self.device, self.timeout = device, timeout
+        self._lanes = dict(lanes)
+        self._global_ranks = dist.get_process_group_ranks(control)
+        for lane, group in self._lanes.items():
+            # NCCL wants all ranks in a group's first call; a ring's first exchange may involve only some of them.
+            with self._collective(f"connecting lane {lane}"):
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
+        """See `Transport.exchange`."""
+        sends, recvs = self._to_post(sends, recvs, lane, self._lanes)
+        group = self._lanes[lane]
+        ops = [dist.P2POp(dist.isend, m.tensor.detach(), self._global_ranks[m.peer], group) for m in sends]
+        ops += [dist.P2POp(dist.irecv, m.tensor.detach(), self._global_ranks[m.peer], group) for m in recvs]
+        who = [f"rank {m.peer} to take a message" for m in sends] + [f"a message from rank {m.peer}" for m in recvs]
+        started = time.perf_counter()
+        try:
+            works = dist.batch_isend_irecv(ops) if ops else []
+        except (RuntimeError, ValueError) as error:
+            raise self._gave_up(" and ".join(who), f"lane {lane}", started, error) from error
+        return _Works(self, works, ops, who, lane)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See `Transport.all_reduce`."""
+        total = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
+        self.stats.count("control", 2 * (self.world - 1) * total.nbytes // self.world)
+        with self._collective("all_reduce"):
+            dist.all_reduce(total, group=self._lanes["control"])
+        return total.to(x.device)
+
+    def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
+        """See `Transport.agree`. Costs one all_gather of three integers while all is well."""
+        said = claim(what, record, error)
+        digests = self._gather_integers(digest(said), what)
+        if all(d == digests[0] and not d[0] for d in digests):
+            return
+        settle(self._gather_claims(said, what), self.rank, error)
+
+    def _gather_integers(self, numbers: Sequence[int], what: str) -> list[tuple[int, ...]]:
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        gathered = [torch.zeros_like(mine) for _ in range(self.world)]
+        self.stats.count("control", (self.world - 1) * mine.nbytes)
+        with self._collective(f"agreement on {what}"):
+            dist.all_gather(gathered, mine, group=self._lanes["control"])
+            return [tuple(int(n) for n in row) for row in torch.stack(gathered).tolist()]
+
+    def _gather_claims(self, said: Claim, what: str) -> list[Claim]:
+        data = torch.frombuffer(bytearray(pickle.dumps(said)), dtype=torch.uint8).to(self.device)
+        sizes = [size for (size,) in self._gather_integers([data.numel()], what)]
+        parts = self.all_gather(data, sizes).cpu().split(sizes)
+        return [pickle.loads(bytes(part.tolist())) for part in parts]
+
+    @contextmanager
+    def _collective(self, name: str) -> Iterator[None]:
+        """Count the time of a collective, and say which one it was if it fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        except RuntimeError as error:
+            others = [r for r in range(self.world) if r != self.rank]
+            raise self._gave_up(f"ranks {others}", name, started, error) from error
+        finally:
+            self.stats.seconds_waited += time.perf_counter() - started
+
+    def _gave_up(self, whom: str, where: str, started: float, error: Exception) -> TransportError:
+        return TransportError(
+            f"rank {self.rank} waited {time.perf_counter() - started:.1f} s for {whom} in {where}, in vain",
+            fix="See whether that rank died, failed or is held up elsewhere; raise timeout if it is only slow.",
+            timeout=self.timeout,
+            global_ranks=self._global_ranks,
+            backend_says=str(error),
+        )
+
+
+class _Works:
+    """An exchange under way; holds its tensors until then."""
+
+    def __init__(
+        self, transport: DistributedTransport, works: list[dist.Work], ops: list[dist.P2POp], who: list[str], lane: str
+    ) -> None:
+        self._transport, self._works, self._ops, self._lane = transport, works, ops, lane
+        # NCCL returns one piece of work for the whole batch, gloo one for each message.
+        self._who = who if len(works) == len(who) else [" and ".join(who)] * len(works)
+
+    def wait(self) -> None:
+        """See `Handle.wait`."""
+        works, self._works = self._works, []
+        started = time.perf_counter()
+        try:
+            for work, whom in zip(works, self._who, strict=False):
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise self._transport._gave_up(whom, f"lane {self._lane}", started, error) from error
+        finally:
+            self._transport.stats.seconds_waited += time.perf_counter() - started
+            self._ops = []

@@ -1,0 +1,223 @@
+"""Lockstep: W ranks as threads of one process, each message a copy in a mailbox. For tests, and for one device.
+
+The same schedule, executor and model run here as over torch.distributed, in fp64 and without processes, and what goes
+wrong says so at once: sizes that differ between sender and receiver, a rank that failed, one that ended without sending
+what another waits for. It is not a way to be fast, and starts no threads itself (`seqpar_ring.testing` does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Condition
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.errors import TransportError
+from seqpar_ring.transport.agreement import Claim, claim, settle
+from seqpar_ring.transport.base import LANES, BaseTransport, Handle, Recv, Send
+
+
+class _Address(NamedTuple):
+    """Who sends to whom (ranks of the whole world), for which group of ranks, and in which lane."""
+
+    group: tuple[int, ...] | None
+    lane: str
+    source: int
+    target: int
+
+
+@dataclass
+class _Box:
+    """Messages from one rank to another: tickets are drawn when a message is posted, so waits may come in any order."""
+
+    sent: int = 0
+    asked: int = 0
+    waiting: dict[int, Any] = field(default_factory=dict)
+
+
+class _Hub:
+    """All mailboxes of one world, and what became of its ranks."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._changed = Condition()
+        self._boxes: dict[_Address, _Box] = {}
+        self._failed: dict[int, BaseException] = {}
+        self._finished: set[int] = set()
+
+    def put(self, address: _Address, message: object) -> None:
+        with self._changed:
+            self._stop_if_a_rank_failed(address.source)
+            box = self._boxes.setdefault(address, _Box())
+            box.waiting[box.sent] = message
+            box.sent += 1
+            self._changed.notify_all()
+
+    def ticket(self, address: _Address) -> int:
+        with self._changed:
+            self._stop_if_a_rank_failed(address.target)
+            box = self._boxes.setdefault(address, _Box())
+            box.asked += 1
+            return box.asked - 1
+
+    def take(self, address: _Address, ticket: int) -> Any:
+        """The message of this ticket; waits for it.
+
+        Raises:
+            TransportError: some rank failed, the sender ended, or nothing came within the timeout.
+        """
+        deadline = time.monotonic() + self.timeout
+        with self._changed:
+            while True:
+                self._stop_if_a_rank_failed(address.target)
+                if ticket in self._boxes[address].waiting:
+                    return self._boxes[address].waiting.pop(ticket)
+                if address.source in self._finished:
+                    raise self._gave_up(address, "which ended without sending it")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._gave_up(address, f"which did not come within {self.timeout:g} s")
+                self._changed.wait(left)
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        with self._changed:
+            self._failed.setdefault(rank, error)
+            self._changed.notify_all()
+
+    def finish(self, rank: int) -> None:
+        with self._changed:
+            self._finished.add(rank)
+            self._changed.notify_all()
+
+    def _stop_if_a_rank_failed(self, rank: int) -> None:
+        for dead, error in self._failed.items():
+            if dead != rank:
+                raise TransportError(
+                    f"rank {rank} stopped because rank {dead} failed with {type(error).__name__}: {error}",
+                    fix=f"Look at rank {dead}'s error; this one only follows from it.",
+                ) from error
+
+    def _gave_up(self, address: _Address, why: str) -> TransportError:
+        return TransportError(
+            f"rank {address.target} waited for a message from rank {address.source} in lane {address.lane}, {why}",
+            fix=f"See what rank {address.source} did instead: all ranks must post the same schedule in the same order.",
+            **({} if address.group is None else {"group": list(address.group)}),
+        )
+
+
+class LockstepWorld:
+    """W ranks of one process. Give each thread `world.transport(rank)`.
+
+    Args:
+        world: number of ranks.
+        timeout: seconds after which a rank that waits gives up.
+    """
+
+    def __init__(self, world: int, timeout: float = 30.0) -> None:
+        self.world, self.timeout = world, timeout
+        self._hub = _Hub(timeout)
+        self._ranks = tuple(range(world))
+        self._group: tuple[int, ...] | None = None
+
+    def transport(self, rank: int) -> LockstepTransport:
+        """The transport of one rank; `rank` counts within this world or subset."""
+        return LockstepTransport(self._hub, self._ranks, rank, self._group)
+
+    def subset(self, ranks: Sequence[int]) -> LockstepWorld:
+        """Some of the ranks as a group of their own, numbered anew from 0; its messages never mix with others'."""
+        part = LockstepWorld(len(ranks), self.timeout)
+        part._hub = self._hub
+        part._ranks = part._group = tuple(self._ranks[r] for r in ranks)
+        return part
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """Note that a rank died: all others raise `TransportError`, those that wait now and any that call later."""
+        self._hub.fail(self._ranks[rank], error)
+
+    def finish(self, rank: int) -> None:
+        """Note that a rank has ended well: who waits for a message it never sent raises at once."""
+        self._hub.finish(self._ranks[rank])
+
+
+class _Pending:
+    """Receives under way; sends were copied when they were posted."""
+
+    def __init__(self, transport: LockstepTransport, tickets: list[tuple[_Address, int, Tensor]]) -> None:
+        self._transport, self._tickets = transport, tickets
+
+    def wait(self) -> None:
+        """Fill what is to be received."""
+        tickets, self._tickets = self._tickets, []
+        for address, ticket, tensor in tickets:
+            message: Tensor = self._transport._take(address, ticket)
+            if message.dtype != tensor.dtype or message.numel() != tensor.numel():
+                raise TransportError(
+                    "what was sent does not fit what is to be received",
+                    fix="Both ranks must post the same schedule.",
+                    lane=address.lane,
+                    source=address.source,
+                    target=address.target,
+                    sent=(message.dtype, tuple(message.shape)),
+                    expected=(tensor.dtype, tuple(tensor.shape)),
+                )
+            with torch.no_grad():
+                tensor.copy_(message.view(tensor.shape))
+
+
+class LockstepTransport(BaseTransport):
+    """One rank of a `LockstepWorld`. See `Transport` for what its methods do."""
+
+    def __init__(self, hub: _Hub, ranks: tuple[int, ...], rank: int, group: tuple[int, ...] | None) -> None:
+        super().__init__(rank, len(ranks))
+        self._hub, self._ranks, self._group = hub, ranks, group
+
+    def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
+        """See `Transport.exchange`. What is sent is copied now, so later writes by the sender do not show."""
+        sends, recvs = self._to_post(sends, recvs, lane, LANES)
+        for peer, tensor in sends:
+            self._hub.put(self._address(lane, self.rank, peer), tensor.detach().clone())
+        addresses = [self._address(lane, peer, self.rank) for peer, _ in recvs]
+        return _Pending(self, [(a, self._hub.ticket(a), m.tensor) for a, m in zip(addresses, recvs, strict=True)])
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See `Transport.all_reduce`. Sums in rank order, so the same ranks give the same bits in every run."""
+        self.stats.count("control", (self.world - 1) * x.nbytes)
+        parts: list[Tensor] = self._gather(x.detach().clone())
+        if len({(part.dtype, part.shape) for part in parts}) > 1:
+            raise TransportError(
+                "the ranks do not sum the same thing",
+                fix="Give all_reduce one shape and dtype on all ranks.",
+                shapes=[(part.dtype, tuple(part.shape)) for part in parts],
+            )
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
+        """See `Transport.agree`."""
+        claims: list[Claim] = self._gather(claim(what, record, error))
+        settle(claims, self.rank, error)
+
+    def _gather(self, item: Any) -> list[Any]:
+        """Every rank's item, in rank order; items are shared, not copied."""
+        others = [r for r in range(self.world) if r != self.rank]
+        for peer in others:
+            self._hub.put(self._address("collective", self.rank, peer), item)
+        addresses = {r: self._address("collective", r, self.rank) for r in others}
+        tickets = {r: self._hub.ticket(address) for r, address in addresses.items()}
+        return [item if r == self.rank else self._take(addresses[r], tickets[r]) for r in range(self.world)]
+
+    def _address(self, lane: str, source: int, target: int) -> _Address:
+        return _Address(self._group, lane, self._ranks[source], self._ranks[target])
+
+    def _take(self, address: _Address, ticket: int) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._hub.take(address, ticket)
+        finally:
+            self.stats.seconds_waited += time.perf_counter() - started
