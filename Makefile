@@ -9,7 +9,8 @@ CONFIG ?= configs/quickstart.yaml
 TORCH  ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off
+# -qq: errors are shown, progress and warnings are not.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --progress-bar off
 RUN := $(VENV)/.stamp-run
 DEV := $(VENV)/.stamp-dev
 
