@@ -15,7 +15,7 @@ RUN := $(VENV)/.stamp-run
 DEV := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart verify install install-dev test lint pytest picture clean
+.PHONY: FORCE help quickstart verify install install-dev test lint pytest picture clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -48,14 +48,16 @@ clean:  ## remove .venv, builds, caches and what the example wrote
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --------------------------------------------------------------------------------------------------- environment
-# A virtual environment that was moved, or whose Python is gone, is made anew.
-$(VENV)/.stamp-python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+# The stamp holds the place of the environment. One that was moved, or whose Python is gone, is made anew.
+$(VENV)/.stamp-python: FORCE
+	@test -x $(BIN)/python && test "$$(cat $@ 2>/dev/null)" = "$(abspath $(VENV))" && exit 0; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "Python 3.10 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
-	       "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
-	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu the package python3-venv brings it." >&2; exit 1; }
-	@touch $@
+	       "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }; \
+	test ! -e $@ || rm -rf $(VENV); \
+	$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu the package python3-venv brings it." >&2; exit 1; }; \
+	echo "$(abspath $(VENV))" > $@
 
 $(RUN): $(VENV)/.stamp-python pyproject.toml constraints.txt
 	@echo "Installing the library and the example into $(VENV) (a few minutes the first time) ..."
