@@ -1,7 +1,7 @@
 """Public helpers for tests: ranks as threads or as processes, dense attention as the truth, and their comparison.
 
 `run_lockstep` is the quick way (one process, no set-up, any dtype), `run_processes` and `RankPool` the real one
-(spawned processes over gloo). They are for tests of this project and of code built on it; the package itself does not use them.
+(spawned processes over gloo). They are for tests of this project and of code built on it; nothing else here uses them.
 """
 
 from seqpar_ring.testing.compare import Case, assert_matches_dense, dense_results, relative_error, ring_results

@@ -1,0 +1,38 @@
+"""What all tests share: deterministic torch, one thread a rank, worker pools started once a session, when needed."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from seqpar_ring.testing import RankPool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Fills torch.empty with NaN, so that memory nobody wrote shows in the results.
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, tests marked `gpu` are deselected (and counted as such), not skipped."""
+    if torch.cuda.is_available():
+        return
+    away = [item for item in items if item.get_closest_marker("gpu")]
+    if away:
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if item not in away]
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[RankPool]:
+    """Two ranks as processes over gloo."""
+    with RankPool(2, timeout=100) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def pool4() -> Iterator[RankPool]:
+    """Four ranks as processes over gloo."""
+    with RankPool(4, timeout=100) as pool:
+        yield pool

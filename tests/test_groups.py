@@ -1,0 +1,121 @@
+"""Groups: which rank is where, over threads and over processes, and every wrong size or mesh by name."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from seqpar_ring import groups as process_groups
+from seqpar_ring.errors import DisagreementError, GroupError
+from seqpar_ring.groups import Groups
+from seqpar_ring.testing import RankPool, run_lockstep_groups
+
+
+def place(groups: Groups) -> tuple[int, ...]:
+    assert groups.ring.rank == groups.rank
+    assert groups.ring.world == groups.size
+    assert groups.everyone.rank == groups.global_rank
+    assert groups.everyone.world == groups.world_size
+    return groups.global_rank, groups.data_rank, groups.rank, groups.data_size
+
+
+def test_two_rings_of_two_are_consecutive_ranks(pool4: RankPool) -> None:
+    expected = [(0, 0, 0, 2), (1, 0, 1, 2), (2, 1, 0, 2), (3, 1, 1, 2)]
+    assert run_lockstep_groups(place, 4, size=2) == expected
+    assert pool4.run_groups(place, size=2) == expected
+
+
+def test_one_ring_and_rings_of_one_are_the_two_ends(pool4: RankPool) -> None:
+    whole, single = [(r, 0, r, 1) for r in range(4)], [(r, r, 0, 4) for r in range(4)]
+    assert pool4.run_groups(place) == run_lockstep_groups(place, 4) == whole
+    assert pool4.run_groups(place, size=1) == run_lockstep_groups(place, 4, size=1) == single
+
+
+def test_a_world_of_one_needs_no_torch_distributed() -> None:
+    assert not dist.is_initialized()
+    groups = process_groups.make(1)
+    assert place(groups) == (0, 0, 0, 1)
+    groups.ring.agree("plan", {"S": 1})
+    groups.everyone.agree("plan", {"S": 1})
+    assert groups.mesh is None
+
+
+def test_several_ranks_without_torch_distributed_are_told_how_to_start_it() -> None:
+    with pytest.raises(GroupError, match=r"not initialised \[size=2\].*torchrun"):
+        process_groups.make(2)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_size_below_one_is_refused(size: int) -> None:
+    with pytest.raises(GroupError, match=f"size={size}, world=1"):
+        process_groups.make(size)
+
+
+def mesh_of_default(groups: Groups) -> tuple[Any, ...]:
+    assert groups.mesh is not None
+    return groups.mesh.mesh_dim_names, groups.mesh.mesh.tolist(), groups.mesh.get_local_rank("ring")
+
+
+def test_the_default_mesh_is_data_by_ring(pool4: RankPool) -> None:
+    assert pool4.run_groups(mesh_of_default, size=2)[3] == (("data", "ring"), [[0, 1], [2, 3]], 1)
+
+
+def make_and_say(
+    _: Groups, size: int, shape: tuple[int, ...] | None, names: tuple[str, ...] | None, part: str | None = None
+) -> tuple[Any, ...] | str:
+    """Make groups over a mesh (or a dimension of one) and return this rank's place and its ring's global ranks."""
+    mesh = None if shape is None else init_device_mesh("cpu", shape, mesh_dim_names=names)
+    if mesh is not None and part is not None:
+        mesh = mesh[part]
+    try:
+        groups = process_groups.make(size, mesh, timeout=30)
+    except (GroupError, DisagreementError) as error:
+        return f"{type(error).__name__}: {error}"
+    ring = groups.ring.all_gather(torch.tensor([dist.get_rank()]), [1] * size).tolist()
+    assert mesh is None or groups.mesh is mesh
+    return groups.data_rank, groups.rank, ring
+
+
+def test_a_mesh_decides_which_ranks_form_a_ring(pool4: RankPool) -> None:
+    expected = [(0, 0, [0, 2]), (1, 0, [1, 3]), (0, 1, [0, 2]), (1, 1, [1, 3])]
+    assert pool4.run_groups(make_and_say, 2, (2, 2), ("ring", "data")) == expected
+    assert pool4.run_groups(make_and_say, 2, (2, 2), ("ring", "data"), "ring") == expected
+
+
+def test_a_mesh_of_one_unnamed_dimension_is_the_ring(pool4: RankPool) -> None:
+    assert pool4.run_groups(make_and_say, 4, (4,), None) == [(0, r, [0, 1, 2, 3]) for r in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "names", "expected"),
+    [
+        (3, None, None, "size=3, world=4]. Fix: Give a size of 1 or 2 or 4"),
+        (8, None, None, "size=8, world=4"),
+        (4, (2, 2), ("data", "ring"), "Fix: Give size=2, or a mesh whose ring has 4 ranks."),
+        (2, (2, 2), ("dp", "cp"), "no dimension named \"ring\" [mesh_dim_names=('dp', 'cp'), shape=(2, 2)]"),
+        (2, (2, 2), None, 'no dimension named "ring"'),
+    ],
+)
+def test_a_size_or_mesh_that_does_not_fit_is_refused_on_every_rank(
+    pool4: RankPool, size: int, shape: tuple[int, ...] | None, names: tuple[str, ...] | None, expected: str
+) -> None:
+    for message in map(str, pool4.run_groups(make_and_say, size, shape, names)):
+        assert message.startswith("GroupError")
+        assert expected in message
+
+
+def ask_for_different_sizes(groups: Groups) -> str:
+    return str(make_and_say(groups, 2 if groups.rank == 3 else 4, None, None))
+
+
+def test_ranks_that_ask_for_different_sizes_are_told_so_before_any_group_is_made(pool4: RankPool) -> None:
+    for message in pool4.run_groups(ask_for_different_sizes):
+        assert message.startswith("DisagreementError: sequence groups: the ranks hold different values of 'size'")
+        assert "rank 0, 1, 2=4, rank 3=2" in message
+
+
+def test_a_lockstep_world_refuses_a_size_that_does_not_divide_it() -> None:
+    with pytest.raises(GroupError, match="size=2, world=3"):
+        run_lockstep_groups(place, 3, size=2)

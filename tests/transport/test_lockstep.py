@@ -1,0 +1,110 @@
+"""What only lockstep can show: copies, exact sizes, and ranks that fail, end or never come."""
+
+import time
+from threading import Thread
+
+import pytest
+import torch
+
+from seqpar_ring.errors import TransportError
+from seqpar_ring.groups import Groups
+from seqpar_ring.testing import run_lockstep_groups
+from seqpar_ring.transport import LockstepWorld, Recv, Send
+
+
+def test_what_the_sender_writes_later_does_not_show() -> None:
+    world = LockstepWorld(2)
+    x, y = torch.ones(3), torch.zeros(3)
+    world.transport(0).exchange([Send(1, x)], []).wait()
+    x.fill_(9)
+    world.transport(1).exchange([], [Recv(0, y)]).wait()
+    assert y.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected", "says"),
+    [
+        (torch.ones(3), torch.zeros(4), r"sent=\(torch.float32, \(3,\)\), expected=\(torch.float32, \(4,\)\)"),
+        (torch.ones(3), torch.zeros(3, dtype=torch.float64), "torch.float64"),
+    ],
+)
+def test_a_size_or_dtype_that_does_not_match_is_an_error(sent: torch.Tensor, expected: torch.Tensor, says: str) -> None:
+    world = LockstepWorld(2)
+    world.transport(0).exchange([Send(1, sent)], [])
+    with pytest.raises(TransportError, match=says):
+        world.transport(1).exchange([], [Recv(0, expected)]).wait()
+
+
+def test_a_rank_that_fails_ends_those_that_wait_and_those_that_call_later() -> None:
+    world = LockstepWorld(3, timeout=60)
+    caught: dict[str, TransportError] = {}
+
+    def wait() -> None:
+        try:
+            world.transport(0).exchange([], [Recv(1, torch.zeros(1))]).wait()
+        except TransportError as error:
+            caught["waiting"] = error
+
+    thread = Thread(target=wait)
+    thread.start()
+    started = time.monotonic()
+    world.fail(2, ZeroDivisionError("division by zero"))  # not even the rank that is waited for
+    thread.join(10)
+    assert time.monotonic() - started < 10
+    with pytest.raises(
+        TransportError, match="rank 1 stopped because rank 2 failed with ZeroDivisionError: division by"
+    ):
+        world.transport(1).exchange([Send(0, torch.zeros(1))], [])
+    assert isinstance(caught["waiting"].__cause__, ZeroDivisionError)
+
+
+def test_a_message_that_never_comes_times_out_and_says_who_waited_for_whom() -> None:
+    world = LockstepWorld(2, timeout=0.05)
+    one = world.transport(1)
+    handle = one.exchange([], [Recv(0, torch.zeros(1))], lane="dkv")
+    with pytest.raises(TransportError, match=r"rank 1 waited for a message from rank 0 in lane dkv.*within 0.05 s"):
+        handle.wait()
+    assert one.stats.seconds_waited >= 0.05
+
+
+def test_a_sender_that_has_ended_is_not_waited_for() -> None:
+    world = LockstepWorld(2, timeout=60)
+    world.transport(0).exchange([Send(1, torch.ones(1))], [])
+    world.finish(0)
+    one, x = world.transport(1), torch.zeros(1)
+    one.exchange([], [Recv(0, x)]).wait()  # sent before the end
+    assert x == 1
+    with pytest.raises(TransportError, match="which ended without sending it"):
+        one.exchange([], [Recv(0, x)]).wait()
+
+
+def test_subsets_number_their_ranks_anew_and_keep_their_messages_to_themselves() -> None:
+    world = LockstepWorld(4, timeout=0.05)
+    part = world.subset([1, 3])
+    part.transport(0).exchange([Send(1, torch.tensor([7.0]))], [])  # rank 1 of the world to rank 3
+    x = torch.zeros(1)
+    with pytest.raises(TransportError, match="rank 3 waited for a message from rank 1"):
+        world.transport(3).exchange([], [Recv(1, x)]).wait()
+    part.transport(1).exchange([], [Recv(0, x)]).wait()
+    assert x == 7
+    with pytest.raises(TransportError, match=r"rank 1 waited for a message from rank 3.*group=\[1, 3\]"):
+        part.transport(0).exchange([], [Recv(1, x)]).wait()
+
+
+def test_ranks_that_sum_different_shapes_are_told_so() -> None:
+    with pytest.raises(TransportError, match="do not sum the same thing"):
+        run_lockstep_groups(lambda g: g.ring.all_reduce(torch.zeros(2 + g.rank)), 2)
+
+
+def test_all_gather_refuses_sizes_that_do_not_fit_the_tensor() -> None:
+    with pytest.raises(TransportError, match=r"sizes=\[2, 3\], shape=\(4, 5\), dim=0"):
+        run_lockstep_groups(lambda g: g.ring.all_gather(torch.zeros(4, 5), [2, 3]), 2)
+
+
+def test_a_tensor_that_requires_grad_travels_without_its_graph() -> None:
+    def swap(groups: Groups) -> bool:
+        x, y = torch.full((2,), float(groups.rank), requires_grad=True), torch.zeros(2)
+        groups.ring.exchange([Send(1 - groups.rank, x * 2)], [Recv(1 - groups.rank, y)]).wait()
+        return y.requires_grad or groups.ring.all_reduce(x).requires_grad
+
+    assert run_lockstep_groups(swap, 2) == [False, False]
