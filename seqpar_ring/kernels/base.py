@@ -109,8 +109,8 @@ class Kernel(Protocol):
             scores: how logits are made.
 
         Returns:
-            out_BSHE in q's dtype, 0 where a row sees nothing in this call, and lse_BHS, natural log, fp32 (fp64 for
-            fp64), -inf there.
+            out_BSHE in q's dtype or (better, for it is merged) a wider one, 0 where a row sees nothing in this call,
+            and lse_BHS, natural log, fp32 (fp64 for fp64), -inf there. Both are the caller's to keep.
         """
 
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:

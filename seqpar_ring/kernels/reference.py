@@ -56,7 +56,7 @@ class ReferenceKernel:
         """See `Kernel.forward`."""
         admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
         batch, rows, heads, _ = q_BSHD.shape
-        out_BSHE = q_BSHD.new_zeros(batch, rows, heads, v_BSGE.shape[3])
+        out_BSHE = q_BSHD.new_zeros((batch, rows, heads, v_BSGE.shape[3]), dtype=wide(q_BSHD.dtype))
         lse_BHS = q_BSHD.new_full((batch, heads, rows), -torch.inf, dtype=wide(q_BSHD.dtype))
         for s in _slabs(call, batch * heads):
             q = _grouped(q_BSHD[:, s.q0 : s.q1], k_BSGD.shape[2])

@@ -113,10 +113,14 @@ def test_the_slabs_of_all_segments_share_their_masks() -> None:
     assert len({id(mask) for mask in kernel.masks}) == 3
 
 
-def test_gradients_that_are_sums_of_parts_come_in_fp32_and_others_in_the_inputs_dtype() -> None:
+@pytest.mark.parametrize("call", [SQUARE, CORNER])
+def test_half_precision_is_computed_and_returned_in_fp32(call: Call) -> None:
     kernel = CpuKernel()
-    for call, dtype in ((SQUARE, torch.bfloat16), (CORNER, torch.float32)):
-        assert {x.dtype for x in kernel.backward(*kept(call, torch.bfloat16), call, SCORES)} == {dtype}
+    q, k, v, _ = tensors(call, torch.bfloat16)
+    results = (*kernel.forward(q, k, v, call, SCORES), *kernel.backward(*kept(call, torch.bfloat16), call, SCORES))
+    assert {x.dtype for x in results} == {torch.float32}
+    exact = kernel.forward(q.double(), k.double(), v.double(), call, SCORES)[0]
+    torch.testing.assert_close(results[0], exact.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_rows_whose_lse_is_minus_infinity_have_no_gradient_and_give_none() -> None:

@@ -77,8 +77,8 @@ def test_slabs_of_rows_change_nothing(limit: int, monkeypatch: pytest.MonkeyPatc
 def test_half_precision_is_computed_in_fp32(dtype: torch.dtype) -> None:
     inputs, scores = tensors(dtype, 8), Scores(0.6, 1.5)
     out, lse, *gradients = answer(inputs, scores, False)
-    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
     assert {g.dtype for g in gradients} == {torch.float32}
     truth = by_autograd(inputs, scores)
-    torch.testing.assert_close(out, truth[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(out, truth[0].float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-6, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.errors import ConfigError, UnsupportedError
+from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import (
     Capabilities,
     CpuKernel,
@@ -165,3 +167,13 @@ def test_a_kernel_whose_op_this_torch_lacks_says_so_with_torchs_version() -> Non
     x = torch.zeros(1, 3, 2, 4)
     with pytest.raises(UnsupportedError, match=r"it lacks aten._no_such_op \(torch is "):
         kernel.forward(x, x, x, Call(0, 0, 3, 3, (0, 3), (0, 3)), Scores(1.0))
+
+
+def test_a_kernel_without_windows_refuses_a_call_with_one() -> None:
+    class Windowless(ReferenceKernel):
+        capabilities = replace(ReferenceKernel.capabilities, window=False)
+
+    x = torch.zeros(1, 3, 2, 4)
+    Windowless().forward(x, x, x, Call(0, 0, INF, 0, (0, 3), (0, 3)), Scores(1.0))
+    with pytest.raises(UnsupportedError, match="it lacks sliding window"):
+        Windowless().forward(x, x, x, Call(0, 0, 1, 0, (0, 3), (0, 3)), Scores(1.0))
