@@ -1,0 +1,57 @@
+"""Settings: one way in, and messages that name the key, the value and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from seqpar_ring import Settings
+from seqpar_ring.errors import ConfigError
+
+
+def test_only_the_size_is_needed() -> None:
+    parsed = Settings.parse({"size": 4})
+    assert (parsed.size, parsed.layout, parsed.schedule, parsed.block_tokens) == (4, "zigzag", "ring", "auto")
+
+
+def test_every_setting_can_be_given() -> None:
+    block = {
+        "size": 2,
+        "layout": "striped",
+        "schedule": "ring",
+        "heads": 1,
+        "block_tokens": 512,
+        "kernel": "cpu",
+        "timeout": 5.0,
+    }
+    assert Settings.parse(block).model_dump() == block
+    assert set(block) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"size": 2, "layuot": "zigzag"}, 'Did you mean "layout"?'),
+        ({"layout": "zigzag"}, 'lacks "size"'),
+        ({"size": "2"}, "value='2', type='str'"),
+        ({"size": True}, "type='bool'"),
+        ({"size": 2.0}, "type='float'"),
+        ({"size": 0}, "at least 1"),
+        ({"size": 2, "block_tokens": "many"}, 'or "auto"'),
+        ({"size": 2, "block_tokens": 0}, "below 1"),
+        ({"size": 2, "timeout": -1.0}, "positive number of seconds"),
+        ({"size": 2, "layout": 3}, "a name as a string"),
+        ([2], "must be a mapping"),
+    ],
+)
+def test_a_wrong_block_is_refused_with_the_key_and_the_fix(block: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.parse(block, 'the "seqpar_ring" block')
+    assert words in str(caught.value)
+    assert 'the "seqpar_ring" block' in str(caught.value)
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings(size=2).size = 3  # type: ignore[misc]

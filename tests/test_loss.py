@@ -1,0 +1,142 @@
+"""The token-weighted loss equals one device's, in value and gradient, and a mean of means does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from seqpar_ring.errors import BatchError, PlanError
+from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.testing import run_lockstep
+
+LENGTHS, V = [13, 1, 8], 11
+
+
+def data(seed: int) -> tuple[Tensor, Tensor]:
+    """Logits and labels of a whole batch, most labels of the first document masked."""
+    generator = torch.Generator().manual_seed(seed)
+    S = sum(LENGTHS)
+    logits = torch.randn(2, S, V, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, V, (2, S), generator=generator)
+    labels[:, 2:12] = -100
+    return logits, labels
+
+
+def on_one_device(seeds: list[int]) -> tuple[float, list[Tensor]]:
+    """Token mean over all batches, and the gradient of each batch's logits."""
+    from seqpar_ring.batch import shift_labels
+
+    logits = [data(seed)[0].requires_grad_() for seed in seeds]
+    targets = [shift_labels(data(seed)[1], LENGTHS) for seed in seeds]
+    total = sum(
+        functional.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="sum")
+        for x, y in zip(logits, targets, strict=True)
+    )
+    loss = total / sum(int((y != -100).sum()) for y in targets)
+    assert isinstance(loss, Tensor)
+    return loss.item(), list(torch.autograd.grad(loss, logits))
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 1), (2, 2), (3, 3), (4, 2), (4, 4), (8, 4)])
+def test_value_and_averaged_gradient_are_those_of_one_device(world: int, size: int) -> None:
+    truth, grads = on_one_device(list(range(world // size)))
+
+    def train(sp: SequenceParallel) -> tuple[float, int, Tensor]:
+        logits, labels = data(sp.data_rank)
+        batch = sp.shard_batch({"input_ids": labels, "labels": labels}, LENGTHS)
+        plan = batch["seqpar_plan"]
+        mine = plan.shard(logits).requires_grad_()
+        loss = sp.loss(mine, batch["labels"], plan)
+        (grad,) = torch.autograd.grad(loss, mine)
+        return loss.item(), sp.data_rank, plan.gather(grad) / sp.world_size
+
+    for value, data_rank, grad in run_lockstep(train, world, size=size):
+        assert value == pytest.approx(truth, rel=1e-12)
+        torch.testing.assert_close(grad, grads[data_rank], rtol=1e-12, atol=1e-15)
+
+
+def test_over_several_micro_batches_it_weighs_every_token_the_same() -> None:
+    truth, grads = on_one_device([0, 1, 2, 3])
+
+    def train(sp: SequenceParallel) -> tuple[float, list[tuple[int, Tensor]]]:
+        seeds = [sp.data_rank, 2 + sp.data_rank]
+        batches = [{"input_ids": data(seed)[1], "labels": data(seed)[1], "position_ids": positions()} for seed in seeds]
+        items = sp.count_targets(batches)
+        value, found = 0.0, []
+        for seed, batch in zip(seeds, batches, strict=True):
+            part = sp.shard_batch(batch)
+            mine = part["seqpar_plan"].shard(data(seed)[0]).requires_grad_()
+            loss = sp.loss(mine, part["labels"], num_items=items, accumulation=2) / 2  # as an engine divides
+            value += loss.item()
+            found.append((seed, part["seqpar_plan"].gather(torch.autograd.grad(loss, mine)[0]) / sp.world_size))
+        return value, found
+
+    for value, found in run_lockstep(train, 4, size=2):
+        assert value == pytest.approx(truth, rel=1e-12)
+        for seed, grad in found:
+            torch.testing.assert_close(grad, grads[seed], rtol=1e-12, atol=1e-15)
+
+
+def positions() -> Tensor:
+    return torch.cat([torch.arange(n) for n in LENGTHS])[None]
+
+
+def test_a_mean_of_per_rank_means_would_be_seen() -> None:
+    truth, _ = on_one_device([0])
+
+    def mean_of_means(sp: SequenceParallel) -> Tensor:
+        logits, labels = data(0)
+        batch = sp.shard_batch({"input_ids": labels, "labels": labels}, LENGTHS)
+        mine = batch["seqpar_plan"].shard(logits)
+        return functional.cross_entropy(mine.flatten(0, 1), batch["labels"].flatten())
+
+    means = run_lockstep(mean_of_means, 4)
+    assert abs(sum(means).item() / 4 - truth) > 5e-3 * truth  # type: ignore[union-attr]
+
+
+def test_a_rank_without_targets_is_no_nan_and_no_targets_at_all_is_an_error() -> None:
+    def train(sp: SequenceParallel) -> tuple[float, bool]:
+        logits = torch.randn(1, 6, V, requires_grad=True)
+        labels = torch.full((1, 6), -100)
+        if sp.rank == 1:
+            labels[0, 2] = 3
+        loss = sp.loss(logits, labels)
+        loss.backward()
+        assert logits.grad is not None
+        with pytest.raises(BatchError, match="no token of the batch has a target"):
+            sp.loss(logits, torch.full((1, 6), -100))
+        return loss.item(), bool(logits.grad.isfinite().all())
+
+    results = run_lockstep(train, 3)
+    assert len({value for value, _ in results}) == 1
+    assert all(finite for _, finite in results)
+
+
+def test_a_rank_without_tokens_takes_part() -> None:
+    def train(sp: SequenceParallel) -> float:
+        plan = sp.plan([2])
+        logits = plan.shard(torch.ones(1, 2, V)).requires_grad_()
+        return sp.loss(logits, plan.shard(torch.tensor([[3, -100]])), plan).item()
+
+    assert run_lockstep(train, 4, layout="striped") == pytest.approx([torch.tensor(V).log().item()] * 4)
+
+
+def test_bf16_logits_are_reduced_in_fp32() -> None:
+    def value(sp: SequenceParallel) -> Tensor:
+        return sp.loss(torch.zeros(1, 300, V, dtype=torch.bfloat16), torch.zeros(1, 300, dtype=torch.long))
+
+    (loss,) = run_lockstep(value, 1)
+    assert loss.dtype is torch.float32
+    assert loss.item() == pytest.approx(torch.tensor(V).log().item(), rel=1e-6)
+
+
+def test_labels_of_another_shape_are_refused() -> None:
+    def refuse(sp: SequenceParallel) -> None:
+        with pytest.raises(PlanError, match=r"labels=\(1, 3\)"):
+            sp.loss(torch.zeros(1, 4, V), torch.zeros(1, 3, dtype=torch.long))
+        with pytest.raises(BatchError, match="expected_tokens=4"):
+            sp.loss(torch.zeros(1, 3, V), torch.zeros(1, 3, dtype=torch.long), sp.plan(4))
+
+    run_lockstep(refuse, 1)

@@ -1,0 +1,194 @@
+"""SequenceParallel: what it refuses, batches sharded and put together again, plans cached, ranks held together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqpar_ring import Settings, ring_attention
+from seqpar_ring.errors import BatchError, ConfigError, DisagreementError, GroupError, PlanError, UnsupportedError
+from seqpar_ring.layout import LAYOUTS
+from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.testing import RankPool, run_lockstep
+
+
+def batch(S: int = 22) -> dict[str, Any]:
+    ids = torch.arange(2 * S).reshape(2, S)
+    return {"input_ids": ids, "labels": ids + 1000, "attention_mask": torch.ones(2, S), "note": "as it was"}
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_a_sharded_batch_gathers_to_the_whole_with_shifted_labels(world: int, layout: str) -> None:
+    lengths = [13, 1, 8]
+
+    def whole_again(sp: SequenceParallel) -> tuple[Tensor, ...]:
+        part = sp.shard_batch(batch(), lengths)
+        plan = part["seqpar_plan"]
+        assert part["note"] == "as it was"
+        assert "attention_mask" not in part
+        assert part["labels"] is part["shift_labels"]
+        assert part["input_ids"].shape == (2, plan.local_tokens)
+        torch.testing.assert_close(part["position_ids"][:1], plan.position_ids)
+        return tuple(plan.gather(part[key]) for key in ("input_ids", "labels", "position_ids"))
+
+    for ids, labels, positions in run_lockstep(whole_again, world, layout=layout):
+        assert torch.equal(ids, batch()["input_ids"])
+        assert torch.equal(positions[1], torch.cat([torch.arange(n) for n in lengths]))
+        expected = batch()["labels"].roll(-1, 1)
+        expected[:, [12, 13, 21]] = -100
+        assert torch.equal(labels, expected)
+
+
+def test_shard_and_gather_are_each_others_adjoint() -> None:
+    """<gather(x), y> summed over ranks = sum of <x, its gradient>; the same for shard."""
+
+    def adjoint(sp: SequenceParallel) -> tuple[Tensor, ...]:
+        plan = sp.plan([7, 4])
+        generator = torch.Generator().manual_seed(sp.rank)
+        x = torch.randn(2, plan.local_tokens, dtype=torch.float64, generator=generator).requires_grad_()
+        y = torch.randn(2, 11, dtype=torch.float64, generator=generator)
+        whole = plan.gather(x)
+        (grad,) = torch.autograd.grad((whole * y).sum(), x)
+        w = torch.randn(2, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(99)).requires_grad_()
+        z = torch.randn(2, plan.local_tokens, dtype=torch.float64, generator=generator)
+        part = plan.shard(w)
+        (grad_w,) = torch.autograd.grad((part * z).sum(), w)
+        products = ((whole * y), (x * grad), (part * z), (w * grad_w))
+        return tuple(product.sum().detach() for product in products)
+
+    results = run_lockstep(adjoint, 3)
+    torch.testing.assert_close(sum(r[0] for r in results), sum(r[1] for r in results))
+    for r in results:  # every rank gets the gradient of the sum over the ranks
+        torch.testing.assert_close(r[3], torch.as_tensor(sum(x[2] for x in results)))
+
+
+def test_plans_are_cached_and_masks_share_the_layout() -> None:
+    def same(sp: SequenceParallel) -> None:
+        plan = sp.plan([5, 9])
+        assert sp.plan((5, 9)) is plan
+        assert sp.plan(14) is not plan
+        windowed = plan.masked(window=3)
+        assert windowed is sp.plan([5, 9], window=3)
+        assert windowed.layout is plan.layout
+        assert windowed.masked() is plan
+        assert "14 tokens over 2 ranks" in plan.explain()
+        assert "zigzag" in plan.explain()
+
+    run_lockstep(same, 2)
+
+
+def test_a_gone_plan_is_named_and_a_held_one_survives_until_backward() -> None:
+    import gc
+
+    from seqpar_ring.plan import plan_of
+
+    def forget(sp: SequenceParallel) -> None:
+        x = torch.ones(1, 4, 1, 8, requires_grad=True)
+        out = ring_attention(x, x, x, SequenceParallel.over(sp.groups, sp.settings).plan(4))
+        gc.collect()
+        assert isinstance(out, Tensor)
+        out.sum().backward()  # the graph holds the plan
+        assert x.grad is not None
+        with pytest.raises(PlanError, match="a plan is gone"):
+            plan_of(10**9)
+
+    run_lockstep(forget, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"layout": "zigzg"}, ConfigError, 'Did you mean "zigzag"?'),
+        ({"schedule": "rings"}, ConfigError, 'Did you mean "ring"?'),
+        ({"kernel": "flash9"}, ConfigError, "unknown kernel"),
+        ({"heads": 2}, UnsupportedError, "heads=2"),
+        ({"layuot": "zigzag"}, ConfigError, 'Did you mean "layout"?'),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(settings: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        SequenceParallel(1, **settings)
+    assert words in str(caught.value)
+
+
+def test_a_world_of_one_needs_no_torch_distributed() -> None:
+    sp = SequenceParallel(1)
+    assert (sp.size, sp.rank, sp.world_size) == (1, 0, 1)
+    assert torch.equal(sp.shard_batch({"input_ids": torch.ones(1, 3)})["position_ids"], torch.tensor([[0, 1, 2]]))
+
+
+def test_more_ranks_than_processes_is_refused() -> None:
+    with pytest.raises(GroupError):
+        SequenceParallel(2)
+
+
+def test_a_training_batch_with_fewer_tokens_than_ranks_is_refused_on_every_rank() -> None:
+    def refuse(sp: SequenceParallel) -> str:
+        with pytest.raises(BatchError) as caught:
+            sp.shard_batch(batch(3))
+        return str(caught.value)
+
+    assert all("tokens=3, size=4" in message for message in run_lockstep(refuse, 4))
+
+
+def test_one_ranks_bad_batch_is_every_ranks_error() -> None:
+    def refuse(sp: SequenceParallel) -> str:
+        given = batch()
+        if sp.rank == 2:
+            given["attention_mask"] = torch.tensor([[0] + [1] * 21] * 2)
+        with pytest.raises(BatchError) as caught:
+            sp.shard_batch(given)
+        return str(caught.value)
+
+    assert all("left padding" in message for message in run_lockstep(refuse, 3))
+
+
+@pytest.mark.parametrize("key", ["input_ids", "labels"])
+def test_ranks_given_different_samples_are_told_so(key: str) -> None:
+    def differ(sp: SequenceParallel) -> str:
+        given = batch()
+        given[key] = given[key] + (given[key] == 7 + 1000 * (key == "labels")) * sp.rank
+        with pytest.raises(DisagreementError) as caught:
+            sp.shard_batch(given)
+        return str(caught.value)
+
+    assert all(f"{key} (checksum)" in message for message in run_lockstep(differ, 2))
+
+
+def test_data_parallel_groups_may_hold_different_samples(pool4: RankPool) -> None:
+    totals = pool4.run(sum_of_own_sample, size=2)
+    assert totals == [sum(range(11)), sum(range(11)), sum(range(100, 111)), sum(range(100, 111))]
+
+
+def sum_of_own_sample(sp: SequenceParallel) -> int:
+    part = sp.shard_batch({"input_ids": torch.arange(11)[None] + 100 * sp.data_rank})
+    return int(part["seqpar_plan"].gather(part["input_ids"]).sum())
+
+
+def test_the_report_counts_and_resets() -> None:
+    def report(sp: SequenceParallel) -> None:
+        plan = sp.plan(16)
+        x = torch.ones(1, plan.local_tokens, 1, 8)
+        sp.reset_report()
+        ring_attention(x, x, x, plan)
+        found = sp.report()
+        rows = {0: 4, 1: 8}[sp.rank]  # rank 1's queries see only the first chunk of rank 0
+        assert found.bytes_sent["kv"] == rows * 2 * 8 * 4
+        assert found.messages >= 1
+        assert found.seconds_waited >= 0
+        assert "kv 0.0 MiB" in str(found)
+        sp.reset_report()
+        assert sum(sp.report().bytes_sent.values()) == 0
+
+    run_lockstep(report, 2)
+
+
+def test_settings_are_readable_back() -> None:
+    def check(sp: SequenceParallel) -> Settings:
+        return sp.settings
+
+    assert run_lockstep(check, 2, layout="striped")[0].layout == "striped"
