@@ -82,7 +82,7 @@ def test_where_the_op_cannot_share_heads_the_answer_is_the_same(call: Call, dtyp
     native, repeating = CpuKernel(), CpuKernel()
     repeating._shares_heads = False
     dout, saved = kept(call, dtype)
-    tolerance = {torch.float64: 1e-12, torch.bfloat16: 3e-2}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 1e-5}[dtype]
     for one, other in (
         (native.forward(*saved[:3], call, SCORES), repeating.forward(*saved[:3], call, SCORES)),
         (native.backward(dout, saved, call, SCORES), repeating.backward(dout, saved, call, SCORES)),
