@@ -44,7 +44,7 @@ install: $(RUN)  ## only set up .venv for the example
 install-dev: $(DEV)  ## only set up .venv for working on the code
 
 clean:  ## remove .venv, builds, caches and what the example wrote
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist runs models *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --------------------------------------------------------------------------------------------------- environment
