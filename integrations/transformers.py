@@ -1,0 +1,223 @@
+"""HuggingFace models over a sequence group: `parallelize(model, sp)`, then call the model as before.
+
+Through transformers' public registries a model gets our attention and mask function, through two hooks its batches are
+sharded and its calls checked, and its loss becomes the token mean over all ranks. No method is replaced and nothing
+private imported; the plan travels with the batch, in the keyword arguments that models hand down to attention. What
+cannot be computed exactly is refused by name: the rules stand in `transformers_rules`. No training loop, no Trainer,
+and no generation: a sharded model has no KV cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from seqpar_ring.attention import ring_attention
+from seqpar_ring.batch import PLAN_KEY
+from seqpar_ring.errors import BatchError, SeqparError, UnsupportedError, VersionError
+from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.plan import Plan
+
+try:
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise VersionError(
+        "transformers is missing, or too old to register attention functions",
+        fix='Install it: pip install "seqpar-ring[transformers]".',
+        error=str(error),
+    ) from error
+
+from . import transformers_rules as rules
+from .transformers_rules import Calls
+
+NAME = "seqpar_ring"
+"""The attn_implementation under which the ring is registered."""
+
+CALLS_KEY = "seqpar_calls"
+"""Under this key one forward's tally travels beside the plan."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(model: Model, sp: SequenceParallel) -> Model:
+    """Make a transformers model compute over the sequence group. Collective over the world; changes the model in place.
+
+    Afterwards `model(**batch)` takes a whole batch (the same on every rank of the sequence group: input_ids (B, S),
+    optionally labels (B, S) not shifted, a right-padding attention_mask (B, S), position_ids that restart for packed
+    documents), or one that `sp.shard_batch` made. `outputs.loss` is the mean over the targets of the whole world, and
+    averaging gradients over all ranks (DDP, ZeRO) gives the gradient of one device; `outputs.logits` are this rank's
+    tokens. Call it on the bare model, before DDP or DeepSpeed wrap it.
+
+    Args:
+        model: a decoder of transformers, with or without its language-model head.
+        sp: the sequence group.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedError: a model that cannot be computed exactly (docs/huggingface.md lists them); on every rank.
+        ConfigError: a model that is parallelized already; on every rank.
+        DisagreementError: the ranks hold different models.
+    """
+    problem: SeqparError | None = None
+    hf: Any = model
+    try:
+        rules.check_model(model, already=_adapted(model))
+    except SeqparError as found:
+        problem = found
+    sp.groups.everyone.agree("parallelize", _record(model), problem)
+    register()
+    try:
+        hf.set_attn_implementation(NAME)
+    except (ValueError, KeyError) as found:
+        raise UnsupportedError(
+            "the model does not take another attention implementation",
+            fix="Use a family whose attention goes through transformers' AttentionInterface.",
+            model=type(model).__name__,
+            error=str(found),
+        ) from found
+    adapter = _Adapter(sp)
+    hf.loss_function = adapter.loss
+    hf.register_forward_pre_hook(adapter.before, with_kwargs=True)
+    hf.register_forward_hook(adapter.after, with_kwargs=True)
+    return model
+
+
+def register() -> None:
+    """Register the ring as attn_implementation "seqpar_ring" of transformers. Idempotent; `parallelize` does it too."""
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+class _Adapter:
+    """What one parallelized model holds: the sequence group, the two hooks and the loss."""
+
+    def __init__(self, sp: SequenceParallel) -> None:
+        self.sp = sp
+        self._checked: set[bool] = set()
+
+    def before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """Forward pre-hook: check the call, shard the batch, let the plan and an empty tally go with it."""
+        batch = _named(model, args, kwargs)
+        rules.refuse_decoding(batch)
+        problem: SeqparError | None = None
+        try:
+            rules.check_call(batch, self.sp)
+        except SeqparError as found:
+            problem = found
+        self.sp.groups.ring.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
+        if PLAN_KEY not in batch:
+            batch = self.sp.shard_batch(batch)
+        rules.check_shares(batch[PLAN_KEY])
+        return (), {**batch, "use_cache": False, CALLS_KEY: Calls()}
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: at the first forward, and the first with labels, see that attention and loss were ours."""
+        labelled = kwargs.get("labels") is not None
+        if labelled in self._checked:
+            return
+        calls: Calls = kwargs[CALLS_KEY]
+        problem: SeqparError | None = None
+        try:
+            rules.check_calls(model, calls, labelled)
+        except SeqparError as found:
+            problem = found
+        self.sp.groups.ring.agree("the first forward", vars(calls), problem)
+        self._checked.add(labelled)
+
+    def loss(self, logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:
+        """In place of transformers' ForCausalLMLoss: labels are shifted already, and the mean is over the world."""
+        plan, calls, shifted = (kwargs.get(key) for key in (PLAN_KEY, CALLS_KEY, "shift_labels"))
+        shifted = labels if shifted is None else shifted
+        if plan is None or calls is None or shifted is None:
+            raise UnsupportedError(
+                "the model does not hand its keyword arguments to its loss, which needs the plan",
+                fix=rules.OWN_LOSS,
+                keywords=sorted(kwargs),
+            )
+        calls.loss += 1
+        items = kwargs.get("num_items_in_batch")
+        return self.sp.loss(logits, shifted.to(logits.device), plan, num_items=None if items is None else int(items))
+
+
+def _attend(  # noqa: PLR0913 - the signature that transformers calls
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: query (B, H, S, D), key (B, G, S, D), value (B, G, S, E) -> out (B, S, H, E), None."""
+    plan, calls = kwargs.pop(PLAN_KEY, None), kwargs.pop(CALLS_KEY, None)
+    if not isinstance(plan, Plan):
+        raise UnsupportedError(
+            'attention was called as "seqpar_ring" without a plan',
+            fix="Call the model that parallelize(model, sp) returned: not its inner model, not its forward method, "
+            "and not through a wrapper or a family that drops keyword arguments on their way to attention.",
+            module=type(module).__name__,
+            keywords=sorted(kwargs),
+        )
+    window, softcap, sinks = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
+    try:
+        rules.check_attention(module, attention_mask, dropout, kwargs)
+    except SeqparError as problem:
+        plan.ring.agree("attention", {}, problem)
+    if calls is not None:
+        calls.attention += 1
+        calls.windowed += window is not None
+    # transformers' window counts the query's own key, as ours does. One that nothing reaches past is none.
+    plan = plan.masked(causal=True, window=None if window is None or window >= max(plan.lengths) else window)
+    q_BSHD, k_BSGD, v_BSGE = (x.transpose(1, 2) for x in (query, key, value))
+    out_BSHE = ring_attention(q_BSHD, k_BSGD, v_BSGE, plan, scale=scaling, softcap=softcap, sinks=sinks)
+    assert isinstance(out_BSHE, Tensor)  # with return_lse it would be a pair
+    return out_BSHE, None
+
+
+def _mask(*_: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **__: Any) -> None:
+    """The mask function: no mask tensor, since the plan says who sees whom; what would need one is refused.
+
+    Without a mask function transformers drops a padding mask silently; with its own it takes the positions of a shard
+    for packed documents.
+    """
+    if use_vmap:
+        raise UnsupportedError(
+            "the model adds a mask of its own to the causal one, which cannot be followed exactly",
+            fix="Use a model whose masks are causal or sliding windows.",
+        )
+    if attention_mask is not None and not bool((attention_mask != 0).all()):
+        raise BatchError(
+            "a padding mask reached the sharded model",
+            fix="Call the model that parallelize returned with the whole batch: it reads the mask before sharding.",
+            attention_mask=tuple(attention_mask.shape),
+        )
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(model.forward)
+    signature.bind_partial(*args, **kwargs)  # raises TypeError as the call itself would
+    return {**signature.bind_partial(*args).arguments, **kwargs}
+
+
+def _adapted(model: nn.Module) -> bool:
+    return isinstance(getattr(getattr(model, "loss_function", None), "__self__", None), _Adapter)
+
+
+def _record(model: nn.Module) -> dict[str, object]:
+    """What the ranks' models must have in common; of the config only what is cheap to say."""
+    config = getattr(model, "config", None)
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    values = {name: getattr(config, name, None) for name in names}
+    return {"model": type(model).__name__, **values, "transformers": transformers.__version__}
