@@ -1,0 +1,241 @@
+"""DeepSpeed over a sequence group: a "seqpar_ring" block in the DeepSpeed config turns the ring on.
+
+`initialize` takes what `deepspeed.initialize` takes and returns what it returns; `install` makes `deepspeed.initialize`
+itself honour the block. DeepSpeed is not told of the sequence group: to it every rank of the world is a data rank that
+averages gradients, and only the batch arithmetic counts data ranks (world / size). The loss carries the rest, which is
+exact in ZeRO 0 to 3, where each of DeepSpeed's own ways to declare a sequence group is wrong in at least one stage. No
+checkpoint conversion, no data loading of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import ConfigError, UnsupportedError, VersionError
+from seqpar_ring.parallel import SequenceParallel
+
+try:
+    import deepspeed
+except ImportError as error:
+    raise VersionError(
+        "deepspeed is missing", fix='Install it: pip install "seqpar-ring[deepspeed]".', error=str(error)
+    ) from error
+
+BLOCK = "seqpar_ring"
+"""The key of the DeepSpeed config under which the settings stand."""
+
+ORIGINAL = "__seqpar_ring_original__"
+"""Under this attribute our `deepspeed.initialize` keeps DeepSpeed's own."""
+
+NEEDED = ("args", "model", "mpu", "config", "config_params", "mesh_param")
+"""Arguments of `deepspeed.initialize` that are read or set here."""
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+class HiddenSequenceGroup:
+    """What DeepSpeed gets as `mpu`: a world without sequence or model parallelism, but with the data ranks' arithmetic.
+
+    Gradients and ZeRO partitions go over the whole world; the number and index of data ranks, by which batch sizes are
+    checked and samples dealt out, are those of the sequence groups, so that the ranks of one get the same samples.
+    """
+
+    def __init__(self, sp: SequenceParallel, alone: dist.ProcessGroup) -> None:
+        self._sp, self._world, self._alone = sp, dist.group.WORLD, alone
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """All ranks: gradients are averaged over them."""
+        return self._world
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of `get_data_parallel_group`."""
+        return list(range(self._sp.world_size))
+
+    def get_data_parallel_world_size(self) -> int:
+        """Sequence groups, each of which holds a batch of its own."""
+        return self._sp.data_size
+
+    def get_data_parallel_rank(self) -> int:
+        """Which sequence group this is."""
+        return self._sp.data_rank
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """All ranks: ZeRO partitions over them."""
+        return self._world
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        """All ranks."""
+        return self._sp.world_size
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        """This rank among all."""
+        return self._sp.groups.global_rank
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """This rank alone: no model parallelism."""
+        return self._alone
+
+    def get_model_parallel_world_size(self) -> int:
+        """One."""
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        """Zero."""
+        return 0
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize`, honouring a "seqpar_ring" block in its config. Collective over the world.
+
+    Takes the arguments of `deepspeed.initialize`. With the block a transformers model is parallelized
+    (`seqpar_ring.integrations.transformers.parallelize`); another model is left as it is, and calls
+    `seqpar_ring.ring_attention` itself. Without the block this is `deepspeed.initialize`.
+
+    Returns:
+        engine, optimizer, training data loader, learning rate scheduler; `engine.seqpar_ring` is the SequenceParallel.
+
+    Raises:
+        ConfigError: an unknown key or wrong value in the block, or batch sizes that do not fit the data ranks.
+        GroupError: the block's size does not divide the world.
+        UnsupportedError: the block together with DeepSpeed's own ways of splitting, or a model that cannot be exact.
+        VersionError: a DeepSpeed that lacks what is needed here.
+    """
+    original = getattr(deepspeed.initialize, ORIGINAL, deepspeed.initialize)
+    signature = inspect.signature(original)
+    missing = [name for name in NEEDED if name not in signature.parameters]
+    if missing:
+        raise _unknown_version("deepspeed.initialize lacks arguments that are needed here", missing)
+    given = signature.bind(*args, **kwargs).arguments
+    config = _config(given)
+    if config is None or BLOCK not in config:
+        result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
+        return result
+    settings = Settings.parse(config[BLOCK], f'the "{BLOCK}" block of the DeepSpeed config')
+    _refuse_other_splits(given, config)
+    _start_torch_distributed(given)
+    sp = SequenceParallel(**settings.model_dump())
+    _check_batch_sizes(config, sp)
+    if _holds_transformers(given.get("model")):
+        from .transformers import parallelize
+
+        parallelize(given["model"], sp)
+    alone = [dist.new_group([rank]) for rank in range(sp.world_size)][sp.groups.global_rank]
+    given["mpu"] = HiddenSequenceGroup(sp, alone)
+    engine, *rest = original(**given)
+    engine.seqpar_ring = sp
+    return (engine, *rest)
+
+
+def install() -> None:
+    """Make `deepspeed.initialize` honour the block, for code that calls it by that name. Idempotent."""
+    if hasattr(deepspeed.initialize, ORIGINAL):
+        return
+
+    def hooked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+        return initialize(*args, **kwargs)
+
+    hooked.__doc__ = initialize.__doc__
+    setattr(hooked, ORIGINAL, deepspeed.initialize)
+    deepspeed.initialize = hooked
+
+
+def uninstall() -> None:
+    """Undo `install`."""
+    deepspeed.initialize = getattr(deepspeed.initialize, ORIGINAL, deepspeed.initialize)
+
+
+def _config(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config as a dict, wherever `deepspeed.initialize` takes it from; None if it is for DeepSpeed to complain."""
+    found = given.get("config")
+    found = given.get("config_params") if found is None else found
+    found = getattr(given.get("args"), "deepspeed_config", None) if found is None else found
+    if isinstance(found, Mapping):
+        return dict(found)
+    if not isinstance(found, str | Path):
+        return None
+    try:
+        file = Path(found)
+        text = file.read_text() if file.exists() else base64.urlsafe_b64decode(str(found)).decode()
+        parsed = json.loads(text)
+    except (OSError, ValueError):
+        return None  # DeepSpeed reads it again, and says what is wrong with it
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """What would make DeepSpeed split the world in a way of its own; measured to give wrong gradients in some stage."""
+    pipeline = getattr(getattr(deepspeed, "pipe", None), "PipelineModule", None)
+    reasons = {
+        "mpu": given.get("mpu"),
+        "mesh_param": given.get("mesh_param"),
+        "sequence_parallel_size": config.get("sequence_parallel_size"),
+        "data_parallel_size": config.get("data_parallel_size"),
+        "tensor_parallel.autotp_size": (config.get("tensor_parallel") or {}).get("autotp_size") or None,
+        "a pipeline model": True if pipeline and isinstance(given.get("model"), pipeline) else None,
+    }
+    for name, value in reasons.items():
+        if value is not None:
+            raise UnsupportedError(
+                f'the "{BLOCK}" block and {name} cannot be combined in this version',
+                fix=f"Leave out one of them; the block alone sets up sequence and data parallelism. Leave out {name}.",
+                value=value,
+            )
+
+
+def _start_torch_distributed(given: Mapping[str, Any]) -> None:
+    """As `deepspeed.initialize` would, but without compiling an operator that only CPU inference uses."""
+    from deepspeed.accelerator import get_accelerator
+
+    compatible = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", {})
+    if get_accelerator().device_name() == "cpu" and "deepspeed_shm_comm" in compatible:
+        compatible["deepspeed_shm_comm"] = False  # else its first use runs a C++ compiler for minutes
+    names = ("distributed_port", "dist_init_required")
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, **{name: given[name] for name in names if name in given})
+
+
+def _check_batch_sizes(config: Mapping[str, Any], sp: SequenceParallel) -> None:
+    """DeepSpeed's own check counts data ranks too, but its message calls them the world."""
+    sizes = {key: config.get(key) for key in BATCH_KEYS}
+    total, micro, steps = sizes.values()
+    if not isinstance(total, int) or not isinstance(micro, int) or not isinstance(steps, int):
+        return  # DeepSpeed works out what is left out, or says what is wrong
+    if total != micro * steps * sp.data_size:
+        raise ConfigError(
+            "train_batch_size is not micro-batch x accumulation x data ranks",
+            fix=f"Set train_batch_size to {micro * steps * sp.data_size}, or leave it out. "
+            f"The {sp.size} ranks of a sequence group share one sample.",
+            **sizes,
+            data_ranks=sp.data_size,
+            world=sp.world_size,
+        )
+
+
+def _holds_transformers(model: Any) -> bool:
+    """Whether it is, or wraps, a transformers model; without importing transformers, for else nobody has made one."""
+    loaded = sys.modules.get("transformers")
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return loaded is not None and any(isinstance(module, loaded.PreTrainedModel) for module in modules)
+
+
+def _unknown_version(what: str, missing: list[str]) -> VersionError:
+    return VersionError(
+        what,
+        fix="Use DeepSpeed 0.19, with which this was tested.",
+        deepspeed=getattr(deepspeed, "__version__", "unknown"),
+        missing=missing,
+    )

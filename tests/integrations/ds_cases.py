@@ -1,0 +1,263 @@
+"""Training runs for the DeepSpeed tests: one process of plain PyTorch, and ranks under DeepSpeed with the block.
+
+The one-process side knows nothing of this package or of DeepSpeed: transformers' sdpa, each document alone, targets
+counted by hand. It has a batch of as many rows as there are data ranks at most; fewer data ranks train on the rows
+packed into one, so that every set-up sees the same tokens. Worker processes import these functions by name, and only
+they import DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from seqpar_ring import SequenceParallel
+from seqpar_ring.batch import IGNORED
+from seqpar_ring.errors import SeqparError
+
+LENGTHS = (23, 1, 30, 11)
+ROWS = 2
+ACCUMULATION = 2
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class Run:
+    """One set-up: ZeRO stage, ranks of a sequence, optimizer, optimizer steps, dtype, and how targets are weighed."""
+
+    stage: int
+    size: int
+    optimizer: str = "sgd"
+    steps: int = 20
+    bf16: bool = False
+    weigh_step: bool = False  # a token mean over the whole optimizer step, instead of over each micro-batch
+    clip: float = 0.5
+    fault: str = ""
+
+
+def model() -> Any:
+    """A small Llama, the same each time, with attention that is far from uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = LlamaForCausalLM(LlamaConfig(**shape, **heads))
+        for p in made.parameters():
+            p.data.add_(torch.randn_like(p), alpha=0.1)
+    return made.train()
+
+
+def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=0.1)
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def row(step: int, micro: int, index: int) -> dict[str, Tensor]:
+    """One packed row, (1, 65): the masked prompt differs in length, so that rows hold unequal numbers of targets."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + index)
+    ids = torch.randint(0, VOCAB, (1, sum(LENGTHS)), generator=generator)
+    labels = ids.clone()
+    labels[:, 4 : 12 + 8 * index + 20 * micro] = IGNORED
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+
+
+def document_sum(made: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """Cross entropy summed over the targets of a row, each document alone, and their number."""
+    total, targets, at = torch.zeros(()), 0, 0
+    for n in LENGTHS:
+        ids, labels = (batch[key][:, at : at + n] for key in ("input_ids", "labels"))
+        at += n
+        logits = made(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        total = total + functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        targets += int((labels[:, 1:] != IGNORED).sum())
+    return total, targets
+
+
+def one_process(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses of every micro-batch, gradient norms of every step, and the gradients of the first step by name."""
+    made = model()
+    if run.bf16:
+        made = made.bfloat16()
+    optimizer = optimizer_of(run.optimizer, made.parameters())
+    losses, norms, first = [], [], {}
+    for step in range(run.steps):
+        micro = [[document_sum(made, row(step, m, i)) for i in range(ROWS)] for m in range(ACCUMULATION)]
+        counts = [sum(n for _, n in rows) for rows in micro]
+        for rows, count in zip(micro, counts, strict=True):
+            weight = sum(counts) / ACCUMULATION if run.weigh_step else count
+            loss = sum((total for total, _ in rows), torch.zeros(())) / weight
+            (loss / ACCUMULATION).backward()
+            losses.append(loss.item())
+        first = first or {name: p.grad.float().clone() for name, p in made.named_parameters() if p.grad is not None}
+        norms.append(torch.nn.utils.clip_grad_norm_(made.parameters(), run.clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms, first
+
+
+def micro_batches(step: int, sp: SequenceParallel) -> list[dict[str, Tensor]]:
+    """This rank's whole micro-batches: its own row where there are data ranks, else all rows packed into one."""
+    out = []
+    for m in range(ACCUMULATION):
+        rows = [row(step, m, sp.data_rank)] if sp.data_size == ROWS else [row(step, m, i) for i in range(ROWS)]
+        out.append({key: torch.cat([r[key] for r in rows], 1) for key in rows[0]})
+    return out
+
+
+def quietly_import_deepspeed(sp: SequenceParallel) -> Any:
+    """DeepSpeed in a worker: what torchrun would have set, no state of an engine before, no warnings of its own."""
+    rank, world = str(sp.groups.global_rank), str(sp.world_size)
+    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=world, DS_ACCELERATOR="cpu")
+    warnings.simplefilter("ignore")
+    import deepspeed
+    import transformers  # noqa: F401 - a model of it is made next
+    from deepspeed.utils import groups, logger
+
+    logger.setLevel("ERROR")
+    groups.mpu = groups.mesh_device = None
+    return deepspeed
+
+
+def engine_of(sp: SequenceParallel, run: Run, **extra: Any) -> Any:
+    deepspeed = quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    made = model()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": run.clip,
+        "zero_optimization": {"stage": run.stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": run.bf16},
+        "seqpar_ring": {"size": run.size},
+        **extra,
+    }
+    assert deepspeed.initialize is not None
+    return initialize(model=made, optimizer=optimizer_of(run.optimizer, made.parameters()), config=config)[0]
+
+
+def train(sp: SequenceParallel, run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """The same as `one_process` returns, on every rank, trained by DeepSpeed over sequence groups of `run.size`."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine = engine_of(sp, run)
+    ring: SequenceParallel = engine.seqpar_ring
+    losses, norms, first = [], [], {}
+    for step in range(run.steps):
+        batches = micro_batches(step, ring)
+        items = ring.count_targets(batches) if run.weigh_step else None
+        for m, batch in enumerate(batches):
+            loss = step_loss(engine, ring, batch, items, run.fault)
+            engine.backward(loss)
+            losses.append(loss.item())
+            if m == ACCUMULATION - 1:
+                get = safe_get_full_grad if run.stage else lambda p: p.grad
+                grads = {n: get(p).float().clone() for n, p in engine.module.named_parameters()} if step == 0 else {}
+                first = first or grads
+                by_hand = total_norm(engine.module) if run.stage == 0 else 0.0
+            engine.step()
+        norm = engine.get_global_grad_norm()
+        norms.append(by_hand if norm is None else float(norm))
+    engine.destroy()
+    return losses, norms, first
+
+
+def step_loss(engine: Any, sp: SequenceParallel, batch: dict[str, Tensor], items: int | None, fault: str) -> Tensor:
+    """The loss of one micro-batch; `fault` names what is done wrongly on purpose."""
+    if fault == "mean of means":  # what each rank's own mean, averaged by the engine, comes to
+        part = sp.shard_batch(batch)
+        labels = part.pop("labels")
+        part.pop("shift_labels")
+        logits = engine(**part).logits.float()
+        sums = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return sums / (labels != IGNORED).sum().clamp(min=1)
+    if items is None:
+        return engine(**batch).loss
+    part = sp.shard_batch(batch)
+    labels, plan = part.pop("labels"), part["seqpar_plan"]
+    part.pop("shift_labels")
+    return sp.loss(engine(**part).logits, labels, plan, num_items=items, accumulation=ACCUMULATION)
+
+
+def total_norm(module: torch.nn.Module) -> float:
+    return torch.stack([p.grad.float().norm() for p in module.parameters() if p.grad is not None]).norm().item()
+
+
+def dealt_samples(sp: SequenceParallel, size: int) -> list[int]:
+    """What DeepSpeed's own loader, made from training_data=, gives this rank."""
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    made = model()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "seqpar_ring": {"size": size},
+    }
+    data = [torch.tensor(i) for i in range(8)]
+    engine, _, loader, _ = initialize(
+        model=made, optimizer=optimizer_of("sgd", made.parameters()), training_data=data, config=config
+    )
+    found = [int(i) for batch in loader for i in batch]
+    assert engine.train_batch_size() == 2 * engine.seqpar_ring.data_size
+    engine.destroy()
+    return found
+
+
+def refusal(sp: SequenceParallel, config: Any, kwargs: dict[str, Any]) -> tuple[str, str]:
+    """Name and text of the error that a config ends in."""
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    try:
+        initialize(model=model(), config=copy.deepcopy(config), **kwargs)
+    except SeqparError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def installed(sp: SequenceParallel) -> list[str]:
+    """What `install` and `uninstall` make of deepspeed.initialize, called by its own name."""
+    deepspeed = quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import install, uninstall
+
+    plain = deepspeed.initialize
+    install()
+    install()
+    hooked = deepspeed.initialize
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    made = model()
+    optimizer = optimizer_of("sgd", made.parameters())
+    engine = deepspeed.initialize(None, made, optimizer, config={**config, "seqpar_ring": {"size": sp.world_size}})[0]
+    found = [type(engine.seqpar_ring).__name__, engine.module.config._attn_implementation]
+    engine.destroy()
+    without = model()
+    engine = deepspeed.initialize(None, without, optimizer_of("sgd", without.parameters()), config=config)[0]
+    found.append(str(hasattr(engine, "seqpar_ring")))
+    engine.destroy()
+    uninstall()
+    uninstall()
+    return [*found, str(hooked is not plain), str(deepspeed.initialize is plain)]
+
+
+def unknown_version(sp: SequenceParallel) -> tuple[str, str]:
+    """The error of a DeepSpeed whose initialize takes no mpu."""
+    deepspeed = quietly_import_deepspeed(sp)
+    real = deepspeed.initialize
+    deepspeed.initialize = lambda model, config: None
+    try:
+        return refusal(sp, {"seqpar_ring": {"size": 2}}, {})
+    finally:
+        deepspeed.initialize = real
