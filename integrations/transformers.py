@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from seqpar_ring.attention import ring_attention
@@ -110,6 +111,7 @@ class _Adapter:
         problem: SeqparError | None = None
         try:
             rules.check_call(batch, self.sp)
+            _expect_labels(model, batch)
         except SeqparError as found:
             problem = found
         self.sp.groups.ring.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
@@ -209,6 +211,22 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     signature = inspect.signature(model.forward)
     signature.bind_partial(*args, **kwargs)  # raises TypeError as the call itself would
     return {**signature.bind_partial(*args).arguments, **kwargs}
+
+
+def _expect_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """A whole batch to train on brings its labels: of the shards nobody outside could shift and weigh them right.
+
+    Raises:
+        BatchError: no labels, in training mode, for a model that takes them.
+    """
+    trains = model.training and torch.is_grad_enabled() and "labels" in inspect.signature(model.forward).parameters
+    if trains and PLAN_KEY not in batch and batch.get("labels") is None:
+        raise BatchError(
+            "a training batch has no labels",
+            fix="Give labels with the batch. For a loss of your own shard it with sp.shard_batch, which shifts them. "
+            "To evaluate, call model.eval() or use torch.no_grad().",
+            keys=sorted(batch),
+        )
 
 
 def _adapted(model: nn.Module) -> bool:

@@ -19,7 +19,8 @@ from seqpar_ring.attention import OPERATOR
 def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """The `context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.
 
-    For transformers: `model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})`.
+    For transformers: `model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})`, which
+    older versions call `gradient_checkpointing_enable`.
     """
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-any-return]
 

@@ -1,8 +1,8 @@
 """Render: a schedule as text that a person can read. Ranks down, steps across.
 
-It exists for `plan.explain()`, bug reports and error messages: what it prints is the very data that the executor runs.
-It says which block each rank computes with and what it sends to whom; it does not say which pairs a mask allows, and it
-measures nothing. Pure Python.
+It exists for bug reports, documents and the curious, `print(render(plan.schedule))`: what it prints is the very data
+that the executor runs. It says which block each rank computes with and what it sends to whom; it does not say which
+pairs a mask allows, and it measures nothing. Pure Python.
 """
 
 from __future__ import annotations

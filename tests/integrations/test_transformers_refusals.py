@@ -51,6 +51,7 @@ CALLS: dict[str, tuple[Batch | dict[str, Any], type[SeqparError], tuple[str, ...
     "an unknown argument": ({**WHOLE, "token_bias": 2.0}, UnsupportedError, ("token_bias", "Leave them out")),
     "attention in both directions": ({**WHOLE, "is_causal": False}, UnsupportedError, ("in both directions",)),
     "another ignore_index": ({**WHOLE, "ignore_index": 0}, UnsupportedError, ("ignore_index",)),
+    "no labels": ({"input_ids": WHOLE["input_ids"]}, BatchError, ("no labels", "keys=['input_ids']", "shard_batch")),
     "no tokens": ({"labels": WHOLE["labels"]}, BatchError, ("no input_ids",)),
 }
 
@@ -91,7 +92,8 @@ def test_the_way_to_generate_works(tmp_path: Any) -> None:
     [
         ({**WHOLE, "use_cache": True}, UnsupportedError),
         ({**WHOLE, "labels": WHOLE["labels"][:, 1:]}, BatchError),
-        ({"input_ids": WHOLE["input_ids"]}, DisagreementError),
+        ({"input_ids": WHOLE["input_ids"]}, BatchError),
+        ({**WHOLE, "note": 1}, DisagreementError),
         (packed([21], seed=6), DisagreementError),
         (packed([20]), DisagreementError),
     ],
@@ -108,7 +110,8 @@ def test_what_is_wrong_on_one_rank_is_raised_on_every_rank(rank: int, bad: dict[
 
 
 def test_a_rank_without_tokens_is_refused() -> None:
-    base, batch = build("Llama"), {"input_ids": packed([1, 2])["input_ids"], "position_ids": torch.tensor([[0, 0, 1]])}
+    base = build("Llama").eval()
+    batch = {"input_ids": packed([1, 2])["input_ids"], "position_ids": torch.tensor([[0, 0, 1]])}
     found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**batch), world=3, layout="zigzag")
     assert_refused(found, BatchError, "no token", "tokens_by_rank=", "lengths=(1, 2)", "contiguous")
 
