@@ -71,7 +71,7 @@ class Steps:
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
         self.losses.append(loss)
-        memory = " + ".join(map(gigabytes, gathered(peak_memory())))
+        memory = " + ".join(map(readable, gathered(peak_memory())))
         self.out.line(
             f"step {len(self.losses):>3}/{self.steps}  loss {loss:.4f}  gradient norm {norm:.2f}  "
             f"{tokens / seconds:,.0f} tokens/s  {seconds:.1f} s  memory {memory}"
@@ -81,13 +81,11 @@ class Steps:
 
 def parts(sp: sr.SequenceParallel, plan: sr.Plan, sent: sr.Report, seconds: float) -> list[tuple[str, str]]:
     """What each rank held of a row, sent and waited for in so many seconds, and needed. Collective."""
-    lanes = [
-        f"{sent.bytes_sent[lane] / 1e6:,.1f} MB of {name}" for lane, name in LANES.items() if lane in sent.bytes_sent
-    ]
+    lanes = [f"{readable(sent.bytes_sent[lane])} of {name}" for lane, name in LANES.items() if lane in sent.bytes_sent]
     mine = (
         f"held {plan.local_tokens:,} of a row's {plan.tokens:,} tokens; sent {' and '.join(lanes) or 'nothing'}; "
         f"waited {sent.seconds_waited:.1f} s for the others, {sent.seconds_waited / seconds:.0%} of the training; "
-        f"peak memory {gigabytes(peak_memory())}"
+        f"peak memory {readable(peak_memory())}"
     )
     return [(f"rank {rank}", text) for rank, text in enumerate(gathered(mine))]
 
@@ -105,5 +103,10 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+def readable(size: float) -> str:
+    """A number of bytes in the unit that suits it, of powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
