@@ -21,10 +21,10 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(RUN)  ## fine-tune SmolLM2-135M on long text over RANKS=2 processes of this machine, no GPU needed
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/finetune.py --config $(CONFIG)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/finetune.py --config $(CONFIG)
 
 verify: $(RUN)  ## one training step with one rank and with RANKS=2: print the differences of loss and gradients
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/finetune.py --config $(CONFIG) --verify
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/finetune.py --config $(CONFIG) --verify
 
 test: lint pytest  ## everything that must hold before a change goes in
 
