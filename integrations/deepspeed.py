@@ -10,8 +10,10 @@ checkpoint conversion, no data loading of its own.
 from __future__ import annotations
 
 import base64
+import difflib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,14 +23,15 @@ import torch.distributed as dist
 from torch import nn
 
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import ConfigError, UnsupportedError, VersionError
+from seqpar_ring.errors import ConfigError, SeqparError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 
 try:
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 except ImportError as error:
     raise VersionError(
-        "deepspeed is missing", fix='Install it: pip install "seqpar-ring[deepspeed]".', error=str(error)
+        "deepspeed is missing, or too old", fix='Install it: pip install "seqpar-ring[deepspeed]".', error=str(error)
     ) from error
 
 BLOCK = "seqpar_ring"
@@ -41,6 +44,9 @@ NEEDED = ("args", "model", "mpu", "config", "config_params", "mesh_param")
 """Arguments of `deepspeed.initialize` that are read or set here."""
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+ALIKE = 0.7
+"""A top-level key this similar to the block's name is taken for a misspelling of it. DeepSpeed's own reach 0.62."""
 
 
 class HiddenSequenceGroup:
@@ -117,18 +123,21 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     original = getattr(deepspeed.initialize, ORIGINAL, deepspeed.initialize)
     signature = inspect.signature(original)
     missing = [name for name in NEEDED if name not in signature.parameters]
+    missing += [name for name in ("init_distributed",) if not hasattr(deepspeed, name)]
     if missing:
-        raise _unknown_version("deepspeed.initialize lacks arguments that are needed here", missing)
+        raise _unknown_version("deepspeed lacks arguments of initialize, or functions, that are needed here", missing)
     given = signature.bind(*args, **kwargs).arguments
     config = _config(given)
     if config is None or BLOCK not in config:
+        _refuse_misspelt(config or {})
+        _forget_earlier_engine()
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         return result
     settings = Settings.parse(config[BLOCK], f'the "{BLOCK}" block of the DeepSpeed config')
     _refuse_other_splits(given, config)
     _start_torch_distributed(given)
     sp = SequenceParallel(**settings.model_dump())
-    _check_batch_sizes(config, sp)
+    sp.groups.everyone.agree("the DeepSpeed config", settings.model_dump(), _wrong_batch_sizes(config, sp))
     if _holds_transformers(given.get("model")):
         from .transformers import parallelize
 
@@ -162,7 +171,8 @@ def _config(given: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config as a dict, wherever `deepspeed.initialize` takes it from; None if it is for DeepSpeed to complain."""
     found = given.get("config")
     found = given.get("config_params") if found is None else found
-    found = getattr(given.get("args"), "deepspeed_config", None) if found is None else found
+    for name in ("deepspeed_config", "deepscale_config"):
+        found = getattr(given.get("args"), name, None) if found is None else found
     if isinstance(found, Mapping):
         return dict(found)
     if not isinstance(found, str | Path):
@@ -176,30 +186,49 @@ def _config(given: Mapping[str, Any]) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
+def _refuse_misspelt(config: Mapping[str, Any]) -> None:
+    """DeepSpeed ignores top-level keys it does not know, so the ring would silently be off."""
+    for key in config:
+        if difflib.SequenceMatcher(None, str(key).lower(), BLOCK).ratio() > ALIKE:
+            raise ConfigError(
+                "the DeepSpeed config has an unknown key", fix=f'Did you mean "{BLOCK}"?', key=key, value=config[key]
+            )
+
+
 def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """What would make DeepSpeed split the world in a way of its own; measured to give wrong gradients in some stage."""
+    """What would make DeepSpeed split the world in a way of its own: measured wrong in some stage, or not measured."""
+    model = given.get("model")
     pipeline = getattr(getattr(deepspeed, "pipe", None), "PipelineModule", None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    experts = any(type(module).__module__.startswith("deepspeed.moe") for module in modules)
     reasons = {
         "mpu": given.get("mpu"),
         "mesh_param": given.get("mesh_param"),
         "sequence_parallel_size": config.get("sequence_parallel_size"),
         "data_parallel_size": config.get("data_parallel_size"),
         "tensor_parallel.autotp_size": (config.get("tensor_parallel") or {}).get("autotp_size") or None,
-        "a pipeline model": True if pipeline and isinstance(given.get("model"), pipeline) else None,
+        "expert_parallel": config.get("expert_parallel"),
+        "a pipeline model": True if pipeline and isinstance(model, pipeline) else None,
+        "DeepSpeed's expert layers": True if experts else None,
     }
     for name, value in reasons.items():
         if value is not None:
             raise UnsupportedError(
                 f'the "{BLOCK}" block and {name} cannot be combined in this version',
-                fix=f"Leave out one of them; the block alone sets up sequence and data parallelism. Leave out {name}.",
+                fix=f"Leave out {name}: the block alone arranges all ranks, as sequence groups and data ranks.",
                 value=value,
             )
 
 
+def _forget_earlier_engine() -> None:
+    """DeepSpeed keeps the mpu of its last engine in a module; one without the block must not inherit it."""
+    groups: Any = getattr(deepspeed.utils, "groups", None)
+    if isinstance(getattr(groups, "mpu", None), HiddenSequenceGroup):
+        groups.mpu = None
+
+
 def _start_torch_distributed(given: Mapping[str, Any]) -> None:
     """As `deepspeed.initialize` would, but without compiling an operator that only CPU inference uses."""
-    from deepspeed.accelerator import get_accelerator
-
     compatible = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", {})
     if get_accelerator().device_name() == "cpu" and "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False  # else its first use runs a C++ compiler for minutes
@@ -208,21 +237,24 @@ def _start_torch_distributed(given: Mapping[str, Any]) -> None:
     deepspeed.init_distributed(dist_backend=backend, **{name: given[name] for name in names if name in given})
 
 
-def _check_batch_sizes(config: Mapping[str, Any], sp: SequenceParallel) -> None:
-    """DeepSpeed's own check counts data ranks too, but its message calls them the world."""
+def _wrong_batch_sizes(config: Mapping[str, Any], sp: SequenceParallel) -> SeqparError | None:
+    """DeepSpeed's own check counts data ranks too, but its message calls them the world, and it comes on assertions."""
     sizes = {key: config.get(key) for key in BATCH_KEYS}
-    total, micro, steps = sizes.values()
-    if not isinstance(total, int) or not isinstance(micro, int) or not isinstance(steps, int):
-        return  # DeepSpeed works out what is left out, or says what is wrong
-    if total != micro * steps * sp.data_size:
-        raise ConfigError(
-            "train_batch_size is not micro-batch x accumulation x data ranks",
-            fix=f"Set train_batch_size to {micro * steps * sp.data_size}, or leave it out. "
-            f"The {sp.size} ranks of a sequence group share one sample.",
-            **sizes,
-            data_ranks=sp.data_size,
-            world=sp.world_size,
-        )
+    given = [size for size in sizes.values() if size is not None]
+    total, *others = sizes.values()
+    if total is None or not all(isinstance(size, int) and size > 0 for size in given):
+        return None  # DeepSpeed works out what is left out, or says what is wrong
+    unit = sp.data_size * math.prod(size for size in others if size is not None)
+    if total == unit or (None in others and total % unit == 0):
+        return None
+    return ConfigError(
+        "train_batch_size is not micro-batch x accumulation x data ranks",
+        fix=f'Set it to {unit}{" or a multiple" if None in others else ""}, or leave it out (do not write "auto"). '
+        f"The {sp.size} ranks of a sequence group share their samples.",
+        **sizes,
+        data_ranks=sp.data_size,
+        world=sp.world_size,
+    )
 
 
 def _holds_transformers(model: Any) -> bool:

@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from seqpar_ring import SequenceParallel
 from seqpar_ring.batch import IGNORED
-from seqpar_ring.errors import SeqparError
 
 LENGTHS = (23, 1, 30, 11)
 ROWS = 2
@@ -46,6 +45,7 @@ class Run:
     bf16: bool = False
     weigh_step: bool = False  # a token mean over the whole optimizer step, instead of over each micro-batch
     clip: float = 0.5
+    zero_init: bool = False  # the model is made in shards, under deepspeed.zero.Init
     fault: str = ""
 
 
@@ -135,24 +135,60 @@ def quietly_import_deepspeed(sp: SequenceParallel) -> Any:
     return deepspeed
 
 
-def engine_of(sp: SequenceParallel, run: Run, **extra: Any) -> Any:
-    deepspeed = quietly_import_deepspeed(sp)
-    from seqpar_ring.integrations.deepspeed import initialize
+def engine_of(sp: SequenceParallel, run: Run) -> Any:
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations import deepspeed as integration
 
-    made = model()
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": run.clip,
-        "zero_optimization": {"stage": run.stage, **SMALL_BUFFERS[run.stage]},
+        # DeepSpeed leaves weights below a threshold whole; with 0 even tiny ones are sharded in ZeRO 3.
+        "zero_optimization": {"stage": run.stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": run.bf16},
         "seqpar_ring": {"size": run.size},
-        **extra,
     }
-    assert deepspeed.initialize is not None
-    return initialize(model=made, optimizer=optimizer_of(run.optimizer, made.parameters()), config=config)[0]
+    made = sharded_model(config) if run.zero_init else model()
+    hidden = integration.HiddenSequenceGroup
+    if run.fault == "declared sequence group":
+        integration.HiddenSequenceGroup = declared(hidden)
+    try:
+        return integration.initialize(
+            model=made, optimizer=optimizer_of(run.optimizer, made.parameters()), config=config
+        )[0]
+    finally:
+        integration.HiddenSequenceGroup = hidden
+
+
+def sharded_model(config: dict[str, Any]) -> Any:
+    """`model()`, but sharded over the ranks from the moment each weight is made."""
+    import deepspeed
+
+    whole = model()
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        made = type(whole)(copy.deepcopy(whole.config))
+    for mine, its in zip(made.parameters(), whole.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([mine], modifier_rank=0):
+            mine.data.copy_(its)
+    return made.train()
+
+
+def declared(hidden: type) -> type:
+    """The mistake that hiding avoids: an mpu that tells DeepSpeed of the sequence group."""
+
+    class Declared(hidden):
+        def get_sequence_parallel_world_size(self) -> int:
+            return int(self._sp.size)
+
+        def get_sequence_parallel_rank(self) -> int:
+            return int(self._sp.rank)
+
+        def get_sequence_parallel_group(self) -> Any:
+            return self._sp.groups.mesh.get_group("ring")
+
+    return Declared
 
 
 def train(sp: SequenceParallel, run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
@@ -202,69 +238,23 @@ def total_norm(module: torch.nn.Module) -> float:
     return torch.stack([p.grad.float().norm() for p in module.parameters() if p.grad is not None]).norm().item()
 
 
-def dealt_samples(sp: SequenceParallel, size: int) -> list[int]:
-    """What DeepSpeed's own loader, made from training_data=, gives this rank."""
-    quietly_import_deepspeed(sp)
+def two_engines(sp: SequenceParallel, run: Run) -> tuple[list[float], int, int]:
+    """Losses with the block while an engine without it is made and trained too; and the batch sizes of both."""
+    engine = engine_of(sp, run)
     from seqpar_ring.integrations.deepspeed import initialize
 
-    made = model()
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_allow_untested_optimizer": True,
-        "seqpar_ring": {"size": size},
-    }
-    data = [torch.tensor(i) for i in range(8)]
-    engine, _, loader, _ = initialize(
-        model=made, optimizer=optimizer_of("sgd", made.parameters()), training_data=data, config=config
-    )
-    found = [int(i) for batch in loader for i in batch]
-    assert engine.train_batch_size() == 2 * engine.seqpar_ring.data_size
-    engine.destroy()
-    return found
-
-
-def refusal(sp: SequenceParallel, config: Any, kwargs: dict[str, Any]) -> tuple[str, str]:
-    """Name and text of the error that a config ends in."""
-    quietly_import_deepspeed(sp)
-    from seqpar_ring.integrations.deepspeed import initialize
-
-    try:
-        initialize(model=model(), config=copy.deepcopy(config), **kwargs)
-    except SeqparError as error:
-        return type(error).__name__, str(error)
-    return "none", ""
-
-
-def installed(sp: SequenceParallel) -> list[str]:
-    """What `install` and `uninstall` make of deepspeed.initialize, called by its own name."""
-    deepspeed = quietly_import_deepspeed(sp)
-    from seqpar_ring.integrations.deepspeed import install, uninstall
-
-    plain = deepspeed.initialize
-    install()
-    install()
-    hooked = deepspeed.initialize
     config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
-    made = model()
-    optimizer = optimizer_of("sgd", made.parameters())
-    engine = deepspeed.initialize(None, made, optimizer, config={**config, "seqpar_ring": {"size": sp.world_size}})[0]
-    found = [type(engine.seqpar_ring).__name__, engine.module.config._attn_implementation]
-    engine.destroy()
-    without = model()
-    engine = deepspeed.initialize(None, without, optimizer_of("sgd", without.parameters()), config=config)[0]
-    found.append(str(hasattr(engine, "seqpar_ring")))
-    engine.destroy()
-    uninstall()
-    uninstall()
-    return [*found, str(hooked is not plain), str(deepspeed.initialize is plain)]
-
-
-def unknown_version(sp: SequenceParallel) -> tuple[str, str]:
-    """The error of a DeepSpeed whose initialize takes no mpu."""
-    deepspeed = quietly_import_deepspeed(sp)
-    real = deepspeed.initialize
-    deepspeed.initialize = lambda model, config: None
-    try:
-        return refusal(sp, {"seqpar_ring": {"size": 2}}, {})
-    finally:
-        deepspeed.initialize = real
+    losses, other = [], None
+    for step in range(run.steps):
+        for batch in micro_batches(step, engine.seqpar_ring):
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+            if other is None:
+                plain = model()
+                other = initialize(None, plain, optimizer_of("sgd", plain.parameters()), config=config)[0]
+            other.backward(other(**batch).loss)
+            other.step()
+    assert other is not None
+    return losses, engine.train_batch_size(), other.train_batch_size()

@@ -1,0 +1,134 @@
+"""Engines for the DeepSpeed tests, beside training a transformers model: one's own model, loaders, refusals, install.
+
+Worker processes import these functions by name, and only they import DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from ds_cases import VOCAB, model, optimizer_of, quietly_import_deepspeed, row
+from torch import Tensor
+from torch.nn import functional
+
+from seqpar_ring import SequenceParallel, ring_attention
+from seqpar_ring.errors import SeqparError
+
+
+class OwnModel(torch.nn.Module):
+    """No transformers model: one layer that calls the ring itself, or torch's attention where there is no plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.words = torch.nn.Embedding(VOCAB, 24)
+            self.qkv = torch.nn.Linear(24, 72)
+            self.head = torch.nn.Linear(24, VOCAB)
+
+    def forward(self, ids_BS: Tensor, plan: Any = None) -> Tensor:
+        q, k, v = (x.unflatten(-1, (3, 8)) for x in self.qkv(self.words(ids_BS)).chunk(3, -1))
+        if plan is not None:
+            out_BSHD = ring_attention(q, k, v, plan)
+        else:
+            whole = (x.transpose(1, 2) for x in (q, k, v))
+            out_BSHD = functional.scaled_dot_product_attention(*whole, is_causal=True).transpose(1, 2)
+        logits_BSV: Tensor = self.head(out_BSHD.flatten(2))
+        return logits_BSV
+
+
+def train_own_model(sp: SequenceParallel, stage: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a model that `initialize` leaves as it is."""
+    quietly_import_deepspeed(sp)
+    from deepspeed.utils import safe_get_full_grad
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    made = OwnModel()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "seqpar_ring": {"size": sp.world_size, "layout": "striped"},
+    }
+    engine = initialize(model=made, optimizer=optimizer_of("sgd", made.parameters()), config=config)[0]
+    ring: SequenceParallel = engine.seqpar_ring
+    part = ring.shard_batch({key: x for key, x in row(0, 0, 0).items() if key != "position_ids"})
+    loss = ring.loss(engine(part["input_ids"], part["seqpar_plan"]), part["labels"], part["seqpar_plan"])
+    engine.backward(loss)
+    grads = {name: safe_get_full_grad(p).float().clone() for name, p in engine.module.named_parameters()}
+    engine.destroy()
+    return loss.item(), grads
+
+
+def dealt_samples(sp: SequenceParallel, size: int) -> list[int]:
+    """What DeepSpeed's own loader, made from training_data=, gives this rank."""
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    made = model()
+    config = {
+        "train_batch_size": 2 * sp.world_size // size,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "seqpar_ring": {"size": size},
+    }
+    data = [torch.tensor(i) for i in range(8)]
+    engine, _, loader, _ = initialize(
+        model=made, optimizer=optimizer_of("sgd", made.parameters()), training_data=data, config=config
+    )
+    loader.num_local_io_workers = 0  # the ranks of a pool may not have processes of their own
+    found = [int(i) for batch in loader for i in batch]
+    assert engine.train_batch_size() == 2 * engine.seqpar_ring.data_size
+    engine.destroy()
+    return found
+
+
+def refusal(sp: SequenceParallel, configs: list[Any], kwargs: dict[str, Any]) -> tuple[str, str]:
+    """Name and text of the error that this rank's config, or the one all share, ends in."""
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    config = configs[sp.groups.global_rank % len(configs)]
+    try:
+        initialize(model=model(), config=copy.deepcopy(config), **kwargs)
+    except SeqparError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def installed(sp: SequenceParallel) -> list[str]:
+    """What `install` and `uninstall` make of deepspeed.initialize, called by its own name."""
+    deepspeed = quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import install, uninstall
+
+    plain = deepspeed.initialize
+    install()
+    install()
+    hooked = deepspeed.initialize
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    made = model()
+    optimizer = optimizer_of("sgd", made.parameters())
+    engine = deepspeed.initialize(None, made, optimizer, config={**config, "seqpar_ring": {"size": sp.world_size}})[0]
+    found = [type(engine.seqpar_ring).__name__, engine.module.config._attn_implementation]
+    engine.destroy()
+    without = model()
+    engine = deepspeed.initialize(None, without, optimizer_of("sgd", without.parameters()), config=config)[0]
+    found.append(str(hasattr(engine, "seqpar_ring")))
+    engine.destroy()
+    uninstall()
+    uninstall()
+    return [*found, str(hooked is not plain), str(deepspeed.initialize is plain)]
+
+
+def unknown_version(sp: SequenceParallel) -> tuple[str, str]:
+    """The error of a DeepSpeed whose initialize takes no mpu."""
+    deepspeed = quietly_import_deepspeed(sp)
+    real = deepspeed.initialize
+    deepspeed.initialize = lambda model, config: None
+    try:
+        return refusal(sp, [{"seqpar_ring": {"size": 2}}], {})
+    finally:
+        deepspeed.initialize = real

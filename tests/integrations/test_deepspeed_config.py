@@ -1,0 +1,120 @@
+"""The block in the DeepSpeed config: where it is found, what is refused, and what `initialize` does around it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ds_cases
+import ds_engines
+import pytest
+import torch
+
+from seqpar_ring.testing import RankPool, relative_error
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_model_that_calls_the_ring_itself_trains_as_one_process(pool2: RankPool, stage: int) -> None:
+    made, whole = ds_engines.OwnModel(), ds_cases.row(0, 0, 0)
+    logits, labels = made(whole["input_ids"])[:, :-1], whole["labels"][:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    for found, grads in pool2.run(ds_engines.train_own_model, stage):
+        assert found == pytest.approx(loss.item(), rel=1e-6)
+        for name, p in made.named_parameters():
+            assert p.grad is not None
+            assert relative_error(grads[name], p.grad) <= 1e-5, name
+
+
+def test_deepspeeds_own_loader_gives_the_ranks_of_a_sequence_the_same_samples(pool4: RankPool) -> None:
+    a, b, c, d = pool4.run(ds_engines.dealt_samples, 2)
+    assert a == b
+    assert c == d
+    assert sorted(a + c) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs", "kind", "words"),
+    [
+        ({"seqpar_ring": {"size": 2, "layuot": "zigzag"}}, {}, "ConfigError", 'Did you mean "layout"?'),
+        ({"seqpar_ring": {"size": "2"}}, {}, "ConfigError", "value='2', type='str'"),
+        ({"seqpar_ring": {}}, {}, "ConfigError", 'lacks "size"'),
+        ({"seqpar_ring": 2}, {}, "ConfigError", "must be a mapping"),
+        ({"seqpar_ring": {"size": 2, "layout": "zigzg"}}, {}, "ConfigError", 'Did you mean "zigzag"?'),
+        ({"seqpar_ring": {"size": 3}}, {}, "GroupError", "3"),
+        ({"seqpar_ring": {"size": 2}, "sequence_parallel_size": 2}, {}, "UnsupportedError", "sequence_parallel_size"),
+        ({"seqpar_ring": {"size": 2}, "expert_parallel": {}}, {}, "UnsupportedError", "Leave out expert_parallel"),
+        ({"seqpar-ring": {"size": 2}}, {}, "ConfigError", 'Did you mean "seqpar_ring"?'),
+        ({"seqpar_ring": {"size": 2}}, {"mpu": "mine"}, "UnsupportedError", "value='mine'"),
+        ({"seqpar_ring": {"size": 2}}, {"mesh_param": (1, 2)}, "UnsupportedError", "mesh_param"),
+        (
+            {
+                "seqpar_ring": {"size": 2},
+                "train_batch_size": 4,
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 2,
+            },
+            {},
+            "ConfigError",
+            "Set it to 2, or leave it out",
+        ),
+        (
+            {"seqpar_ring": {"size": 1}, "train_batch_size": 6, "train_micro_batch_size_per_gpu": 2},
+            {},
+            "ConfigError",
+            "Set it to 4 or a multiple",
+        ),
+    ],
+)
+def test_a_wrong_config_is_refused_on_every_rank(
+    pool2: RankPool, config: dict[str, Any], kwargs: dict[str, Any], kind: str, words: str
+) -> None:
+    for found, message in pool2.run(ds_engines.refusal, [config], kwargs):
+        assert found == kind
+        assert words in message
+
+
+def test_a_config_that_is_wrong_on_one_rank_is_refused_on_both(pool2: RankPool) -> None:
+    good = {"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 2}
+    for kind, message in pool2.run(ds_engines.refusal, [good, {**good, "train_batch_size": 3}], {}):
+        assert kind == "ConfigError"
+        assert "Set it to 2 or a multiple" in message
+
+
+def test_ranks_with_different_blocks_are_told_the_field_and_both_values(pool2: RankPool) -> None:
+    blocks = [{"seqpar_ring": {"size": 2, "layout": layout}} for layout in ("zigzag", "striped")]
+    for kind, message in pool2.run(ds_engines.refusal, blocks, {}):
+        assert kind == "DisagreementError"
+        assert all(word in message for word in ("layout", "zigzag", "striped"))
+
+
+def test_the_block_is_found_wherever_deepspeed_takes_a_config_from(pool2: RankPool, tmp_path: Path) -> None:
+    block = {"seqpar_ring": {"size": 2, "kernle": "cpu"}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(block))
+    coded = base64.urlsafe_b64encode(json.dumps(block).encode()).decode()
+    places: list[tuple[Any, dict[str, Any]]] = [
+        (str(file), {}),
+        (coded, {}),
+        (None, {"config_params": block}),
+        (None, {"args": SimpleNamespace(deepspeed_config=str(file))}),
+    ]
+    for config, kwargs in places:
+        for kind, message in pool2.run(ds_engines.refusal, [config], kwargs):
+            assert kind == "ConfigError"
+            assert 'Did you mean "kernel"?' in message
+
+
+def test_install_makes_deepspeed_initialize_honour_the_block_and_uninstall_undoes_it(pool2: RankPool) -> None:
+    for found in pool2.run(ds_engines.installed):
+        assert found == ["SequenceParallel", "seqpar_ring", "False", "True", "True"]
+
+
+def test_a_deepspeed_with_other_arguments_is_refused_with_its_version(pool2: RankPool) -> None:
+    for kind, message in pool2.run(ds_engines.unknown_version):
+        assert kind == "VersionError"
+        assert "deepspeed='0." in message
+        assert "mpu" in message
