@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from seqpar_ring import executor, remat, ring_attention
+from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.testing import run_lockstep
 
@@ -72,3 +73,15 @@ def test_keeping_attention_sends_as_much_as_no_checkpointing() -> None:
     sent = {mode: run_lockstep(lambda sp, how=how: train(sp, how)[1], 3)[1] for mode, how in MODES.items()}  # type: ignore[misc]
     assert sent["attention kept"] == sent["none"]
     assert sent["recompute"]["kv"] > sent["none"]["kv"]
+
+
+def test_a_second_backward_pass_is_refused_by_name() -> None:
+    def twice(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        x = torch.randn(1, 6, 2, 4, dtype=torch.float64, requires_grad=True)
+        loss = checkpoint(ring_attention, x, x, x, plan, **MODES["attention kept"]).square().sum()  # type: ignore[arg-type]
+        loss.backward(retain_graph=True)
+        with pytest.raises(UnsupportedError, match="Run backward once"):
+            loss.backward()
+
+    run_lockstep(twice, 1)
