@@ -75,7 +75,8 @@ class Job(BaseModel):
         """The DeepSpeed config with the job's changes: the learning rate if given, and fp32 if asked for.
 
         Raises:
-            ConfigError: no such file, no JSON object in it, no "seqpar_ring" block, or micro-batches of several rows.
+            ConfigError: no such file, no JSON object in it, no "seqpar_ring" block or optimizer, or micro-batches
+                of several rows.
         """
         config = _mapping(self.deepspeed, json.loads, "DeepSpeed config")
         if BLOCK not in config:
@@ -90,6 +91,14 @@ class Job(BaseModel):
                 "a micro-batch of this job is one row, for each row is packed in its own way",
                 fix='Set "train_micro_batch_size_per_gpu" to 1 and use "gradient_accumulation_steps" for more.',
                 train_micro_batch_size_per_gpu=rows,
+                deepspeed=str(self.deepspeed),
+            )
+        optimizer = config.get("optimizer", {})
+        if not {"type", "params"} <= optimizer.keys() or "lr" not in optimizer["params"]:
+            raise ConfigError(
+                "the DeepSpeed config does not say how to optimize",
+                fix='Add "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": true}}.',
+                optimizer=optimizer,
                 deepspeed=str(self.deepspeed),
             )
         if learning_rate is not None:

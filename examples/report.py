@@ -66,14 +66,15 @@ class Steps:
         if self.out.console.is_terminal:
             self._bar.stop()
 
-    def done(self, loss: float, norm: float, tokens: int) -> None:
+    def done(self, loss: float, norm: float | None, tokens: int) -> None:
         """A step is done: its loss, the norm of its gradient before clipping, its tokens over all ranks. Collective."""
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
         self.losses.append(loss)
+        shown = "" if norm is None else f"gradient norm {norm:.2f}  "  # ZeRO-0 does not tell
         memory = " + ".join(map(readable, gathered(peak_memory())))
         self.out.line(
-            f"step {len(self.losses):>3}/{self.steps}  loss {loss:.4f}  gradient norm {norm:.2f}  "
+            f"step {len(self.losses):>3}/{self.steps}  loss {loss:.4f}  {shown}"
             f"{tokens / seconds:,.0f} tokens/s  {seconds:.1f} s  memory {memory}"
         )
         self._bar.update(self._task, completed=len(self.losses))

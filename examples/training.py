@@ -7,7 +7,6 @@ looks are the business of the files beside this one.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Run:
             for micro_batches in self.micro_batches(rows):
                 loss = self.step(micro_batches)
                 tokens = self.job.seq_len * len(micro_batches) * self.sp.data_size
-                steps.done(loss, self.engine.get_global_grad_norm() or math.nan, tokens)
+                steps.done(loss, self.engine.get_global_grad_norm(), tokens)
         seconds, sent = time.perf_counter() - started, self.sp.report()
         after = self.evaluate(held_out)
         self.save()

@@ -97,6 +97,10 @@ def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("{", "cannot be read"),
         ('{"bf16": {}}', 'has no "seqpar_ring" block'),
         (
+            '{"seqpar_ring": {"size": 2}, "optimizer": {"type": "AdamW"}}',
+            r"how to optimize \[optimizer={'type': 'AdamW'}",
+        ),
+        (
             '{"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 3}',
             "one row.*train_micro_batch_size_per_gpu=3",
         ),
