@@ -52,7 +52,9 @@ class Steps:
     def __init__(self, out: Printer, steps: int) -> None:
         self.out, self.steps, self.losses = out, steps, list[float]()
         columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._bar = Progress(TextColumn("training"), BarColumn(), *columns, console=out.console)
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), *columns, console=out.console, speed_estimate_period=600
+        )
         self._task = self._bar.add_task("training", total=steps)
         self._started = 0.0
 

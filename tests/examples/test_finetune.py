@@ -67,13 +67,16 @@ def books(tmp_path: Path) -> list[Path]:
     return [short, folder]
 
 
+@pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_train_on_the_users_text_and_plain_transformers_loads_the_result(
-    tmp_path: Path, books: list[Path]
+    tmp_path: Path, books: list[Path], stage: int
 ) -> None:
-    done = torchrun(tmp_path, SCRIPT, "--text", *books, "--lr", 0.003, "--output", "out")
+    engine = ROOT / "configs" / f"deepspeed_zero{stage}.json"
+    done = torchrun(tmp_path, SCRIPT, "--text", *books, "--lr", 0.003, "--output", "out", "--deepspeed", engine)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "short.txt" in done.stdout
     assert "2 documents" in done.stdout
+    assert f"DeepSpeed ZeRO-{stage}" in done.stdout
     assert 'kernel: cpu ("cpu": ' in done.stdout
     assert len(re.findall(r"^step +\d/2  loss \d\.\d+ .* tokens/s .* memory \d+ MB \+ \d+ MB$", done.stdout, re.M)) == 2
     before = figure(r"^held out +(\S+) before", done.stdout)
