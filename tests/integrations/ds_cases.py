@@ -24,13 +24,15 @@ from seqpar_ring.batch import IGNORED
 LENGTHS = (23, 1, 30, 11)
 ROWS = 2
 ACCUMULATION = 2
+PERIOD = 4  # steps after which the same data comes again, so that there is something to learn
 VOCAB = 97
-# By default ZeRO allocates gigabytes of buffers for each engine, which the tests' deterministic mode fills with NaN.
-SMALL_BUFFERS: dict[int, dict[str, int]] = {
-    0: {},
-    1: {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
-    2: {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000},
-    3: {"reduce_bucket_size": 10_000, "stage3_prefetch_bucket_size": 1_000, "stage3_param_persistence_threshold": 100},
+# DeepSpeed leaves weights below a threshold whole: with 0 even tiny ones are sharded in ZeRO 3. And by default it makes
+# gigabytes of buffers for each engine, which the tests' deterministic mode fills with NaN, for seconds.
+SMALL = {
+    "stage3_param_persistence_threshold": 0,
+    "reduce_bucket_size": 10_000,
+    "allgather_bucket_size": 10_000,
+    "stage3_prefetch_bucket_size": 1_000,
 }
 
 
@@ -43,8 +45,8 @@ class Run:
     optimizer: str = "sgd"
     steps: int = 20
     bf16: bool = False
-    weigh_step: bool = False  # a token mean over the whole optimizer step, instead of over each micro-batch
-    clip: float = 0.5
+    weigh_step: str = ""  # how a token mean over the whole optimizer step is asked for; else over each micro-batch
+    clip: float = 1.3  # some steps are clipped, others not
     zero_init: bool = False  # the model is made in shards, under deepspeed.zero.Init
     fault: str = ""
 
@@ -65,13 +67,13 @@ def model() -> Any:
 
 def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=0.1)
-    return torch.optim.AdamW(parameters, lr=1e-3)
+        return torch.optim.SGD(parameters, lr=0.3)
+    return torch.optim.AdamW(parameters, lr=3e-3)
 
 
 def row(step: int, micro: int, index: int) -> dict[str, Tensor]:
     """One packed row, (1, 65): the masked prompt differs in length, so that rows hold unequal numbers of targets."""
-    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + index)
+    generator = torch.Generator().manual_seed(1000 * (step % PERIOD) + 10 * micro + index)
     ids = torch.randint(0, VOCAB, (1, sum(LENGTHS)), generator=generator)
     labels = ids.clone()
     labels[:, 4 : 12 + 8 * index + 20 * micro] = IGNORED
@@ -143,8 +145,7 @@ def engine_of(sp: SequenceParallel, run: Run) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": run.clip,
-        # DeepSpeed leaves weights below a threshold whole; with 0 even tiny ones are sharded in ZeRO 3.
-        "zero_optimization": {"stage": run.stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": run.stage, **SMALL},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": run.bf16},
@@ -202,7 +203,7 @@ def train(sp: SequenceParallel, run: Run) -> tuple[list[float], list[float], dic
         batches = micro_batches(step, ring)
         items = ring.count_targets(batches) if run.weigh_step else None
         for m, batch in enumerate(batches):
-            loss = step_loss(engine, ring, batch, items, run.fault)
+            loss = step_loss(engine, ring, batch, items, run)
             engine.backward(loss)
             losses.append(loss.item())
             if m == ACCUMULATION - 1:
@@ -217,9 +218,9 @@ def train(sp: SequenceParallel, run: Run) -> tuple[list[float], list[float], dic
     return losses, norms, first
 
 
-def step_loss(engine: Any, sp: SequenceParallel, batch: dict[str, Tensor], items: int | None, fault: str) -> Tensor:
-    """The loss of one micro-batch; `fault` names what is done wrongly on purpose."""
-    if fault == "mean of means":  # what each rank's own mean, averaged by the engine, comes to
+def step_loss(engine: Any, sp: SequenceParallel, batch: dict[str, Tensor], items: int | None, run: Run) -> Tensor:
+    """The loss of one micro-batch."""
+    if run.fault == "mean of means":  # what each rank's own mean, averaged by the engine, comes to
         part = sp.shard_batch(batch)
         labels = part.pop("labels")
         part.pop("shift_labels")
@@ -228,6 +229,8 @@ def step_loss(engine: Any, sp: SequenceParallel, batch: dict[str, Tensor], items
         return sums / (labels != IGNORED).sum().clamp(min=1)
     if items is None:
         return engine(**batch).loss
+    if run.weigh_step == "num_items_in_batch":
+        return engine(**batch, num_items_in_batch=items).loss * ACCUMULATION
     part = sp.shard_batch(batch)
     labels, plan = part.pop("labels"), part["seqpar_plan"]
     part.pop("shift_labels")
@@ -238,23 +241,40 @@ def total_norm(module: torch.nn.Module) -> float:
     return torch.stack([p.grad.float().norm() for p in module.parameters() if p.grad is not None]).norm().item()
 
 
-def two_engines(sp: SequenceParallel, run: Run) -> tuple[list[float], int, int]:
-    """Losses with the block while an engine without it is made and trained too; and the batch sizes of both."""
-    engine = engine_of(sp, run)
-    from seqpar_ring.integrations.deepspeed import initialize
-
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
-    losses, other = [], None
-    for step in range(run.steps):
+def train_steps(engine: Any, steps: range) -> list[float]:
+    """Losses of every micro-batch of these steps."""
+    losses = []
+    for step in steps:
         for batch in micro_batches(step, engine.seqpar_ring):
             loss = engine(**batch).loss
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-            if other is None:
-                plain = model()
-                other = initialize(None, plain, optimizer_of("sgd", plain.parameters()), config=config)[0]
-            other.backward(other(**batch).loss)
-            other.step()
-    assert other is not None
+    return losses
+
+
+def two_engines(sp: SequenceParallel, run: Run) -> tuple[list[float], int, int]:
+    """Losses with the block, while one without it is made and trained in between; and the batch sizes of both."""
+    engine = engine_of(sp, run)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    losses = train_steps(engine, range(1))
+    plain, config = model(), {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    other = initialize(None, plain, optimizer_of("sgd", plain.parameters()), config=config)[0]
+    other.backward(other(**row(0, 0, 0)).loss)
+    other.step()
+    losses += train_steps(engine, range(1, run.steps))
     return losses, engine.train_batch_size(), other.train_batch_size()
+
+
+def resumed(sp: SequenceParallel, folder: str, before: Run, after: Run) -> list[float]:
+    """Losses of training with one set-up, a checkpoint, and going on from it with another until `after.steps`."""
+    first = engine_of(sp, before)
+    losses = train_steps(first, range(before.steps))
+    first.save_checkpoint(folder)
+    first.destroy()
+    second = engine_of(sp, after)
+    second.load_checkpoint(folder)
+    losses += train_steps(second, range(before.steps, after.steps))
+    second.destroy()
+    return losses
