@@ -11,7 +11,7 @@ per head and token, kept for each layer. A checkpointed layer must not change at
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seqpar_ring.attention import OPERATOR
 from seqpar_ring.errors import UnsupportedError
 
-Kept = deque[tuple[Tensor, ...]]
-"""For each call of attention in a layer, in order, what it returned."""
+Result = tuple[Tensor, ...]
+"""What attention returned: out and lse."""
 
 
 def context_fn() -> tuple[TorchDispatchMode, TorchDispatchMode]:
@@ -30,41 +30,34 @@ def context_fn() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     For transformers: `model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})`, which
     older versions call `gradient_checkpointing_enable`.
     """
-    kept: Kept = deque()
-    return _Keep(kept), _Reuse(kept)
+    kept: deque[Result] = deque()
 
+    def keep(attention: Callable[[], Result]) -> Result:
+        kept.append(attention())
+        return kept[-1]
 
-class _Keep(TorchDispatchMode):
-    """Around the forward pass: keeps what attention returns."""
-
-    def __init__(self, kept: Kept) -> None:
-        super().__init__()
-        self._kept = kept
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is OPERATOR:
-            self._kept.append(result)
-        return result
-
-
-class _Reuse(TorchDispatchMode):
-    """Around the recompute: gives what was kept instead of running attention, once, so that memory is free after it."""
-
-    def __init__(self, kept: Kept) -> None:
-        super().__init__()
-        self._kept = kept
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is not OPERATOR:
-            return func(*args, **(kwargs or {}))
-        if not self._kept:
+    def reuse(attention: Callable[[], Result]) -> Result:
+        if not kept:
             raise UnsupportedError(
                 "a checkpointed layer is recomputed more often than it ran, or calls attention more often than before",
                 fix="Run backward once for each forward; for a second one checkpoint without this context_fn.",
             )
-        return self._kept.popleft()
+        return kept.popleft()  # once, so that memory is free after it
+
+    return _AtAttention(keep), _AtAttention(reuse)
+
+
+class _AtAttention(TorchDispatchMode):
+    """Hands each call of attention to a function, which may run it; every other operator runs as ever."""
+
+    def __init__(self, then: Callable[[Callable[[], Result]], Result]) -> None:
+        super().__init__()
+        self._then = then
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        def run() -> Any:
+            return func(*args, **(kwargs or {}))
+
+        return self._then(run) if func is OPERATOR else run()
