@@ -10,12 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seqpar_ring.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 """What is read from a folder; a file that is named is read whatever it is called."""
@@ -36,6 +36,8 @@ class Row(NamedTuple):
 
     def batch(self) -> dict[str, Tensor]:
         """The whole row as a batch of one, int64 (1, S): input_ids, labels (not shifted), position_ids."""
+        import torch  # here, so that a job can be refused without it
+
         input_ids = torch.tensor([self.input_ids])
         position_ids = torch.cat([torch.arange(n) for n in self.lengths])[None]
         return {"input_ids": input_ids, "labels": input_ids.clone(), "position_ids": position_ids}
