@@ -114,7 +114,7 @@ class _Adapter:
             _expect_labels(model, batch)
         except SeqparError as found:
             problem = found
-        self.sp.groups.ring.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
+        self.sp.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
         if PLAN_KEY not in batch:
             batch = self.sp.shard_batch(batch)
         rules.check_shares(batch[PLAN_KEY])
@@ -131,7 +131,7 @@ class _Adapter:
             rules.check_calls(model, calls, labelled)
         except SeqparError as found:
             problem = found
-        self.sp.groups.ring.agree("the first forward", vars(calls), problem)
+        self.sp.agree("the first forward", vars(calls), problem)
         self._checked.add(labelled)
 
     def loss(self, logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:

@@ -103,7 +103,7 @@ class SequenceParallel:
         return plan
 
     def shard_batch(self, batch: Mapping[str, Any], lengths: Sequence[int] | None = None) -> dict[str, Any]:
-        """This rank's part of a whole batch, ready for `model(**batch)`. Collective over the sequence group.
+        """This rank's part of a whole batch, ready for `model(**batch)`. Collective over the world.
 
         Args:
             batch: the same on every rank of the group: input_ids (B, S); optionally labels (B, S), not shifted,
@@ -119,7 +119,7 @@ class SequenceParallel:
 
         Raises:
             BatchError: a batch that cannot be sharded exactly; raised on every rank.
-            DisagreementError: the ranks of the group were given different batches; raised on every rank.
+            DisagreementError: the ranks of a group were given different batches; raised on every rank.
         """
         problem: SeqparError | None = None
         reading: edge.Reading | None = None
@@ -130,7 +130,7 @@ class SequenceParallel:
             self._expect_enough(reading)
         except SeqparError as error:
             problem = error
-        self.groups.ring.agree("shard_batch", _batch_record(batch, reading), problem)
+        self.agree("shard_batch", _batch_record(batch, reading), problem)
         assert reading is not None  # agree raised otherwise
         plan = self.plan(reading.lengths)
         out = {key: value for key, value in batch.items() if not isinstance(value, Tensor) or not value.dim()}
@@ -143,6 +143,27 @@ class SequenceParallel:
             out.pop(name, None)
         out[edge.PLAN_KEY] = plan
         return out
+
+    def agree(self, what: str, record: Mapping[str, object], problem: SeqparError | None = None) -> None:
+        """Go on together or raise together. Collective over the world.
+
+        Args:
+            what: what is about to be done, for messages.
+            record: what the ranks of a sequence group must have in common; data ranks may differ.
+            problem: what this rank found wrong.
+
+        Raises:
+            SeqparError: `problem` where there is one; a DisagreementError in a group whose records differ; and on every
+                other rank of the world one that names the rank and its error.
+        """
+        try:
+            self.groups.ring.agree(what, record, problem)
+        except SeqparError as found:
+            problem = found
+        if self.data_size > 1:  # other groups would go on, and wait in vain for this one in the loss
+            self.groups.everyone.agree(what, {}, problem)
+        elif problem is not None:
+            raise problem
 
     def loss(
         self,

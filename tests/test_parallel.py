@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from seqpar_ring import Settings, ring_attention
-from seqpar_ring.errors import BatchError, ConfigError, DisagreementError, GroupError, PlanError, UnsupportedError
+from seqpar_ring.errors import (
+    BatchError,
+    ConfigError,
+    DisagreementError,
+    GroupError,
+    PlanError,
+    SeqparError,
+    UnsupportedError,
+)
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.testing import RankPool, run_lockstep
@@ -145,6 +153,21 @@ def test_one_ranks_bad_batch_is_every_ranks_error() -> None:
         return str(caught.value)
 
     assert all("left padding" in message for message in run_lockstep(refuse, 3))
+
+
+@pytest.mark.parametrize("bad", ["mask", "other sample"])
+def test_what_is_wrong_in_one_sequence_group_is_raised_in_every_other_too(bad: str) -> None:
+    def refuse(sp: SequenceParallel) -> str:
+        given = batch()
+        if sp.groups.global_rank == 3:
+            left = torch.tensor([[0] + [1] * 21] * 2)
+            given.update({"attention_mask": left} if bad == "mask" else {"input_ids": given["labels"]})
+        with pytest.raises(SeqparError) as caught:
+            sp.shard_batch(given)
+        return str(caught.value)
+
+    messages = run_lockstep(refuse, 4, size=2, timeout=20)
+    assert all({"mask": "left padding", "other sample": "input_ids (checksum)"}[bad] in message for message in messages)
 
 
 @pytest.mark.parametrize("key", ["input_ids", "labels"])
