@@ -53,11 +53,12 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         DisagreementError: ranks called with different shapes, dtypes, lengths or settings; raised on every rank.
         TransportError: a rank died or did not arrive within the timeout.
     """
-    softcap = softcap or None
     problem: SeqparError | None = None
     kernel: Kernel | None = None
     try:
         _check(q_BSHD, k_BSGD, v_BSGE, plan, sinks)
+        if softcap is not None and not softcap > 0:
+            raise PlanError("softcap must be positive", fix="Give None for no cap.", softcap=softcap)
         kernel = plan.kernel(_request(q_BSHD, k_BSGD, v_BSGE, plan, softcap)).kernel
     except SeqparError as error:
         problem = error

@@ -220,6 +220,7 @@ def attend(sp: SequenceParallel, q_heads: int = 4, **change: Any) -> Any:
         ({"width": 4}, PlanError, "do not fit each other"),
         ({"q_dtype": torch.float64}, PlanError, "differ in dtype"),
         ({"sinks": torch.zeros(4)}, UnsupportedError, "sinks"),
+        ({"softcap": 0.0}, PlanError, "softcap=0.0"),
     ],
 )
 def test_bad_arguments_are_refused_on_every_rank(change: dict[str, Any], error: type[SeqparError], words: str) -> None:
