@@ -3,7 +3,7 @@
 Attention is one operator that returns (out, lse); both are kept and everything else is recomputed, so the recompute
 costs the projections and not one byte of communication. It plugs into torch's own non-reentrant checkpointing and
 whatever is built on it; it is no checkpointing of its own. torch's selective checkpointing would do the same, but
-refuses a recompute whose other operators differ from the forward's, and under ZeRO-3 they do: which parameters are
+refuses a recompute whose other operators differ from the forward's, and under ZeRO-3 they may: which parameters are
 gathered and freed inside a layer depends on what is still there. What it costs: one hidden state and one fp32 number
 per head and token, kept for each layer. A checkpointed layer must not change attention's output in place.
 """

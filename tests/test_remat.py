@@ -85,3 +85,25 @@ def test_a_second_backward_pass_is_refused_by_name() -> None:
             loss.backward()
 
     run_lockstep(twice, 1)
+
+
+def test_what_else_a_layer_does_may_differ_in_the_recompute_as_under_zero_3() -> None:
+    """ZeRO-3 gathers and frees parameters inside a layer, by what is still there: other operators, the same values."""
+
+    def gradient(sp: SequenceParallel) -> Tensor:
+        plan, runs = sp.plan([5, 6]), []
+        x = plan.shard(torch.linspace(-1, 1, 11 * 8, dtype=torch.float64).reshape(1, 11, 2, 4)).requires_grad_()
+
+        def layer(h: Tensor) -> Tensor:
+            runs.append(torch.empty(0) if runs else None)
+            out = ring_attention(h.sin(), h.cos(), h, plan)
+            assert isinstance(out, Tensor)
+            return out
+
+        checkpoint(layer, x, **(MODES["attention kept"] or {})).square().sum().backward()
+        assert len(runs) == 2
+        assert x.grad is not None
+        return plan.gather(x.grad)
+
+    found = run_lockstep(gradient, 2)[0]
+    torch.testing.assert_close(found, run_lockstep(gradient, 1)[0], rtol=1e-12, atol=1e-12)
