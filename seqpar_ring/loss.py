@@ -42,7 +42,7 @@ def token_mean(
         times that of the true mean, so that the average over the ranks is the true gradient.
 
     Raises:
-        PlanError: logits and labels differ in shape.
+        PlanError: logits and labels differ in shape; `accumulation` without `num_items`.
         BatchError: not one target on any rank; `num_items` below 1; raised on every rank.
     """
     if logits_BSV.shape[:-1] != labels_BS.shape:
@@ -51,6 +51,12 @@ def token_mean(
             fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
             logits=tuple(logits_BSV.shape),
             labels=tuple(labels_BS.shape),
+        )
+    if accumulation != 1 and num_items is None:
+        raise PlanError(
+            "accumulation without num_items has nothing to weigh by",
+            fix="Give num_items, the targets of the whole optimizer step (count_targets), or leave accumulation out.",
+            accumulation=accumulation,
         )
     wide = logits_BSV if logits_BSV.dtype is torch.float64 else logits_BSV.float()
     flat = labels_BS.reshape(-1)

@@ -132,11 +132,13 @@ def test_bf16_logits_are_reduced_in_fp32() -> None:
     assert loss.item() == pytest.approx(torch.tensor(V).log().item(), rel=1e-6)
 
 
-def test_labels_of_another_shape_are_refused() -> None:
+def test_labels_of_another_shape_and_accumulation_alone_are_refused() -> None:
     def refuse(sp: SequenceParallel) -> None:
         with pytest.raises(PlanError, match=r"labels=\(1, 3\)"):
             sp.loss(torch.zeros(1, 4, V), torch.zeros(1, 3, dtype=torch.long))
         with pytest.raises(BatchError, match="expected_tokens=4"):
             sp.loss(torch.zeros(1, 3, V), torch.zeros(1, 3, dtype=torch.long), sp.plan(4))
+        with pytest.raises(PlanError, match="accumulation=2"):
+            sp.loss(torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), accumulation=2)
 
     run_lockstep(refuse, 1)
