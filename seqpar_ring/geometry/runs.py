@@ -68,3 +68,12 @@ def clip(rows: Rows, lo: int, hi: int) -> Rows:
 def count(rows: Rows) -> int:
     """Number of rows in the ranges."""
     return sum(b - a for a, b in rows)
+
+
+def within(run: Run, low: int, high: int) -> Run | None:
+    """The part of a run at positions `low .. high`; None if there is none."""
+    begin = max(0, -((run.start - low) // run.step))
+    end = min(run.n, -((run.start - high) // run.step))
+    if begin >= end:
+        return None
+    return Run(run.doc, run.start + begin * run.step, end - begin, run.step, run.at + begin)

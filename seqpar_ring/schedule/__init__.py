@@ -1,31 +1,40 @@
 """Schedules as plain data: traffic, its builders, its backward, its kernel calls, its checker. Imports no torch."""
 
-from seqpar_ring.schedule.build import BUILDERS, Visit, build, choose, needs, rows_sent
-from seqpar_ring.schedule.calls import Call, calls, coalesce, tiles
+from seqpar_ring.schedule.build import Granularity, build, choose, rows_sent
+from seqpar_ring.schedule.calls import Call, coalesce, tiles
 from seqpar_ring.schedule.check import check
+from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.program import Stage, lives, peak, program
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
 from seqpar_ring.schedule.transpose import transpose
+from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric, Visit
+from seqpar_ring.schedule.work import Sides, Work, view_runs, work
 
 __all__ = [
     "BUILDERS",
     "Block",
+    "Builder",
     "Call",
+    "Fabric",
+    "Granularity",
     "Move",
+    "Needs",
+    "Sides",
     "Stage",
     "Traffic",
     "Use",
     "Visit",
+    "Work",
     "build",
-    "calls",
     "check",
     "choose",
     "coalesce",
     "lives",
-    "needs",
     "peak",
     "program",
     "rows_sent",
     "tiles",
     "transpose",
+    "view_runs",
+    "work",
 ]

@@ -1,125 +1,111 @@
-"""Builders: from "in which order does a block visit the ranks" to traffic.
+"""Build: from the order of a block's visits and what the ranks need to the traffic of a group.
 
-A builder says only the visits of one owner's block. What is worth sending (nothing travels that nobody at or behind
-its receiver needs), the pieces a block travels in, and the steps at which it is posted and due follow here, the same
-way for every builder. The ring is that of Ring Attention (arXiv 2310.01889). Masks come in as needs; nothing here
-knows a layout.
+What is worth sending (nothing travels that nobody at or behind its receiver needs), the pieces a block travels in, and
+the steps at which it is posted and due follow here, the same way for every schedule. Masks come in as needs; nothing
+here knows a layout or a schedule by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from seqpar_ring.geometry import Band, Rows, Run, by_document, clip, count, tile, union
-from seqpar_ring.layout import Layout
+from seqpar_ring.geometry import Rows, count
+from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
+from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric, Visit
 
 
-class Visit(NamedTuple):
-    """At `step` the block is at `rank`; it was posted at step `post` by rank `source`."""
+class Granularity(NamedTuple):
+    """What `block_tokens` comes to: blocks cut into `pieces`, or `hops` blocks in one step; one of them is 1."""
 
-    step: int
-    rank: int
-    post: int
-    source: int
+    pieces: int = 1
+    hops: int = 1
 
+    @staticmethod
+    def of(block_tokens: int | None, largest: int, world: int) -> Granularity:
+        """From the tokens that are to be computed with at a time; None: whole blocks, one at a time.
 
-Builder = Callable[[int, int], list[Visit]]
-"""(owner, world) -> the visits of that owner's block away from home."""
-
-
-def ring_up(owner: int, world: int) -> list[Visit]:
-    """Blocks travel to the next higher rank, one hop a step."""
-    return [Visit(s, (owner + s) % world, s - 1, (owner + s - 1) % world) for s in range(1, world)]
-
-
-def ring_down(owner: int, world: int) -> list[Visit]:
-    """Blocks travel to the next lower rank, one hop a step."""
-    return [Visit(s, (owner - s) % world, s - 1, (owner - s + 1) % world) for s in range(1, world)]
-
-
-BUILDERS: dict[str, dict[str, Builder]] = {"ring": {"up": ring_up, "down": ring_down}}
-"""Schedules by name, each with its variants; of the variants the one that sends the fewest rows is taken."""
+        Args:
+            block_tokens: tokens.
+            largest: tokens of the largest block.
+            world: ranks.
+        """
+        if block_tokens is None or largest == 0:
+            return Granularity()
+        if block_tokens >= largest:
+            return Granularity(hops=max(1, min(block_tokens // largest, world - 1)))
+        return Granularity(pieces=-(-largest // block_tokens))
 
 
-def needs(layout: Layout, band: Band) -> list[list[Rows]]:
-    """`needs[rank][owner]`: the owner's rows that some query of the rank may see; empty where rank == owner."""
-    shared = _runs_of_shared_documents(layout)
-    out: list[list[Rows]] = []
-    for rank, queries in enumerate(shared):
-        mine = by_document(queries)
-        out.append([() if owner == rank else _seen(mine, keys, band) for owner, keys in enumerate(shared)])
-    return out
-
-
-def build(builder: Builder, wanted: Sequence[Sequence[Rows]], sizes: Sequence[int], pieces: int = 1) -> Traffic:
-    """The forward traffic of one builder.
+def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -> Traffic:
+    """The traffic of one order of visits, without gradients.
 
     Args:
         builder: the visits of one owner's block.
-        wanted: what `needs` gives.
-        sizes: tokens of each rank.
-        pieces: into how many messages a block is cut; they travel one after the other and are computed as they land.
+        needs: what the ranks need of each other's pieces.
+        fabric: ranks, nodes, blocks a step.
+        travels: "kv" or "q": which side's rows the needs are about.
     """
-    world = len(sizes)
     uses: list[Use] = []
     kv: list[Move] = []
-    for owner in range(world):
-        path = builder(owner, world)
-        for p in range(pieces):
-            part = sizes[owner] * p // pieces, sizes[owner] * (p + 1) // pieces
+    pieces = needs.pieces
+    for owner in range(needs.world):
+        path = builder(owner, fabric)
+        relayed = any(visit.source != owner for visit in path)
+        for p, part in enumerate(needs.parts[owner]):
             if part[0] == part[1]:
                 continue
             uses.append(Use(p, owner, Block(owner, (part,))))
-            need = {v.rank: clip(wanted[v.rank][owner], *part) for v in path}
-            for v, block in _worth_sending(path, need, owner):
-                kv.append(Move((v.post + 1) * pieces - 1 + p, v.step * pieces + p, v.source, v.rank, block))
-                if need[v.rank]:
-                    uses.append(Use(v.step * pieces + p, v.rank, block))
+            sent = _relayed(path, needs, owner, p) if relayed else _direct(path, needs, owner, p)
+            for (step, rank, post, source), block, used in sent:
+                kv.append(Move((post + 1) * pieces - 1 + p, step * pieces + p, source, rank, block))
+                if used:
+                    uses.append(Use(step * pieces + p, rank, block))
     steps = 1 + max((u.step for u in uses), default=0)
-    return Traffic(world, steps, tuple(sorted(uses)), tuple(sorted(kv)))
+    return Traffic(needs.world, steps, tuple(sorted(uses)), tuple(sorted(kv)), (), travels)
 
 
-def choose(name: str, wanted: Sequence[Sequence[Rows]], sizes: Sequence[int], pieces: int = 1) -> tuple[Traffic, str]:
+def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tuple[Traffic, str]:
     """The traffic of the schedule of this name, in the variant that sends the fewest rows, and the reason."""
     sent = {}
     for variant, builder in BUILDERS[name].items():
-        traffic = build(builder, wanted, sizes, pieces)
+        traffic = build(builder, needs, fabric, travels)
         sent[variant] = (rows_sent(traffic), traffic)
     best = min(sent, key=lambda variant: sent[variant][0])
+    rows, traffic = sent[best]
+    if len(sent) == 1:
+        return traffic, f"{rows} rows travel"
     others = ", ".join(f"{variant} {rows} rows" for variant, (rows, _) in sent.items())
-    return sent[best][1], f"{name} {best}: fewest KV rows sent ({others})"
+    return traffic, f"{name} {best}: fewest rows sent ({others})"
 
 
 def rows_sent(traffic: Traffic) -> int:
-    """Rows of keys (and as many of values) that all ranks together send in the pass."""
+    """Rows of the travelling side that all ranks together send in the pass."""
     return sum(count(move.block.rows) for move in traffic.kv)
 
 
-def _worth_sending(path: list[Visit], need: dict[int, Rows], owner: int) -> list[tuple[Visit, Block]]:
-    carried = dict(need)  # what passes through a rank: for itself and for those behind it
-    for v in reversed(path):
-        if v.source != owner:
-            carried[v.source] = union(carried[v.source] + carried[v.rank])
-    relayed = any(v.source != owner for v in path)
-    whole = union(r for rows in carried.values() for r in rows)  # a travelling block keeps one shape
-    return [(v, Block(owner, whole if relayed else carried[v.rank])) for v in path if carried[v.rank]]
+Sent = Iterator[tuple[Visit, Block, bool]]
+"""The visits that happen, with the block as it is there, and whether the rank computes with it."""
 
 
-def _seen(mine: dict[int, list[Run]], keys: tuple[Run, ...], band: Band) -> Rows:
-    rows = []
-    for k in keys:
-        tiles = [t for q in mine.get(k.doc, ()) if (t := tile(q, k, band))]
-        if tiles:
-            rows.append((min(t.k0 for t in tiles), max(t.k1 for t in tiles)))
-    return union(rows)
+def _direct(path: list[Visit], needs: Needs, owner: int, piece: int) -> Sent:
+    for visit in path:
+        rows = needs.rows(visit.rank, owner, piece)
+        if rows:
+            yield visit, Block(owner, rows), True
 
 
-def _runs_of_shared_documents(layout: Layout) -> tuple[tuple[Run, ...], ...]:
-    """Only the runs of documents that more than one rank holds: all that traffic can be about."""
-    holder: dict[int, int] = {}
-    for rank, runs in enumerate(layout):
-        for run in runs:
-            holder[run.doc] = rank if holder.get(run.doc, rank) == rank else -1
-    return tuple(tuple(run for run in runs if holder[run.doc] < 0) for runs in layout)
+def _relayed(path: list[Visit], needs: Needs, owner: int, piece: int) -> Sent:
+    """A block that is passed on keeps one shape; a visit that nobody at or behind it needs does not happen."""
+    needed: list[bool] = needs.wanted[:, owner, piece].tolist()
+    carried = list(needed)
+    for visit in reversed(path):
+        if carried[visit.rank]:
+            carried[visit.source] = True
+    if carried[owner]:
+        rows: Rows = needs.anybody(owner, piece)
+        block = Block(owner, rows)
+        for visit in path:
+            if carried[visit.rank]:
+                yield visit, block, needed[visit.rank]

@@ -1,9 +1,9 @@
-"""Calls: the tiles of one use as few varlen kernel calls.
+"""Calls: the tiles of one step as few varlen kernel calls.
 
 A call takes one slice of q, one slice of k, cumulative lengths and one window. Tiles share a call when they have the
 same window and ascend in q and in k memory together; what lies between them is covered by empty segments (rows of q
 with no k, rows of k with no q). So a call is always slices, never a gather, and all documents of a causal step are
-one call.
+one call. This is the plain form, for one pair of ranks, and the oracle; `work` does the same for all steps of a rank.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from seqpar_ring.geometry import INF, Band, Rows, Run, Tile, by_document, join, tile, view, window
+from seqpar_ring.geometry import INF, Band, Regions, Run, Tile, join, tile, window, within
 
 
 class Call(NamedTuple):
-    """One varlen kernel call on rows `q0:q1` of the rank's queries and rows `k0:k1` of a KV buffer.
+    """One varlen kernel call on rows `q0:q1` of a rank's queries and rows `k0:k1` of a KV buffer.
 
     Segment i takes queries `cu_q[i]:cu_q[i+1]` and keys `cu_k[i]:cu_k[i+1]` of those slices, and either may be empty.
     In a segment of m queries and n keys, query i sees key j where `-left <= (j - i) - (n - m) <= right`:
@@ -45,23 +45,22 @@ class Call(NamedTuple):
         return self.left < INF
 
 
-def calls(q_runs: tuple[Run, ...], owner_runs: tuple[Run, ...], rows: Rows, band: Band) -> tuple[Call, ...]:
-    """The kernel calls of one use: all of a rank's queries against these rows of the owner's memory."""
-    return tuple(coalesce(tiles(q_runs, view(owner_runs, rows), band)))
-
-
-def tiles(q_runs: Sequence[Run], k_runs: Sequence[Run], band: Band) -> list[Tile]:
-    """The tiles between two ranks' runs, joined within each document where that is exact."""
-    mine = by_document(q_runs)
-    found: dict[int, list[Tile]] = {}
+def tiles(q_runs: Sequence[Run], k_runs: Sequence[Run], regions: Regions) -> list[Tile]:
+    """The tiles between two ranks' runs, joined within each region where that is exact."""
+    keys: dict[int, list[Run]] = {}
     for k in k_runs:
-        for q in mine.get(k.doc, ()):
-            if t := tile(q, k, band):
-                found.setdefault(k.doc, []).append(t)
-    return [t for of_document in found.values() for t in join(of_document)]
+        keys.setdefault(k.doc, []).append(k)
+    found: list[Tile] = []
+    for doc in dict.fromkeys(q.doc for q in q_runs if q.doc in keys):
+        for _, r in regions.by_document.get(doc, ()):
+            mine = [part for q in q_runs if q.doc == doc and (part := within(q, r.q0, r.q1))]
+            theirs = [part for k in keys[doc] if (part := within(k, r.k0, r.k1))]
+            rows = [[t for k in theirs if (t := tile(q, k, Band(r.lo, r.hi)))] for q in mine]
+            found += join([t for row in rows for t in join(row)])
+    return found
 
 
-def coalesce(found: list[Tile]) -> list[Call]:
+def coalesce(found: Sequence[Tile]) -> list[Call]:
     """Few calls that hold exactly these tiles."""
     chains: dict[tuple[int, int], list[list[Tile]]] = {}
     keys = {window(t) for t in found if t.q1 - t.q0 > 1} or {(INF, INF)}

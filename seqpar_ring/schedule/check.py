@@ -9,21 +9,25 @@ for the tests.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from itertools import pairwise
 
 from seqpar_ring.errors import ScheduleError
-from seqpar_ring.geometry import Band, Tile, area, view
+from seqpar_ring.geometry import Regions, area, view
 from seqpar_ring.layout import Layout
 from seqpar_ring.schedule.calls import tiles
 from seqpar_ring.schedule.program import lives, peak
 from seqpar_ring.schedule.traffic import Block, Traffic
+from seqpar_ring.schedule.work import Sides
 
 NEVER = 1 << 30
 
 
-def check(traffic: Traffic, layout: Layout, lengths: Sequence[int], band: Band) -> dict[str, int]:
+def check(traffic: Traffic, sides: Sides) -> dict[str, int]:
     """Prove a schedule, forward or backward, and give the peak of live buffers of any rank.
+
+    Args:
+        traffic: of the whole group.
+        sides: layouts of queries and keys, and the mask.
 
     Returns:
         {"kv": received blocks, "made": partial dKV made, "got": partial dKV received}, each the most alive at one step.
@@ -31,8 +35,11 @@ def check(traffic: Traffic, layout: Layout, lengths: Sequence[int], band: Band) 
     Raises:
         ScheduleError: the first property that does not hold, with the values.
     """
-    _well_formed(traffic, layout)
-    _coverage(traffic, layout, lengths, band)
+    home, cargo, regions = sides
+    if traffic.travels == "q":
+        home, cargo, regions = cargo, home, regions.transposed()
+    _well_formed(traffic, cargo)
+    _coverage(traffic, home, cargo, regions)
     _residence(traffic)
     if traffic.dkv:
         _gradients(traffic)
@@ -58,7 +65,7 @@ def _well_formed(traffic: Traffic, layout: Layout) -> None:
         _expect(inside, "a block holds rows that its owner has not", block=block, tokens=tokens[block.owner])
 
 
-def _coverage(traffic: Traffic, layout: Layout, lengths: Sequence[int], band: Band) -> None:
+def _coverage(traffic: Traffic, home: Layout, cargo: Layout, regions: Regions) -> None:
     """Every allowed pair exactly once. A tile holds allowed pairs only (geometry), and a rank meets no row of KV twice
     (shown here), so no pair comes twice; and as many pairs are computed as the mask allows, so none is missing."""
     computed = 0
@@ -66,12 +73,12 @@ def _coverage(traffic: Traffic, layout: Layout, lengths: Sequence[int], band: Ba
     for use in traffic.uses:
         owner, rows = use.block
         met.setdefault((use.rank, owner), []).extend(rows)
-        computed += sum(map(area, tiles(layout[use.rank], view(layout[owner], rows), band)))
+        computed += sum(map(area, tiles(home[use.rank], view(cargo[owner], rows), regions)))
     for (rank, owner), ranges in met.items():
         ranges.sort()
         once = all(a[1] <= b[0] for a, b in pairwise(ranges))
         _expect(once, "a rank meets the same rows twice", rank=rank, owner=owner, rows=ranges)
-    allowed = sum(area(Tile(0, n, 0, n, max(band.lo, -n), min(band.hi, n))) for n in lengths)
+    allowed = regions.pairs()
     _expect(computed == allowed, "not every allowed pair is computed", computed=computed, allowed=allowed)
 
 

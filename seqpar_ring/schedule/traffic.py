@@ -42,10 +42,15 @@ class Move(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """One pass (forward, or backward when `dkv` is not empty) of a group of `world` ranks."""
+    """One pass (forward, or backward when `dkv` is not empty) of a group of `world` ranks.
+
+    `travels` says whose rows the blocks are: "kv", as the fields are named, or "q" in a backward pass in which queries
+    and what belongs to them travel in place of keys, and dq returns in place of dKV.
+    """
 
     world: int
     steps: int
     uses: tuple[Use, ...]
     kv: tuple[Move, ...]
     dkv: tuple[Move, ...] = ()
+    travels: str = "kv"

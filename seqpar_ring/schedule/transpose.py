@@ -6,25 +6,39 @@ exactly one dKV transfer. Reversing time literally would not work: the keys and 
 
 from __future__ import annotations
 
-from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
+from seqpar_ring.schedule.traffic import Block, Move, Traffic
 
 
 def transpose(forward: Traffic, node: int) -> Traffic:
     """The backward traffic of a forward traffic.
 
-    A partial dKV goes to the block's next user, to be added there, if that user comes later and sits in the same node
-    (`node` ranks each); else straight to the owner. So `node=1` sends every partial home directly, and `node=world`
-    is the travelling sum of the ring.
+    A partial dKV goes where its block was passed on to, to be added to the partial of the next rank there that computes
+    with it, if that sits in the same node (`node` ranks each); else straight to the owner. So a ring's gradients travel
+    round it as one sum, a double ring sends one sum home from each node, and what was sent directly returns directly;
+    `node=1` returns everything directly.
     """
-    users: dict[Block, list[Use]] = {}
-    for use in forward.uses:
-        if use.rank != use.block.owner:
-            users.setdefault(use.block, []).append(use)
+    used = {(use.rank, use.block): use.step for use in forward.uses}
+    onward: dict[tuple[int, Block], list[int]] = {}
+    if node > 1:
+        for move in forward.kv:
+            if move.src != move.block.owner and move.src // node == move.dst // node:
+                onward.setdefault((move.src, move.block), []).append(move.dst)
+
+    def next_user(rank: int, block: Block) -> int | None:
+        for there in onward.get((rank, block), ()):
+            found = there if (there, block) in used else next_user(there, block)
+            if found is not None:
+                return found
+        return None
+
     dkv = []
-    for block, uses in users.items():
-        for use, following in zip(uses, uses[1:] + uses[-1:], strict=True):
-            if following.step > use.step and following.rank // node == use.rank // node:
-                dkv.append(Move(following.step, following.step + 1, use.rank, following.rank, block))
-            else:
-                dkv.append(Move(use.step + 1, use.step + 2, use.rank, block.owner, block))
+    for step, rank, block in forward.uses:
+        if rank == block.owner:
+            continue
+        following = next_user(rank, block)
+        if following is None:
+            dkv.append(Move(step + 1, step + 2, rank, block.owner, block))
+        else:
+            joins = used[following, block]
+            dkv.append(Move(joins, joins + 1, rank, following, block))
     return forward._replace(dkv=tuple(sorted(dkv)), steps=max([forward.steps, *(move.due for move in dkv)]))

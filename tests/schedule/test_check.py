@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from schedule_cases import plain
 
 from seqpar_ring import layout as layouts
 from seqpar_ring import schedule
 from seqpar_ring.errors import ScheduleError
-from seqpar_ring.geometry import causal
-from seqpar_ring.schedule import Block, Move, Traffic, check
+from seqpar_ring.geometry import Mask
+from seqpar_ring.schedule import BUILDERS, Block, Move, Sides, Traffic, check
 
 LENGTHS = [13, 1, 30, 7]
 
@@ -58,26 +59,28 @@ def wrong_ranks(t: Traffic, move: Move, name: str) -> list[int]:
     return [r for r in range(t.world) if r not in right][:1]
 
 
-CASES = list(itertools.product((3, 4), (1, 2, 99), sorted(layouts.LAYOUTS), (1, 2)))
+# Tokens a block is cut into or collected to; half a block, a block, two blocks.
+CASES = list(itertools.product((3, 4), (1, 2, 99), sorted(layouts.LAYOUTS), sorted(BUILDERS), (7, None, 34)))
+MASKS = [Mask(), Mask(causal=False), Mask(window=9), Mask(chunk=11), Mask(prefix=1)]
 
 
-@pytest.mark.parametrize(("world", "node", "name", "pieces"), CASES)
-def test_seeded_faults_are_refused(world: int, node: int, name: str, pieces: int) -> None:
-    layout = layouts.make(name, LENGTHS, world)
-    wanted = schedule.needs(layout, causal())
-    forward, _ = schedule.choose("ring", wanted, layouts.tokens(layout), pieces)
-    good = schedule.transpose(forward, node)
-    check(good, layout, LENGTHS, causal())
+@pytest.mark.parametrize(("world", "node", "name", "how", "block_tokens"), CASES)
+def test_seeded_faults_are_refused(world: int, node: int, name: str, how: str, block_tokens: int | None) -> None:
+    mask = MASKS[(world + node + len(name) + len(how)) % len(MASKS)]
+    inner = 2 if world == 4 else 1
+    problem = plain(name, LENGTHS, world, mask, how, node=inner, **({"block_tokens": block_tokens} if block_tokens else {}))
+    good = schedule.transpose(problem.traffic("q" if node == 2 else "kv"), node)
+    check(good, problem.sides)
     rnd = random.Random(world * node)
     for what, bad in faults(good, rnd):
         if what == "kv late" and _still_in_time(bad, good):
             continue
-        assert refused(bad, layout), f"not refused: {what}"
+        assert refused(bad, problem.sides), f"not refused: {what}"
 
 
-def refused(traffic: Traffic, layout: layouts.Layout) -> bool:
+def refused(traffic: Traffic, sides: Sides) -> bool:
     try:
-        check(traffic, layout, LENGTHS, causal())
+        check(traffic, sides)
     except ScheduleError:
         return True
     return False
@@ -103,10 +106,10 @@ def test_a_circular_wait_is_found_with_the_rank_and_step() -> None:
 
 
 def test_the_error_names_what_is_missing() -> None:
-    layout = layouts.make("zigzag", [40], 4)
-    forward, _ = schedule.choose("ring", schedule.needs(layout, causal()), layouts.tokens(layout))
+    problem = plain("zigzag", [40], 4)
+    forward = problem.traffic()
     with pytest.raises(ScheduleError, match="not every allowed pair is computed"):
-        check(forward._replace(uses=forward.uses[1:]), layout, [40], causal())
+        check(forward._replace(uses=forward.uses[1:]), problem.sides)
     backward = schedule.transpose(forward, 4)
     with pytest.raises(ScheduleError, match="a partial dKV is missing"):
-        check(backward._replace(dkv=backward.dkv[1:]), layout, [40], causal())
+        check(backward._replace(dkv=backward.dkv[1:]), problem.sides)

@@ -6,18 +6,17 @@ import re
 
 from hypothesis import given
 from hypothesis import strategies as st
+from schedule_cases import plain
 
 from seqpar_ring import layout
-from seqpar_ring.geometry import causal
-from seqpar_ring.schedule import Block, Move, Traffic, Use, choose, needs, transpose
+from seqpar_ring.schedule import Block, Move, Traffic, Use, transpose
 from seqpar_ring.schedule.render import render
 
 HERE, THERE = Block(0, ((0, 3),)), Block(1, ((0, 1), (2, 4)))
 
 
 def traffic_of(name: str, lengths: list[int], world: int, pieces: int = 1) -> Traffic:
-    placed = layout.make(name, lengths, world)
-    return choose("ring", needs(placed, causal()), layout.tokens(placed), pieces)[0]
+    return plain(name, lengths, world)._replace(pieces=pieces).traffic()
 
 
 def test_a_small_schedule_is_printed_in_full() -> None:

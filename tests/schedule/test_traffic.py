@@ -1,97 +1,116 @@
-"""Every layout, mask, piece count and backward route makes a schedule that passes the checker, with few calls."""
+"""Every layout, mask, schedule, piece count and backward route makes a traffic that passes the checker."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule_cases import Drawn, plain, problems
 
 from seqpar_ring import layout as layouts
 from seqpar_ring import schedule
-from seqpar_ring.geometry import Band, Tile, causal, full
-from seqpar_ring.schedule import Block, Call, Move, Traffic, Use
+from seqpar_ring.geometry import Mask, Tile, count
+from seqpar_ring.schedule import Block, Granularity, Move, Traffic, Use, rows_sent
+
+LAYOUTS, SCHEDULES = sorted(layouts.LAYOUTS), sorted(schedule.BUILDERS)
 
 
-def make(name: str, lengths: list[int], world: int, band: Band, pieces: int = 1) -> tuple[layouts.Layout, Traffic]:
-    layout = layouts.make(name, lengths, world)
-    wanted = schedule.needs(layout, band)
-    return layout, schedule.choose("ring", wanted, layouts.tokens(layout), pieces)[0]
-
-
-masks = st.one_of(st.just(full()), st.just(causal()), st.integers(1, 50).map(causal))
-
-
-@given(
-    name=st.sampled_from(sorted(layouts.LAYOUTS)),
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
-    world=st.integers(1, 8),
-    band=masks,
-    pieces=st.integers(1, 3),
-    node=st.sampled_from([1, 2, 8]),
-)
-def test_any_schedule_passes_the_checker_forward_and_backward(
-    name: str, lengths: list[int], world: int, band: Band, pieces: int, node: int
-) -> None:
-    layout, forward = make(name, lengths, world, band, pieces)
-    backward = schedule.transpose(forward, node)
-    schedule.check(forward, layout, lengths, band)
-    schedule.check(backward, layout, lengths, band)
+@settings(max_examples=300, deadline=None)
+@given(problem=problems(), travels=st.sampled_from(["kv", "q"]))
+def test_any_schedule_passes_the_checker_forward_and_backward(problem: Drawn, travels: str) -> None:
+    forward = problem.traffic(travels)
+    backward = schedule.transpose(forward, problem.fabric.node)
+    schedule.check(forward, problem.sides)
+    schedule.check(backward, problem.sides)
     assert (backward.kv, backward.uses) == (forward.kv, forward.uses)
 
 
-def test_a_ring_holds_two_received_blocks_whatever_its_size() -> None:
-    for world in (4, 8, 16):
-        layout, forward = make("zigzag", [320], world, causal())
-        assert schedule.check(forward, layout, [320], causal())["kv"] == 2
+@pytest.mark.parametrize("world", [4, 8, 16])
+def test_a_ring_holds_two_received_blocks_whatever_its_size(world: int) -> None:
+    problem = plain("zigzag", [320], world)
+    assert schedule.check(problem.traffic(), problem.sides)["kv"] == 2
+
+
+def test_an_all_gather_holds_all_blocks_and_direct_two() -> None:
+    held = {how: schedule.check((p := plain("striped", [320], 8, how=how)).traffic(), p.sides)["kv"] for how in SCHEDULES}
+    assert held == {"all_gather": 7, "direct": 2, "double_ring": 2, "ring": 2}
+
+
+def test_a_double_ring_sends_between_nodes_from_every_rank_and_a_round_ahead() -> None:
+    problem = plain("striped", [320], 8, how="double_ring", node=4)
+    far = [move for move in problem.traffic().kv if move.src // 4 != move.dst // 4]
+    assert sorted(move.src for move in far) == list(range(8))
+    assert {(move.post, move.due) for move in far} == {(0, 4)}
+    assert {move.src % 4 - move.dst % 4 for move in far} == {0}
+
+
+def test_a_double_ring_returns_one_sum_from_each_node() -> None:
+    def between_nodes(backward: Traffic) -> int:
+        return sum(count(m.block.rows) for m in backward.dkv if m.src // 4 != m.dst // 4)
+
+    forward = plain("striped", [320], 8, how="double_ring", node=4).traffic()
+    assert between_nodes(schedule.transpose(forward, 4)) * 4 == between_nodes(schedule.transpose(forward, 1))
 
 
 def test_a_schedule_prints_as_itself() -> None:
-    _, forward = make("zigzag", [13, 5], 3, causal())
-    backward = schedule.transpose(forward, 3)
+    backward = schedule.transpose(plain("zigzag", [13, 5], 3).traffic(), 3)
     names = {"Traffic": Traffic, "Use": Use, "Move": Move, "Block": Block}
     assert eval(repr(backward), names) == backward
     assert hash(backward) == hash(eval(repr(backward), names))
 
 
-@pytest.mark.parametrize("name", sorted(layouts.LAYOUTS))
-@pytest.mark.parametrize("lengths", [[97], [31, 1, 64, 7, 7, 50]])
-def test_one_kernel_call_a_step_for_causal_layouts_however_many_documents(name: str, lengths: list[int]) -> None:
-    layout, forward = make(name, lengths, 4, causal())
-    for use in forward.uses:
-        found = schedule.calls(layout[use.rank], layout[use.block.owner], use.block.rows, causal())
-        assert len(found) == 1
-
-
 def test_calls_are_slices_with_cumulative_lengths_and_empty_segments() -> None:
     (call,) = schedule.coalesce([Tile(1, 4, 0, 3, -3, 0), Tile(6, 9, 5, 8, -3, 0)])
-    assert call == Call(1, 0, call.left, 0, (0, 3, 5, 5, 8), (0, 3, 3, 5, 8))
+    assert call == schedule.Call(1, 0, call.left, 0, (0, 3, 5, 5, 8), (0, 3, 3, 5, 8))
     assert (call.q1, call.k1, call.windowed) == (9, 8, False)
 
 
 def test_documents_that_one_rank_holds_whole_are_never_sent() -> None:
-    _, forward = make("contiguous", [10, 10, 10, 10], 4, causal())
-    assert forward.kv == ()
-    assert schedule.rows_sent(forward) == 0
+    assert plain("contiguous", [10, 10, 10, 10], 4).traffic().kv == ()
+    assert plain("packed", [10] * 40, 4).traffic().kv == ()
 
 
 def test_a_window_sends_only_the_rows_that_somebody_sees() -> None:
-    _, forward = make("contiguous", [400], 4, causal(10))
-    assert schedule.rows_sent(forward) == 3 * 9
+    assert rows_sent(plain("contiguous", [400], 4, Mask(window=10)).traffic()) == 3 * 9
+
+
+def test_chunks_send_nothing_where_they_lie_on_one_rank_and_a_prefix_only_itself() -> None:
+    assert plain("contiguous", [400], 4, Mask(chunk=50)).traffic().kv == ()
+    causal = plain("striped", [400], 4, how="direct").traffic()
+    assert rows_sent(plain("striped", [400], 4, Mask(prefix=400), how="direct").traffic()) > rows_sent(causal)
 
 
 def test_zigzag_in_two_pieces_sends_three_quarters_of_a_full_ring() -> None:
-    _, forward = make("zigzag", [1600], 8, causal(), pieces=2)
-    assert schedule.rows_sent(forward) / (7 * 1600) == pytest.approx(0.75, abs=0.04)
+    problem = plain("zigzag", [1600], 8, block_tokens=100)
+    assert problem.pieces == 2
+    assert rows_sent(problem.traffic()) / (7 * 1600) == pytest.approx(0.75, abs=0.04)
 
 
-def test_every_use_away_from_home_returns_one_gradient() -> None:
-    _, forward = make("striped", [50], 4, causal())
+@pytest.mark.parametrize("how", SCHEDULES)
+def test_every_use_away_from_home_returns_one_gradient(how: str) -> None:
+    forward = plain("striped", [50], 4, how=how, node=2).traffic()
     away = [u for u in forward.uses if u.rank != u.block.owner]
     for node in (1, 2, 4):
         assert len(schedule.transpose(forward, node).dkv) == len(away)
 
 
 def test_the_travelling_gradient_comes_home_once_and_the_direct_one_each_time() -> None:
-    _, forward = make("striped", [48], 4, causal())
+    forward = plain("striped", [48], 4).traffic()
     home = {node: sum(m.dst == m.block.owner for m in schedule.transpose(forward, node).dkv) for node in (1, 4)}
-    assert home[4] < home[1]
+    assert home == {1: 12, 4: 4}
+
+
+def test_blocks_that_arrive_together_come_in_jumps_and_return_as_travelling_sums() -> None:
+    forward = plain("striped", [640], 8, block_tokens=240).traffic()
+    assert forward.steps == 4
+    assert {(m.dst - m.src) % 8 for m in forward.kv if m.post} == {3}
+    home = [m for m in schedule.transpose(forward, 8).dkv if m.dst == m.block.owner]
+    assert len(home) == 3 * 8  # one sum of each of the three chains that a block goes in
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [(None, (1, 1)), (100, (1, 1)), (99, (2, 1)), (25, (4, 1)), (250, (1, 2)), (10**6, (1, 7))],
+)
+def test_block_tokens_come_to_pieces_or_hops(asked: int | None, found: tuple[int, int]) -> None:
+    assert Granularity.of(asked, largest=100, world=8) == found
