@@ -173,7 +173,7 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
     try:
         rules.check_attention(module, attention_mask, dropout, kwargs)
     except SeqparError as problem:
-        plan.ring.agree("attention", {}, problem)
+        plan.sequence.agree("attention", {}, problem)
     if calls is not None:
         calls.attention += 1
         calls.windowed += window is not None

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from seqpar_ring.batch import PLAN_KEY
 from seqpar_ring.errors import BatchError, ConfigError, PlanError, UnsupportedError
 from seqpar_ring.parallel import SequenceParallel
-from seqpar_ring.plan import Mask, Plan
+from seqpar_ring.geometry import Mask
+from seqpar_ring.plan import Plan
 
 HARMLESS = frozenset(
     {

@@ -20,10 +20,15 @@ class Settings(BaseModel):
 
     Attributes:
         size: ranks that share one sequence (W); must divide the world.
-        layout: which rank holds which tokens: "zigzag", "striped" or "contiguous".
-        schedule: how keys and values travel: "ring".
-        heads: degree of head sharding (Ulysses) inside the sequence group; only 1 in this version.
-        block_tokens: tokens that travel in one message: a whole rank's block ("auto"), or pieces of at most so many.
+        layout: which rank holds which tokens: "zigzag", "striped", "contiguous", or for documents of many lengths "packed".
+        schedule: how keys and values travel: "ring", "double_ring", "all_gather" or "direct".
+        heads: degree of head sharding (Ulysses): so many ranks share out the heads, and size / heads ranks the sequence.
+        node: ranks of a sequence group that share a node, for "double_ring"; None: all of them.
+        block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"), pieces of it (a smaller
+            number), or several blocks at once (a larger one).
+        backward: what travels in backward: "kv", "q", or by the bytes of the model's heads ("auto").
+        balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
+        balance_area: the same for attention work.
         kernel: block attention kernel: "auto" (by capability, with a reason), "cpu" or "reference".
         timeout: seconds after which a rank that waits for another gives up with an error.
     """
@@ -34,7 +39,11 @@ class Settings(BaseModel):
     layout: str = "zigzag"
     schedule: str = "ring"
     heads: int = Field(default=1, ge=1)
+    node: int | None = Field(default=None, ge=1)
     block_tokens: int | Literal["auto"] = "auto"
+    backward: Literal["auto", "kv", "q"] = "auto"
+    balance_tokens: float = Field(default=1.01, gt=1)
+    balance_area: float = Field(default=1.03, gt=1)
     kernel: str = "auto"
     timeout: float = Field(default=600.0, gt=0)
 
@@ -70,7 +79,26 @@ class Settings(BaseModel):
                 fix='Give a positive number of tokens, or "auto" for a whole rank\'s block in one message.',
                 block_tokens=settings.block_tokens,
             )
+        settings._check_degrees(where)
         return settings
+
+    def _check_degrees(self, where: str) -> None:
+        """Heads share out the group's ranks, and nodes the ranks that are left for the ring."""
+        for name, degree, whole in (("heads", self.heads, self.size), ("node", self.node or self.size, self.size)):
+            if whole % degree:
+                fitting = [n for n in range(1, whole + 1) if whole % n == 0]
+                raise ConfigError(
+                    f'{where} has a "{name}" that does not divide the sequence group',
+                    fix=f"Give {' or '.join(map(str, fitting))}.",
+                    **{name: degree, "size": whole},
+                )
+        if self.node is not None and self.node % self.heads:
+            raise ConfigError(
+                f"{where} would share heads across nodes",
+                fix='Give "heads" that divide "node": heads are exchanged all to all, which wants the fast links.',
+                heads=self.heads,
+                node=self.node,
+            )
 
 
 def _readable(error: ValidationError, block: Mapping[str, Any], where: str) -> ConfigError:
@@ -95,6 +123,10 @@ def _expected(key: str) -> str:
     return {
         "size": "a whole number of ranks, at least 1 (a number, not a string)",
         "heads": "a whole number, at least 1",
+        "node": "a whole number of ranks, at least 1, or none",
+        "backward": '"auto", "kv" or "q"',
+        "balance_tokens": "a factor above 1, e.g. 1.01",
+        "balance_area": "a factor above 1, e.g. 1.03",
         "block_tokens": 'a whole number of tokens, or "auto"',
         "timeout": "a positive number of seconds",
     }.get(key, "a name as a string")

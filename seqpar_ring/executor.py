@@ -1,88 +1,124 @@
 """The executor: runs a schedule with one kernel and one transport, and obeys.
 
 It knows no layout, mask or ring by name: it waits for what is due, posts what is to be posted, computes what is to be
-used. Partial results are accumulated in fp32 (fp64 for fp64 inputs) and cast to the inputs' dtype once; dK and dV
-travel in that precision too. Autograd is next door in `attention.py`.
+used. Partial results are accumulated in fp32 (fp64 for fp64 inputs) and cast to the inputs' dtype once; gradients
+travel in that precision too. Which side travels is the caller's choice of pass. Autograd is next door in `attention.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from seqpar_ring.geometry import Rows, count
+from seqpar_ring.cargo import Cargo, Fields, Message, add_rows, pick
+from seqpar_ring.geometry import count
 from seqpar_ring.kernels import Kept, Kernel, Scores
 from seqpar_ring.kernels.merge import merge_
-from seqpar_ring.plan import Plan
-from seqpar_ring.schedule import Block, Move, Stage
-from seqpar_ring.transport import Handle, Recv, Send
+from seqpar_ring.plan import Pass, Plan
+from seqpar_ring.schedule import Block, Call, Move, Work
+from seqpar_ring.transport import Handle, Messenger, Recv, Send
 
 Pair = tuple[Tensor, Tensor]
-"""Keys and values (or their gradients) of some rows: (B, rows, G, D) and (B, rows, G, E)."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of this call: batch, key/value heads, key width, value width."""
-
-    B: int
-    G: int
-    D: int
-    E: int
-
-    @staticmethod
-    def of(k_BSGD: Tensor, v_BSGE: Tensor) -> Shape:
-        """From this rank's keys and values."""
-        return Shape(k_BSGD.shape[0], k_BSGD.shape[2], k_BSGD.shape[3], v_BSGE.shape[3])
-
-    def unpack(self, flat: Tensor) -> Pair:
-        """A message as its two tensors, without a copy."""
-        rows = flat.numel() // (self.B * self.G * (self.D + self.E) or 1)
-        border = self.B * rows * self.G * self.D
-        return flat[:border].view(self.B, rows, self.G, self.D), flat[border:].view(self.B, rows, self.G, self.E)
-
-    def numel(self, rows: int) -> int:
-        """Elements of a message of so many rows."""
-        return self.B * rows * self.G * (self.D + self.E)
 
 
 def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scores: Scores) -> Pair:
-    """The forward pass: (out_BSHE in q's dtype, lse_BHS in fp32 or fp64)."""
+    """The forward pass: (out_BSHE in a wide dtype or q's, lse_BHS in fp32 or fp64)."""
     q, k, v = qkv
     partial = _Partial(q, v.shape[3])
 
-    def compute(block: Block, keys: Tensor, values: Tensor) -> None:
-        for call in plan.calls[block]:
-            part = kernel.forward(
-                q[:, call.q0 : call.q1], keys[:, call.k0 : call.k1], values[:, call.k0 : call.k1], call, scores
-            )
+    def compute(work: Work, view: Fields) -> None:
+        keys, values = view
+        placed = _placed(scores, plan, work, plan.schedule.travels)
+        for call in work.calls:
+            rows, cols = slice(call.q0, call.q1), slice(call.k0, call.k1)
+            part = kernel.forward(q[:, rows], keys[:, cols], values[:, cols], call, _at(placed, call))
             partial.merge(call.q0, call.q1, *part)
 
-    _Pass(plan, k, v).run(plan.forward_program, compute)
+    _Run(plan, plan.forward_pass, (k, v)).go(compute)
     return partial.result()
 
 
-def backward(plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass: (dq, dk, dv) of this rank's tokens, inputs' dtype; `kept` holds the global out and lse."""
-    q, k, v, out, lse, _ = kept
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
-    dq = _Sum(q, lse.dtype)
-    travelling = _Pass(plan, k, v, lse.dtype)
+def backward(
+    plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores, queries_travel: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass: (dq, dk, dv) of this rank's tokens in a wide dtype; `kept` holds the global out and lse."""
+    assert kept.out is not None  # of this rank's own rows
+    if kept.delta is None:
+        kept = kept._replace(delta=(dout.to(kept.lse.dtype) * kept.out.to(kept.lse.dtype)).sum(-1).transpose(1, 2))
+    return (_queries_travel if queries_travel else _keys_travel)(plan, dout, kept, kernel, scores)
 
-    def compute(block: Block, keys: Tensor, values: Tensor) -> None:
-        for call in plan.calls[block]:
+
+def _keys_travel(
+    plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values visit the queries; their gradients go back to them."""
+    q, k, v, out, lse, delta = kept
+    assert out is not None
+    assert delta is not None
+    dq = _Total((q,), lse.dtype)
+    run = _Run(plan, plan.backward_pass, (k, v), lse.dtype)
+
+    def compute(work: Work, view: Fields) -> None:
+        keys, values = view
+        placed, total = _placed(scores, plan, work, "kv"), run.gradient_of(keys.shape[1])
+        for call in work.calls:
             rows, cols = slice(call.q0, call.q1), slice(call.k0, call.k1)
             part = Kept(q[:, rows], keys[:, cols], values[:, cols], out[:, rows], lse[:, :, rows], delta[:, :, rows])
-            dq_part, dk_part, dv_part = kernel.backward(dout[:, rows], part, call, scores)
-            dq.add(call.q0, call.q1, dq_part)
-            travelling.add_gradient(block, call.k0, call.k1, (dk_part, dv_part))
+            dq_part, *dkv = kernel.backward(dout[:, rows], part, call, _at(placed, call))
+            dq.add(call.q0, call.q1, (dq_part,))
+            total.add(call.k0, call.k1, tuple(dkv))
+        run.keep(work, total.result())
 
-    travelling.run(plan.backward_program, compute)
-    dk, dv = travelling.own_gradient()
-    return dq.result(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    run.go(compute)
+    (dk, dv), (dq_whole,) = run.own_gradient(), dq.result()
+    return dq_whole, dk, dv
+
+
+def _queries_travel(
+    plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries visit the keys, with dout and what softmax needs of their rows; dq goes back to them."""
+    q, k, v, _, lse, delta = kept
+    assert delta is not None
+    dkv = _Total((k, v), lse.dtype)
+    run = _Run(plan, plan.query_pass, (q, dout, lse.transpose(1, 2), delta.transpose(1, 2)), lse.dtype, gradients=1)
+
+    def compute(work: Work, view: Fields) -> None:
+        q, dout, lse, delta = view
+        lse, delta = lse.transpose(1, 2), delta.transpose(1, 2)
+        placed, total = _placed(scores, plan, work, "q"), run.gradient_of(q.shape[1])
+        for call in work.calls:
+            rows, cols = slice(call.q0, call.q1), slice(call.k0, call.k1)
+            part = Kept(q[:, rows], k[:, cols], v[:, cols], None, lse[:, :, rows], delta[:, :, rows])
+            dq_part, *dkv_part = kernel.backward(dout[:, rows], part, call, _at(placed, call))
+            total.add(call.q0, call.q1, (dq_part,))
+            dkv.add(call.k0, call.k1, tuple(dkv_part))
+        run.keep(work, total.result())
+
+    run.go(compute)
+    (dq,), (dk, dv) = run.own_gradient(), dkv.result()
+    return dq, dk, dv
+
+
+def _placed(scores: Scores, plan: Plan, work: Work, travels: str) -> Scores:
+    """The scores with the positions of all rows of a step, where position biases ask for them."""
+    if scores.slopes is None:
+        return scores
+    own, view = plan.positions_of(work.blocks, travels)
+    own, view = own.to(scores.slopes.device), view.to(scores.slopes.device)
+    return scores._replace(q_positions=own, k_positions=view) if travels == "kv" else scores._replace(
+        q_positions=view, k_positions=own
+    )
+
+
+def _at(scores: Scores, call: Call) -> Scores:
+    if scores.q_positions is None or scores.k_positions is None:
+        return scores
+    return scores._replace(
+        q_positions=scores.q_positions[call.q0 : call.q1], k_positions=scores.k_positions[call.k0 : call.k1]
+    )
 
 
 class _Partial:
@@ -102,10 +138,7 @@ class _Partial:
         merge_(whole_out[:, q0:q1], whole_lse[:, :, q0:q1], out, lse)
 
     def result(self) -> Pair:
-        if self._out is None or self._lse is None:
-            out, lse = self._accumulators()
-            return out.to(self._q.dtype), lse
-        return self._out.to(self._q.dtype), self._lse
+        return self._accumulators() if self._out is None or self._lse is None else (self._out, self._lse)
 
     def _accumulators(self) -> Pair:
         B, S, H, _ = self._q.shape
@@ -117,34 +150,49 @@ class _Partial:
         return self._out, self._lse
 
 
-class _Sum:
-    """A gradient summed over parts, in the accumulation dtype."""
+class _Total:
+    """A sum of gradients over calls; the first that covers all rows becomes the sum."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._total = torch.zeros(like.shape, dtype=dtype, device=like.device)
+    def __init__(self, like: Fields, dtype: torch.dtype) -> None:
+        self._cargo, self._rows, self._dtype = Cargo(like, dtype), like[0].shape[1], dtype
+        self._parts: Fields | None = None
 
-    def add(self, a: int, b: int, part: Tensor) -> None:
-        self._total[:, a:b].add_(part)
+    def add(self, a: int, b: int, parts: Fields) -> None:
+        if self._parts is None:
+            if b - a == self._rows:
+                self._parts = tuple(part.to(self._dtype) for part in parts)
+                return
+            self._parts = self._cargo.zeros(self._rows)
+        for total, part in zip(self._parts, parts, strict=True):
+            total[:, a:b].add_(part)
 
-    def result(self, dtype: torch.dtype) -> Tensor:
-        return self._total.to(dtype)
+    def result(self) -> Fields:
+        return self._cargo.zeros(self._rows) if self._parts is None else self._parts
 
 
-class _Pass:
-    """The state of one run over a program: what has arrived, what is under way, what has been made."""
+class _Run:
+    """The state of one run over a pass: what has arrived, what is under way, what has been made.
 
-    def __init__(self, plan: Plan, k: Tensor, v: Tensor, gradient_dtype: torch.dtype | None = None) -> None:
-        self._ring, self._k, self._v, self._gradient_dtype = plan.ring, k, v, gradient_dtype
-        self._shape = Shape.of(k, v)
-        self._arrived: dict[Block, Tensor] = {}
-        self._made: dict[Block, Tensor] = {}
-        self._under_way: dict[tuple[str, Move], tuple[Handle, Tensor]] = {}
+    `own` are this rank's rows of the side that travels; `gradients` how many of them (from the first on) have one.
+    """
+
+    def __init__(
+        self, plan: Plan, what: Pass, own: Fields, gradient_dtype: torch.dtype | None = None, gradients: int = 2
+    ) -> None:
+        self._ring: Messenger = plan.documents.ring
+        self._pass, self._node, self._own, self._cargo = what, plan.fabric.node, own, Cargo(own)
+        self._arrived: dict[Block, Message] = {}
+        self._made: dict[Block, Message] = {}
+        self._under_way: dict[tuple[str, Move], tuple[Handle, Message]] = {}
+        self._gradient_dtype = gradient_dtype
         if gradient_dtype is not None:
-            self._dk, self._dv = (torch.zeros(x.shape, dtype=gradient_dtype, device=x.device) for x in (k, v))
+            self._like = own[:gradients]
+            self._returns = Cargo(self._like, gradient_dtype)
+            self._total = self._returns.zeros(own[0].shape[1])
 
-    def run(self, stages: tuple[Stage, ...], compute: Callable[[Block, Tensor, Tensor], None]) -> None:
+    def go(self, compute: Callable[[Work, Fields], None]) -> None:
         """Every stage in turn: wait for what is due, post what is to be posted, compute what is to be used."""
-        for stage in stages:
+        for step, stage in enumerate(self._pass.stages):
             for move in stage.due_kv:
                 landed = self._finish("kv", move)
                 if move.dst == self._ring.rank:
@@ -155,82 +203,97 @@ class _Pass:
                     self._take_gradient(move.block, landed)
             self._post("kv", stage.post_kv)
             self._post("dkv", stage.post_dkv)
-            for block in stage.uses:
-                compute(block, *self._keys_and_values(block))
+            if stage.uses:
+                work = self._pass.work[step]
+                compute(work, self._view(work))
             for block in stage.drop:
                 del self._arrived[block]
 
-    def add_gradient(self, block: Block, k0: int, k1: int, parts: Pair) -> None:
-        """Add one call's (dk, dv) for rows k0:k1 of a block."""
-        if block.owner == self._ring.rank:
-            _add_rows((self._dk, self._dv), block.rows, parts, k0)
-            return
-        if block not in self._made:
-            size = self._shape.numel(count(block.rows))
-            self._made[block] = torch.zeros(size, dtype=self._gradient_dtype, device=self._k.device)
-        for total, part in zip(self._shape.unpack(self._made[block]), parts, strict=True):
-            total[:, k0:k1].add_(part)
+    def gradient_of(self, rows: int) -> _Total:
+        """An empty sum for the gradient of a view of so many rows."""
+        return _Total(tuple(x[:, :1].expand(-1, rows, *x.shape[2:]) for x in self._like), self._returns_dtype)
 
-    def own_gradient(self) -> Pair:
-        """(dk, dv) of this rank's own tokens, complete once the program has run."""
-        return self._dk, self._dv
-
-    def _keys_and_values(self, block: Block) -> Pair:
-        if block.owner != self._ring.rank:
-            return self._shape.unpack(self._arrived[block])
-        return _pick(self._k, block.rows), _pick(self._v, block.rows)
-
-    def _post(self, lane: str, moves: tuple[Move, ...]) -> None:
-        """All transfers of one stage and lane together; one handle stands for them all."""
-        sends, recvs, tensors = [], [], []
-        for move in moves:
-            if move.src == self._ring.rank:
-                tensors.append(self._message(lane, move.block))
-                sends.append(Send(move.dst, tensors[-1]))
+    def keep(self, work: Work, gradient: Fields) -> None:
+        """Take the gradient of a step's view: add what belongs to own rows, hold the rest until it is sent."""
+        for block, part in zip(work.blocks, self._apart(work, gradient), strict=True):
+            if block.owner == self._ring.rank:
+                add_rows(self._total, block.rows, part)
             else:
-                tensors.append(self._room(lane, move.block))
-                recvs.append(Recv(move.src, tensors[-1]))
-        if moves:
+                self._made[block] = self._returns.pack(part)
+
+    def own_gradient(self) -> Fields:
+        """The gradient of this rank's own rows, complete once the run is over."""
+        return self._total
+
+    @property
+    def _returns_dtype(self) -> torch.dtype:
+        assert self._gradient_dtype is not None
+        return self._gradient_dtype
+
+    def _view(self, work: Work) -> Fields:
+        """The rows of a step's blocks as the calls see them."""
+        buffers = [self._fields(block) for block in work.blocks]
+        if not work.slices:
+            return buffers[0]
+        columns = ([buffers[b][i][:, x:y] for b, x, y in work.slices] for i in range(len(buffers[0])))
+        return tuple(torch.cat(column, 1) for column in columns)
+
+    def _apart(self, work: Work, gradient: Fields) -> list[Fields]:
+        """The gradient of a view as those of its blocks, row for row."""
+        if not work.slices:
+            return [gradient]
+        parts = [self._returns.zeros(count(block.rows)) for block in work.blocks]
+        at = 0
+        for b, x, y in work.slices:
+            for part, whole in zip(parts[b], gradient, strict=True):
+                part[:, x:y] = whole[:, at : at + y - x]
+            at += y - x
+        return parts
+
+    def _fields(self, block: Block) -> Fields:
+        if block.owner != self._ring.rank:
+            return self._cargo.unpack(self._arrived[block], count(block.rows))
+        return pick(self._own, block.rows)
+
+    def _post(self, kind: str, moves: tuple[Move, ...]) -> None:
+        """All transfers of one stage and lane together; one handle stands for them all."""
+        by_lane: dict[str, list[Move]] = {}
+        for move in moves:
+            by_lane.setdefault(self._lane(kind, move), []).append(move)
+        for lane, together in by_lane.items():
+            sends, recvs, messages = [], [], []
+            for move in together:
+                if move.src == self._ring.rank:
+                    messages.append(self._message(kind, move.block))
+                    sends += [Send(move.dst, tensor) for tensor in messages[-1]]
+                else:
+                    cargo = self._cargo if kind == "kv" else self._returns
+                    messages.append(cargo.room(count(move.block.rows)))
+                    recvs += [Recv(move.src, tensor) for tensor in messages[-1]]
             handle = self._ring.exchange(sends, recvs, lane)
-            for move, tensor in zip(moves, tensors, strict=True):
-                self._under_way[lane, move] = handle, tensor
+            for move, message in zip(together, messages, strict=True):
+                self._under_way[kind, move] = handle, message
 
-    def _finish(self, lane: str, move: Move) -> Tensor:
-        handle, tensor = self._under_way.pop((lane, move))
+    def _lane(self, kind: str, move: Move) -> str:
+        """What goes between nodes has lanes of its own, where the transport made them."""
+        far = move.src // self._node != move.dst // self._node and f"{kind}_far" in self._ring.lanes
+        return f"{kind}_far" if far else kind
+
+    def _finish(self, kind: str, move: Move) -> Message:
+        handle, message = self._under_way.pop((kind, move))
         handle.wait()
-        return tensor
+        return message
 
-    def _message(self, lane: str, block: Block) -> Tensor:
-        if lane == "dkv":
+    def _message(self, kind: str, block: Block) -> Message:
+        if kind == "dkv":
             return self._made.pop(block)
         if block.owner != self._ring.rank:
             return self._arrived[block]
-        return torch.cat([part.reshape(-1) for part in self._keys_and_values(block)])
+        return self._cargo.pack(self._fields(block))
 
-    def _room(self, lane: str, block: Block) -> Tensor:
-        dtype = self._k.dtype if lane == "kv" else self._gradient_dtype
-        return torch.empty(self._shape.numel(count(block.rows)), dtype=dtype, device=self._k.device)
-
-    def _take_gradient(self, block: Block, landed: Tensor) -> None:
+    def _take_gradient(self, block: Block, landed: Message) -> None:
         if block.owner == self._ring.rank:
-            _add_rows((self._dk, self._dv), block.rows, self._shape.unpack(landed), 0)
+            add_rows(self._total, block.rows, self._returns.unpack(landed, count(block.rows)))
         else:
-            self._made[block].add_(landed)
-
-
-def _pick(x: Tensor, rows: Rows) -> Tensor:
-    """These rows of a rank's own tensor; a view where they are one range."""
-    if len(rows) == 1:
-        return x[:, rows[0][0] : rows[0][1]]
-    return torch.cat([x[:, a:b] for a, b in rows], 1)
-
-
-def _add_rows(totals: Pair, rows: Rows, parts: Pair, k0: int) -> None:
-    """Add parts, which hold a block's buffer rows from k0 on, to the owner's rows that they stand for."""
-    at, k1 = 0, k0 + parts[0].shape[1]
-    for a, b in rows:
-        lo, hi = max(at, k0), min(at + b - a, k1)
-        if lo < hi:
-            for total, part in zip(totals, parts, strict=True):
-                total[:, a + lo - at : a + hi - at].add_(part[:, lo - k0 : hi - k0])
-        at += b - a
+            for total, part in zip(self._made[block], landed, strict=True):
+                total.add_(part)

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from seqpar_ring.config import Settings
 from seqpar_ring.errors import GroupError
-from seqpar_ring.transport import LANES, DistributedTransport, LockstepWorld, Transport
+from seqpar_ring.transport import FAR_LANES, LANES, DistributedTransport, LockstepWorld, Transport
 from seqpar_ring.transport.agreement import Claim, claim, settle
 
 RING = "ring"
@@ -54,13 +55,16 @@ class Groups:
         return self.world_size // self.size
 
 
-def make(size: int, mesh: DeviceMesh | None = None, timeout: float = 600.0) -> Groups:
+def make(
+    size: int, mesh: DeviceMesh | None = None, timeout: float = 600.0, lanes: Sequence[str] = LANES
+) -> Groups:
     """Make the groups of this world. Collective: every rank of the world calls it, with the same arguments.
 
     Args:
         size: ranks that share a sequence.
         mesh: rings are the lines along its dimension "ring" (or its only dimension); None: consecutive ranks.
         timeout: seconds after which a rank that waits for another gives up.
+        lanes: the streams of messages that the ring needs, each a process group.
 
     Raises:
         GroupError: torch.distributed is needed and not initialised; size does not divide the world; the mesh has no
@@ -71,7 +75,7 @@ def make(size: int, mesh: DeviceMesh | None = None, timeout: float = 600.0) -> G
     if not dist.is_initialized():
         return _alone(size)
     world, rank = dist.get_world_size(), dist.get_rank()
-    rings = _agreed_rings(size, mesh, timeout)
+    rings = _agreed_rings(size, mesh, timeout, lanes)
     if world == 1:
         return _alone(size, mesh)
     mine = next(i for i, ring in enumerate(rings) if rank in ring)
@@ -79,15 +83,20 @@ def make(size: int, mesh: DeviceMesh | None = None, timeout: float = 600.0) -> G
     if mesh is None:
         mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=("data", RING))
     limit = timedelta(seconds=timeout)
-    lanes: dict[str, dist.ProcessGroup] = {}
-    for lane in LANES if size > 1 else ():
+    groups: dict[str, dist.ProcessGroup] = {}
+    for lane in lanes if size > 1 else ():
         for i, ranks in enumerate(rings):  # all ranks make all groups, in one order
             group = dist.new_group(list(ranks), timeout=limit)
             if i == mine:
-                lanes[lane] = group
-    ring: Transport = DistributedTransport(lanes, device, timeout) if size > 1 else LockstepWorld(1).transport(0)
+                groups[lane] = group
+    ring: Transport = DistributedTransport(groups, device, timeout) if size > 1 else LockstepWorld(1).transport(0)
     everyone = DistributedTransport({"control": dist.new_group(timeout=limit)}, device, timeout)
     return Groups(size, world, rings[mine].index(rank), mine, rank, ring, everyone, mesh)
+
+
+def lanes_of(settings: Settings) -> tuple[str, ...]:
+    """The streams of messages that these settings need: those between nodes only for the double ring."""
+    return LANES + FAR_LANES if settings.schedule == "double_ring" else LANES
 
 
 def lockstep(world: LockstepWorld, rank: int, size: int) -> Groups:
@@ -126,7 +135,9 @@ def _check_size(size: int, world: int) -> None:
     )
 
 
-def _agreed_rings(size: int, mesh: DeviceMesh | None, timeout: float) -> list[tuple[int, ...]]:
+def _agreed_rings(
+    size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str]
+) -> list[tuple[int, ...]]:
     """All rings in order of their first rank, after every rank has said what it wants; errors are raised on all."""
     world, rank = dist.get_world_size(), dist.get_rank()
     ring: tuple[int, ...] = ()
@@ -137,7 +148,7 @@ def _agreed_rings(size: int, mesh: DeviceMesh | None, timeout: float) -> list[tu
         ring = tuple(range(start, start + size)) if mesh is None else _ring_of(mesh, size)
     except GroupError as error:
         failed = error
-    record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None}
+    record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None, "lanes": tuple(lanes)}
     said: list[tuple[Claim, tuple[int, ...]] | None] = [None] * world
     dist.all_gather_object(said, (claim("sequence groups", record, failed), ring))
     heard = [item for item in said if item is not None]

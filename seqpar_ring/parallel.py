@@ -18,11 +18,12 @@ from seqpar_ring import batch as edge
 from seqpar_ring import groups as process_groups
 from seqpar_ring import kernels
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import BatchError, ConfigError, SeqparError, UnsupportedError, did_you_mean
+from seqpar_ring.errors import BatchError, ConfigError, SeqparError, did_you_mean
+from seqpar_ring.geometry import Mask
 from seqpar_ring.groups import Groups
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.loss import token_mean
-from seqpar_ring.plan import Documents, Mask, Plan
+from seqpar_ring.plan import Documents, Plan
 from seqpar_ring.schedule import BUILDERS
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class SequenceParallel:
     def __init__(self, size: int, *, mesh: DeviceMesh | None = None, **settings: Any) -> None:
         asked = Settings.parse({"size": size, **settings})
         _check(asked)
-        self._set_up(process_groups.make(asked.size, mesh, asked.timeout), asked)
+        self._set_up(process_groups.make(asked.size, mesh, asked.timeout, process_groups.lanes_of(asked)), asked)
 
     @classmethod
     def over(cls, groups: Groups, settings: Settings) -> SequenceParallel:
@@ -85,21 +86,39 @@ class SequenceParallel:
         self.groups, self.settings = groups, settings
         self.size, self.rank = groups.size, groups.rank
         self.data_size, self.data_rank, self.world_size = groups.data_size, groups.data_rank, groups.world_size
-        self._documents = lru_cache(maxsize=PLANS_KEPT)(lambda lengths: Documents(lengths, settings, groups.ring))
+        self._documents = lru_cache(maxsize=PLANS_KEPT)(
+            lambda lengths, kv_lengths: Documents(lengths, settings, groups.ring, kv_lengths)
+        )
 
-    def plan(self, lengths: int | Sequence[int], causal: bool = True, window: int | None = None) -> Plan:
+    def plan(  # noqa: PLR0913 - lengths, and the options of a mask by name
+        self,
+        lengths: int | Sequence[int],
+        causal: bool = True,
+        window: int | Sequence[int | None] | None = None,
+        *,
+        chunk: int | None = None,
+        prefix: int | Sequence[int] | None = None,
+        kv_lengths: int | Sequence[int] | None = None,
+    ) -> Plan:
         """The plan for documents of these lengths, packed one after the other. Cached; no communication.
 
         Args:
             lengths: tokens of each document, or of the one document.
             causal: whether a query sees only keys up to its own position.
-            window: of those, only so many of the last (the query's own included).
+            window: of those, only so many of the last (the query's own included); one number, or one for each document.
+                With `causal=False` a pair: how many keys before and after the query.
+            chunk: only keys of the query's own chunk of so many positions (Llama 4).
+            prefix: tokens at the beginning of a document that every query of it sees (prefix-LM); one number, or one for
+                each document.
+            kv_lengths: keys of each document in cross-attention (with `causal=False`); 0 where a document has none.
 
         Raises:
-            PlanError: lengths below 1, or a window without causality.
+            PlanError: lengths below 1, or a mask that does not exist.
+            UnsupportedError: no kernel can compute the mask.
         """
-        whole = (lengths,) if isinstance(lengths, int) else tuple(lengths)
-        plan: Plan = self._documents(whole).plan(Mask(causal, window))
+        keys = (kv_lengths,) if isinstance(kv_lengths, int) else None if kv_lengths is None else tuple(kv_lengths)
+        mask = Mask.make(causal, window, chunk, prefix)
+        plan: Plan = self._documents((lengths,) if isinstance(lengths, int) else tuple(lengths), keys).plan(mask)
         return plan
 
     def shard_batch(self, batch: Mapping[str, Any], lengths: Sequence[int] | None = None) -> dict[str, Any]:
@@ -244,12 +263,6 @@ def _check(settings: Settings) -> None:
         name = getattr(settings, key)
         if name not in known:
             raise ConfigError(f"unknown {key}", fix=did_you_mean(name, known), **{key: name})
-    if settings.heads != 1:
-        raise UnsupportedError(
-            "head sharding inside the sequence group is not supported in this version",
-            fix="Set heads to 1.",
-            heads=settings.heads,
-        )
 
 
 def _batch_record(batch: Mapping[str, Any], reading: edge.Reading | None) -> dict[str, object]:

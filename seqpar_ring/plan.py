@@ -13,16 +13,32 @@ import weakref
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import PlanError
-from seqpar_ring.geometry import Band, causal, full
-from seqpar_ring.kernels import Choice, Request, select
-from seqpar_ring.schedule import Block, Call, Stage, calls, choose, needs, program, transpose
-from seqpar_ring.sharding import TokenOrder, gather_tokens, shard_tokens
-from seqpar_ring.transport import Transport
+from seqpar_ring.geometry import Mask
+from seqpar_ring.kernels import Choice, Request, refuse_impossible, select
+from seqpar_ring.packing import Balance
+from seqpar_ring.schedule import (
+    Block,
+    Fabric,
+    Granularity,
+    Needs,
+    Sides,
+    Stage,
+    Traffic,
+    Work,
+    choose,
+    program,
+    transpose,
+    view_runs,
+    work,
+)
+from seqpar_ring.sharding import TokenOrder, gather_tokens, row_positions, shard_tokens
+from seqpar_ring.transport import Messenger, Subgroup, Transport
 
 
 class Reason(NamedTuple):
@@ -33,54 +49,71 @@ class Reason(NamedTuple):
     reason: str
 
 
-class Mask(NamedTuple):
-    """Which keys of its own document a query sees."""
-
-    causal: bool = True
-    window: int | None = None
-
-    def band(self) -> Band:
-        """The mask as a band.
-
-        Raises:
-            PlanError: a window below 1, or a window without causality.
-        """
-        if self.window is None:
-            return causal() if self.causal else full()
-        if not self.causal or self.window < 1:
-            raise PlanError(
-                "a sliding window needs a causal mask and at least one key",
-                fix="Give window >= 1 with causal=True, or window=None.",
-                causal=self.causal,
-                window=self.window,
-            )
-        return causal(self.window)
-
-    def __str__(self) -> str:
-        if self.window is not None:
-            return f"causal with a window of {self.window}"
-        return "causal" if self.causal else "full"
-
-
 class Documents:
     """The documents of a batch and who holds which of their tokens: what the plans of all masks share.
+
+    Attributes:
+        lengths: tokens (in cross-attention: queries) of each document.
+        kv_lengths: keys of each document in cross-attention, else None.
+        sequence: transport of the whole sequence group.
+        ring: the ranks that a block visits: those with this rank's heads, or the whole group without head sharding.
+        members: the ranks that hold, together, the tokens that this rank attends with, and share out the heads.
+        layout, kv_layout: who holds which token.
+        sides: the same over the ring, for queries and keys.
 
     Raises:
         ConfigError: an unknown layout.
         PlanError: no document, or one without tokens.
     """
 
-    def __init__(self, lengths: tuple[int, ...], settings: Settings, ring: Transport) -> None:
-        self.lengths, self.settings, self.ring = lengths, settings, ring
-        self.layout = layouts.make(settings.layout, lengths, ring.world)
-        self.sizes = layouts.tokens(self.layout)
+    def __init__(
+        self,
+        lengths: tuple[int, ...],
+        settings: Settings,
+        sequence: Transport,
+        kv_lengths: tuple[int, ...] | None = None,
+        placed: layouts.Layout | None = None,
+    ) -> None:
+        self.lengths, self.kv_lengths, self.settings, self.sequence = lengths, kv_lengths, settings, sequence
+        if kv_lengths is not None and len(kv_lengths) != len(lengths):
+            raise PlanError(
+                "queries and keys are of different numbers of documents",
+                fix="Give one number of keys for each document; 0 where it has none.",
+                lengths=lengths,
+                kv_lengths=kv_lengths,
+            )
+        heads = settings.heads
+        self.ring: Messenger = sequence
+        self.members: Messenger | None = None
+        if heads > 1:
+            first = sequence.rank // heads * heads
+            self.ring = Subgroup(sequence, range(sequence.rank % heads, sequence.world, heads))
+            self.members = Subgroup(sequence, range(first, first + heads))
+        balance = Balance(settings.balance_tokens, settings.balance_area)
+        make = layouts.make
+        self.q_side = placed or make(settings.layout, lengths, self.ring.world, balance)
+        self.k_side = self.q_side
+        if kv_lengths is not None:
+            self.k_side = make(settings.layout, kv_lengths, self.ring.world, balance, least=0)
+        self.layout = layouts.split(self.q_side, heads) if heads > 1 else self.q_side
+        self.kv_layout = self.layout
+        if kv_lengths is not None:
+            self.kv_layout = layouts.split(self.k_side, heads) if heads > 1 else self.k_side
+        self.sizes = self.layout.sizes
         self._plans: dict[Mask, Plan] = {}
         self._met: set[object] = set()
 
     @cached_property
     def order(self) -> TokenOrder:
         """Index tensors between the whole sequence and the ranks."""
-        return TokenOrder(self.lengths, self.layout, self.ring.rank)
+        return TokenOrder(self.lengths, self.layout, self.sequence.rank)
+
+    @cached_property
+    def kv_order(self) -> TokenOrder:
+        """The same for the keys of cross-attention."""
+        if self.kv_lengths is None:
+            return self.order
+        return TokenOrder(self.kv_lengths, self.kv_layout, self.sequence.rank)
 
     def plan(self, mask: Mask) -> Plan:
         """The plan of these documents under a mask; the same object each time."""
@@ -95,32 +128,44 @@ class Documents:
         return new
 
 
+class Pass(NamedTuple):
+    """One pass as one rank runs it: the group's traffic, this rank's stages, its work by step."""
+
+    traffic: Traffic
+    stages: tuple[Stage, ...]
+    work: dict[int, Work]
+
+
 class Plan:
     """One rank's plan for one set of documents and one mask. Made by `SequenceParallel.plan`; hashable by identity.
 
     Attributes:
         documents: lengths, layout and settings, shared by the plans of all masks.
         mask: which keys a query sees.
-        schedule: the forward traffic of the group.
-        backward_schedule: the backward traffic.
+        schedule: the forward traffic of the ring.
         reasons: the choices made, each with its reason.
         handle: the number under which attention's operator finds the plan.
+
+    Raises:
+        UnsupportedError: no kernel, or not the one that the settings name, can compute the mask.
     """
 
     def __init__(self, documents: Documents, mask: Mask) -> None:
-        self.documents, self.mask, self.band = documents, mask, mask.band()
-        largest, asked = max(documents.sizes), documents.settings.block_tokens
-        pieces = 1 if asked == "auto" else -(-largest // asked)
-        wanted = needs(documents.layout, self.band)
-        self.schedule, why = choose(documents.settings.schedule, wanted, documents.sizes, pieces)
-        self.backward_schedule = transpose(self.schedule, node=documents.ring.world)
-        self.reasons = (
-            Reason("layout", documents.settings.layout, f"{min(documents.sizes)} to {largest} tokens a rank"),
-            Reason("schedule", documents.settings.schedule, why),
-            Reason("block_tokens", str(asked), f"a rank's block travels in {pieces} message" + "s" * (pieces > 1)),
-            Reason("backward", "dKV travels", "partial sums go on with their block, in fp32 (fp64 for fp64)"),
-        )
+        self.documents, self.mask = documents, mask
+        settings, ring = documents.settings, documents.ring
+        regions = mask.regions(documents.lengths, documents.kv_lengths)
+        self.sides = Sides(documents.q_side, documents.k_side, regions)
+        self.windowed = regions.lower_edge
+        refuse_impossible(self.windowed, settings.kernel)
+        asked = None if settings.block_tokens == "auto" else settings.block_tokens
+        self.granularity = Granularity.of(asked, max(documents.k_side.sizes), ring.world)
+        node = max(1, (settings.node or documents.sequence.world) // settings.heads)
+        self.fabric = Fabric(ring.world, min(node, ring.world), self.granularity.hops)
+        needs = Needs(documents.q_side, documents.k_side, regions, self.granularity.pieces)
+        self.schedule, why = choose(settings.schedule, needs, self.fabric)
+        self.reasons = self._reasons(why)
         self.handle = _intern(self)
+        self._positions: dict[tuple[tuple[Block, ...], str], tuple[Tensor, Tensor]] = {}
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -133,9 +178,9 @@ class Plan:
         return self.documents.layout
 
     @property
-    def ring(self) -> Transport:
+    def sequence(self) -> Transport:
         """The transport of the sequence group."""
-        return self.documents.ring
+        return self.documents.sequence
 
     @cached_property
     def tokens(self) -> int:
@@ -145,7 +190,12 @@ class Plan:
     @property
     def local_tokens(self) -> int:
         """Tokens that this rank holds; may be 0."""
-        return self.documents.sizes[self.ring.rank]
+        return self.documents.sizes[self.sequence.rank]
+
+    @property
+    def local_keys(self) -> int:
+        """Keys that this rank holds: its tokens, but in cross-attention."""
+        return self.documents.kv_layout.sizes[self.sequence.rank]
 
     @cached_property
     def position_ids(self) -> Tensor:
@@ -161,7 +211,7 @@ class Plan:
             PlanError: `x` has not as many entries along `dim` as the plan has tokens.
         """
         self._expect(x, dim, self.tokens, "the whole sequence")
-        return shard_tokens(x, dim, self.documents.order, self.ring)
+        return shard_tokens(x, dim, self.documents.order, self.sequence)
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The whole tensor, in the order of the sequence, from every rank's tokens. Collective over the sequence group.
@@ -172,39 +222,86 @@ class Plan:
             PlanError: `x` has not as many entries along `dim` as this rank has tokens.
         """
         self._expect(x, dim, self.local_tokens, "this rank's tokens")
-        return gather_tokens(x, dim, self.documents.order, self.ring)
+        return gather_tokens(x, dim, self.documents.order, self.sequence)
 
-    def masked(self, causal: bool = True, window: int | None = None) -> Plan:
+    def shard_keys(self, x: Tensor, dim: int = 1) -> Tensor:
+        """As `shard`, for tensors of keys in cross-attention."""
+        self._expect(x, dim, sum(self.documents.kv_lengths or self.lengths), "all keys")
+        return shard_tokens(x, dim, self.documents.kv_order, self.sequence)
+
+    def gather_keys(self, x: Tensor, dim: int = 1) -> Tensor:
+        """As `gather`, for tensors of keys in cross-attention."""
+        self._expect(x, dim, self.local_keys, "this rank's keys")
+        return gather_tokens(x, dim, self.documents.kv_order, self.sequence)
+
+    def masked(self, causal: bool = True, window: int | None = None, chunk: int | None = None) -> Plan:
         """The plan of the same documents in the same layout under another mask, for a layer that differs. Cached."""
-        return self.documents.plan(Mask(causal, window))
+        return self.documents.plan(Mask.make(causal, window, chunk))
 
     def explain(self) -> str:
         """The choices of the plan with their reasons, a line each."""
         documents = f"{len(self.lengths)} document" + "s" * (len(self.lengths) > 1)
-        head = f"{documents}, {self.tokens} tokens over {self.ring.world} ranks, {self.mask}"
+        ranks = self.documents.sequence.world
+        head = f"{documents}, {self.tokens} tokens over {ranks} ranks, {self.mask}"
         return "\n".join([head, *(f"  {r.choice}: {r.value} ({r.reason})" for r in self.reasons)])
 
     @cached_property
-    def forward_program(self) -> tuple[Stage, ...]:
-        """This rank's stages of the forward traffic."""
-        return program(self.schedule, self.ring.rank)
+    def backward_schedule(self) -> Traffic:
+        """The backward traffic in which keys and values travel, and their gradients return."""
+        return transpose(self.schedule, self.fabric.node)
 
     @cached_property
-    def backward_program(self) -> tuple[Stage, ...]:
-        """This rank's stages of the backward traffic."""
-        return program(self.backward_schedule, self.ring.rank)
+    def query_schedule(self) -> Traffic:
+        """The backward traffic in which queries travel, and dq returns."""
+        q, k, regions = self.sides
+        needs = Needs(k, q, regions.transposed(), self.granularity.pieces)
+        forward, _ = choose(self.documents.settings.schedule, needs, self.fabric, travels="q")
+        return transpose(forward, self.fabric.node)
 
     @cached_property
-    def calls(self) -> dict[Block, tuple[Call, ...]]:
-        """This rank's kernel calls for each block it uses."""
-        mine = self.layout[self.ring.rank]
-        used = [use.block for use in self.schedule.uses if use.rank == self.ring.rank]
-        return {block: calls(mine, self.layout[block.owner], block.rows, self.band) for block in used}
+    def forward_pass(self) -> Pass:
+        """What this rank does in forward."""
+        return self._pass(self.schedule)
 
     @cached_property
-    def windowed(self) -> bool:
-        """Whether the kernel needs a lower edge for this plan: the same answer on every rank."""
-        return self.mask.window is not None and self.mask.window < max(self.lengths)
+    def backward_pass(self) -> Pass:
+        """What this rank does in backward where keys travel."""
+        return self._pass(self.backward_schedule)._replace(work=self.forward_pass.work)
+
+    @cached_property
+    def query_pass(self) -> Pass:
+        """What this rank does in backward where queries travel."""
+        return self._pass(self.query_schedule)
+
+    def positions_of(self, blocks: tuple[Block, ...], travels: str) -> tuple[Tensor, Tensor]:
+        """Positions within their documents of this rank's rows in the ring and of the view of some blocks, int64."""
+        home, cargo = self.sides[:2] if travels == "kv" else self.sides[1::-1]
+        key = (blocks, travels)
+        if key not in self._positions:
+            columns = home.columns(self.documents.ring.rank), view_runs(cargo, blocks)
+            own, view = (torch.from_numpy(row_positions(runs)) for runs in columns)
+            self._positions[key] = own, view
+        return self._positions[key]
+
+    def backward_travels(self, request: Request) -> Reason:
+        """Which side travels in backward for tensors of this kind: by the bytes that each would send.
+
+        A row of keys and values goes out in the inputs' dtype, and its gradients return in fp32 (fp64 for fp64). A row
+        of queries goes out with dout, lse and delta, and dq returns: for widths D = E in bf16 that is 8 H D + 8 H bytes
+        against 12 G D, so queries travel with as many heads as keys, and seldom with grouped ones.
+        """
+        assert request.dtype is not None
+        size, wide = request.dtype.itemsize, max(4, request.dtype.itemsize)
+        heads, groups, D, E = request.heads, request.kv_heads, request.head_dim, request.value_dim
+        q = heads * ((size + wide) * D + size * E + 2 * wide) * self.tokens
+        kv = groups * (size + wide) * (D + E) * sum(self.documents.kv_lengths or self.lengths)
+        asked = self.documents.settings.backward
+        value = asked if asked != "auto" else "q" if q < kv else "kv"
+        if self.fabric.world == 1:
+            return Reason("backward", value, "nothing travels on one rank")
+        counted = f"queries {q / self.tokens:.0f} bytes a token, keys and values {kv / self.tokens:.0f}"
+        why = counted if asked == "auto" else f"asked for; {counted}"
+        return Reason("backward", {"q": "queries travel", "kv": "keys and values travel"}[value], why)
 
     def kernel(self, request: Request) -> Choice:
         """The kernel for tensors of this kind, with the reason.
@@ -216,7 +313,26 @@ class Plan:
 
     def __repr__(self) -> str:
         shown = self.lengths if len(self.lengths) < 9 else (*self.lengths[:8], "...")
-        return f"Plan(lengths={shown}, {self.mask}, rank {self.ring.rank} of {self.ring.world})"
+        return f"Plan(lengths={shown}, {self.mask}, rank {self.sequence.rank} of {self.sequence.world})"
+
+    def _pass(self, traffic: Traffic) -> Pass:
+        rank = self.documents.ring.rank
+        return Pass(traffic, program(traffic, rank), work(traffic, rank, self.sides))
+
+    def _reasons(self, why: str) -> tuple[Reason, ...]:
+        settings, sizes = self.documents.settings, self.documents.sizes
+        pieces, hops = self.granularity
+        together = f"a rank's block in {pieces} pieces" if pieces > 1 else f"{hops} block{'s' * (hops > 1)}"
+        reasons = [
+            Reason("layout", settings.layout, f"{min(sizes)} to {max(sizes)} tokens a rank"),
+            Reason("schedule", settings.schedule, why),
+            Reason("block_tokens", str(settings.block_tokens), f"{together} at a time"),
+            Reason("backward", settings.backward, "keys travel, or queries where their heads make fewer bytes"),
+        ]
+        if settings.heads > 1:
+            ranks = f"{settings.heads} ranks share out the heads, {self.fabric.world} the sequence"
+            reasons.insert(2, Reason("heads", str(settings.heads), ranks))
+        return tuple(reasons)
 
     def _expect(self, x: Tensor, dim: int, tokens: int, what: str) -> None:
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != tokens:

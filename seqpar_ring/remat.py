@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqpar_ring.attention import OPERATOR
+from seqpar_ring.operator import OPERATOR
 from seqpar_ring.errors import UnsupportedError
 
 Result = tuple[Tensor, ...]

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from seqpar_ring.geometry import Run
-from seqpar_ring.layout import Layout, offsets, tokens
+from seqpar_ring.geometry import Ints, RunColumns, ramp
+from seqpar_ring.layout import Layout, offsets
 from seqpar_ring.transport import Transport
 
 
@@ -22,16 +23,16 @@ class TokenOrder:
     """Where in the whole sequence each rank's tokens stand, as int64 index tensors kept per device."""
 
     def __init__(self, lengths: Sequence[int], layout: Layout, rank: int) -> None:
-        self.sizes = tokens(layout)
-        self.rank = rank
-        self.positions = _concatenated([_arange(run) for run in layout[rank]])
-        self.documents = _concatenated([torch.full((run.n,), run.doc) for run in layout[rank]])
-        base = offsets(lengths)
-        by_rank = [_concatenated([_arange(run) + base[run.doc] for run in runs]) for runs in layout]
-        self._mine = by_rank[rank]
-        ranked = _concatenated(by_rank)
-        self._inverse = torch.empty_like(ranked)
-        self._inverse[ranked] = torch.arange(ranked.numel())
+        self.sizes, self.rank = layout.sizes, rank
+        base, every = np.array(offsets(lengths), dtype=np.int64), layout.runs
+        own = layout.columns(rank)
+        self.positions = torch.from_numpy(row_positions(own))
+        self.documents = torch.from_numpy(np.repeat(own.doc, own.n))
+        self._mine = torch.from_numpy(row_positions(own) + np.repeat(base[own.doc], own.n))
+        ranked = row_positions(every) + np.repeat(base[every.doc], every.n)
+        inverse = np.empty_like(ranked)
+        inverse[ranked] = np.arange(len(ranked))
+        self._inverse = torch.from_numpy(inverse)
         self._on: dict[tuple[str, torch.device], Tensor] = {}
 
     def mine(self, device: torch.device) -> Tensor:
@@ -89,9 +90,6 @@ def _whole(x: Tensor, dim: int, order: TokenOrder, ring: Transport) -> Tensor:
     return ring.all_gather(x.contiguous(), order.sizes, dim).index_select(dim, order.inverse(x.device))
 
 
-def _arange(run: Run) -> Tensor:
-    return torch.arange(run.n) * run.step + run.start
-
-
-def _concatenated(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+def row_positions(runs: RunColumns) -> Ints:
+    """The position within its document of each row of these runs, in memory order."""
+    return np.repeat(runs.start, runs.n) + ramp(runs.n) * np.repeat(runs.step, runs.n)

@@ -278,7 +278,7 @@ def test_the_operator_can_be_traced_without_a_plan() -> None:
 
     with FakeTensorMode():
         q, k = torch.empty(2, 5, 4, 8, dtype=torch.bfloat16), torch.empty(2, 5, 2, 8, dtype=torch.bfloat16)
-        out, lse = torch.ops.seqpar_ring.attention(q, k, k, 1, 0.5, None)
+        out, lse = torch.ops.seqpar_ring.attention(q, k, k, None, None, 1, 0.5, None)
     assert (out.shape, out.dtype) == ((2, 5, 4, 8), torch.bfloat16)
     assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
 

@@ -21,23 +21,31 @@ from seqpar_ring.schedule import Call
 
 
 class Scores(NamedTuple):
-    """How logits are made: `scale * (q . k)`, and with a softcap c then `c * tanh(logit / c)`."""
+    """How logits are made: `scale * (q . k)`, and with a softcap c then `c * tanh(logit / c)`.
+
+    With `slopes`, (H,) or (B, H) in fp32, ALiBi (arXiv 2108.12409) follows: `- slope * |p_q - p_k|`, where the positions
+    of the call's rows are `q_positions` and `k_positions`, int64: no kernel can tell them from row numbers, because a
+    rank's rows are not next to each other in the sequence.
+    """
 
     scale: float
     softcap: float | None = None
+    slopes: Tensor | None = None
+    q_positions: Tensor | None = None
+    k_positions: Tensor | None = None
 
 
 class Kept(NamedTuple):
     """What backward takes: the call's slices of the inputs, and the rows' results over *all* keys, not this call's.
 
     q (B, S, H, D), k (B, N, G, D), v (B, N, G, E), out (B, S, H, E) in any float dtype; lse (B, H, S), natural log,
-    fp32 (fp64 for fp64); delta (B, H, S) = sum(dout * out, -1) in lse's dtype, or None where the kernel shall make it.
+    fp32 (fp64 for fp64); delta (B, H, S) = sum(dout * out, -1) in lse's dtype.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    out: Tensor
+    out: Tensor | None
     lse: Tensor
     delta: Tensor | None = None
 
@@ -52,6 +60,7 @@ class Capabilities:
         max_head_dim: widest D and E, or None for no limit.
         window: whether it takes a lower edge (a sliding window).
         softcap: whether it takes a softcap.
+        alibi: whether it adds position biases.
         unequal_value_dim: whether E may differ from D.
         empty_segments: whether a segment may have queries without keys, or keys without queries.
         priority: among the kernels that can, "auto" takes the highest; 0 unless there is a reason.
@@ -64,6 +73,7 @@ class Capabilities:
     max_head_dim: int | None = None
     window: bool = True
     softcap: bool = False
+    alibi: bool = False
     unequal_value_dim: bool = False
     empty_segments: bool = True
     priority: int = 0
@@ -82,6 +92,7 @@ class Request(NamedTuple):
     kv_heads: int
     window: bool = False
     softcap: bool = False
+    alibi: bool = False
 
 
 @runtime_checkable
@@ -131,6 +142,7 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
         (can.max_head_dim is not None and widest > can.max_head_dim, f"head width {widest} (up to {can.max_head_dim})"),
         (request.window and not can.window, "sliding window"),
         (request.softcap and not can.softcap, "softcap"),
+        (request.alibi and not can.alibi, "ALiBi"),
         (
             request.value_dim != request.head_dim and not can.unequal_value_dim,
             f"value width {request.value_dim} beside head width {request.head_dim}",
@@ -174,7 +186,15 @@ def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Sco
     """The request that q_BSHD, k_BSGD, v_BSGE amount to."""
     q, k, v = tensors
     return Request(
-        q.device.type, q.dtype, q.shape[3], v.shape[3], q.shape[2], k.shape[2], window, scores.softcap is not None
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        window=window,
+        softcap=scores.softcap is not None,
+        alibi=scores.slopes is not None,
     )
 
 

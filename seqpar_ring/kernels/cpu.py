@@ -4,8 +4,8 @@ The kernel is a private op of aten, so it is named in this file only. It knows f
 additive masks; so each segment of a call is cut (`geometry.split`) into full parts, square causal parts and masked
 slabs of a window, and parts that share query rows are merged in fp32. It has three traps, closed here: an empty block
 kills the process (no part is ever empty), rows of stride other than 1 are read wrongly (copied first), and without
-GQA (older torch) key heads must be repeated. It does no softcap, no values of another width than the keys, and
-ignores delta. 16-bit inputs are computed in fp32, see `_widened`.
+GQA (older torch) key heads must be repeated. Keys or values that are narrower are padded with zeros, since it wants one
+width. It does no softcap and no position biases. 16-bit inputs are computed in fp32, see `_widened`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class CpuKernel:
         self.capabilities = Capabilities(
             dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
             devices=("cpu",),
+            unequal_value_dim=True,
             priority=100,
             absent="" if forward and backward else f"aten.{op} (torch is {torch.__version__})",
             notes="torch's CPU flash kernel; a window is computed as masked slabs of rows",
@@ -82,28 +83,33 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
-        q_BSHD, k_BSGD, v_BSGE = (_widened(x) for x in (q_BSHD, k_BSGD, v_BSGE))
+        width, value_width = max(q_BSHD.shape[3], v_BSGE.shape[3]), v_BSGE.shape[3]
+        q_BSHD, k_BSGD, v_BSGE = (_padded(_widened(x), width) for x in (q_BSHD, k_BSGD, v_BSGE))
         batch, length, heads, _ = q_BSHD.shape
         qkv = self._by_head(q_BSHD, k_BSGD, v_BSGE)
         masks: Masks = {}
         found = cut(call) if q_BSHD.numel() else ()
         if len(found) == 1 and found[0].q1 - found[0].q0 == length:
             out, lse = self._attend(qkv, found[0], scores.scale, masks)
-            return out, lse
+            return out[..., :value_width], lse
         out_BSHE = torch.zeros_like(q_BSHD, memory_format=torch.contiguous_format)
         lse_BHS = q_BSHD.new_full((batch, heads, length), -torch.inf)
         for rows in found:
             out, lse = self._attend(qkv, rows, scores.scale, masks)
             out_BSHE[:, rows.q0 : rows.q1] = out
             lse_BHS[:, :, rows.q0 : rows.q1] = lse
-        return out_BSHE, lse_BHS
+        return out_BSHE[..., :value_width], lse_BHS
 
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`. Gradients come in fp32 (fp64 for fp64)."""
         admit(self, kept[:3], call, scores)
         dtype = wide(kept.q.dtype)
-        qkv = self._by_head(*(_widened(x) for x in kept[:3]))
-        dout, out = (_readable(x.to(dtype)).transpose(1, 2) for x in (dout_BSHE, kept.out))
+        head_width, value_width = kept.q.shape[3], kept.v.shape[3]
+        width = max(head_width, value_width)
+        qkv = self._by_head(*(_padded(_widened(x), width) for x in kept[:3]))
+        dout_BSHE = dout_BSHE.to(dtype)
+        out_BSHE = _stand_in(dout_BSHE, kept.delta) if kept.out is None else kept.out.to(dtype)
+        dout, out = (_readable(_padded(x, width)).transpose(1, 2) for x in (dout_BSHE, out_BSHE))
         lse = kept.lse.masked_fill(kept.lse == -torch.inf, torch.inf)  # exp(s - inf) is 0, with -inf it would be nan
         masks: Masks = {}
         found = cut(call) if kept.q.numel() else ()
@@ -118,7 +124,7 @@ class CpuKernel:
                 dk[:, p.k0 : p.k1] += part_dk
                 dv[:, p.k0 : p.k1] += part_dv
         groups = kept.k.shape[2]
-        return dq, _fold(dk, groups), _fold(dv, groups)
+        return dq[..., :head_width], _fold(dk, groups)[..., :head_width], _fold(dv, groups)[..., :value_width]
 
     def _attend(self, qkv: Heads, rows: Rows, scale: float, masks: Masks) -> tuple[Tensor, Tensor]:
         """(out_BSHE, lse_BHS) of some rows: the op's own for a single part, else the parts merged."""
@@ -189,6 +195,23 @@ def _widened(x_BSHD: Tensor) -> Tensor:
     the same time, backward 1.35 times as long.
     """
     return x_BSHD.to(wide(x_BSHD.dtype))
+
+
+def _padded(x_BSHD: Tensor, width: int) -> Tensor:
+    """With zeros up to this width: they add nothing to q . k, and columns of v that are cut off again."""
+    return x_BSHD if x_BSHD.shape[3] == width else torch.nn.functional.pad(x_BSHD, (0, width - x_BSHD.shape[3]))
+
+
+def _stand_in(dout_BSHE: Tensor, delta_BHS: Tensor | None) -> Tensor:
+    """Any `out` will do whose product with dout is delta, since the op uses it for nothing else: a multiple of dout.
+
+    Scaled by dout's largest element first, so that no square under- or overflows; a row without gradient has delta 0.
+    """
+    assert delta_BHS is not None  # one of out and delta is given
+    largest = dout_BSHE.abs().amax(-1, keepdim=True)
+    unit = torch.where(largest > 0, dout_BSHE / largest, 0.0)
+    delta_BSH1 = delta_BHS.transpose(1, 2).unsqueeze(-1)
+    return torch.where(largest > 0, unit * (delta_BSH1 / largest) / (unit * unit).sum(-1, keepdim=True), 0.0)
 
 
 def _readable(x_BSHD: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class ReferenceKernel:
     capabilities = Capabilities(
         dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
         softcap=True,
+        alibi=True,
         unequal_value_dim=True,
         priority=-100,
         notes="plain torch, for exactness and not for speed",
@@ -61,7 +62,7 @@ class ReferenceKernel:
         for s in _slabs(call, batch * heads):
             q = _grouped(q_BSHD[:, s.q0 : s.q1], k_BSGD.shape[2])
             k, v = _by_head(k_BSGD[:, s.k0 : s.k1]), _by_head(v_BSGE[:, s.k0 : s.k1])
-            logits = _logits(q, k, scores)[0].masked_fill_(s.hidden_MN(q.device), -torch.inf)
+            logits = _logits(q, k, scores, s)[0].masked_fill_(s.hidden_MN(q.device), -torch.inf)
             lse = torch.logsumexp(logits, -1)
             out_BSHE[:, s.q0 : s.q1] = _ungrouped(_weights(logits, lse) @ v)
             lse_BHS[:, :, s.q0 : s.q1] = lse.flatten(1, 2)
@@ -74,13 +75,14 @@ class ReferenceKernel:
         dq_BSHD, dk_BSGD, dv_BSGE = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in kept[:3])
         delta_BHS = kept.delta
         if delta_BHS is None:
+            assert kept.out is not None  # one of the two is given
             delta_BHS = (dout_BSHE.to(dtype) * kept.out.to(dtype)).sum(-1).transpose(1, 2)
         for s in _slabs(call, kept.q.shape[0] * kept.q.shape[2]):
             rows, columns = slice(s.q0, s.q1), slice(s.k0, s.k1)
             q, dout = _grouped(kept.q[:, rows], groups), _grouped(dout_BSHE[:, rows], groups)
             k, v = _by_head(kept.k[:, columns]), _by_head(kept.v[:, columns])
             lse, delta = (torch.unflatten(x[:, :, rows].to(dtype), 1, (groups, -1)) for x in (kept.lse, delta_BHS))
-            logits, slope = _logits(q, k, scores)
+            logits, slope = _logits(q, k, scores, s)
             p = _weights(logits.masked_fill_(s.hidden_MN(q.device), -torch.inf), lse)
             ds = p * (dout @ v.mT - delta.unsqueeze(-1)) * slope
             dq_BSHD[:, rows] += _ungrouped(ds @ k)
@@ -116,13 +118,21 @@ def _by_head(x_BSGD: Tensor) -> Tensor:
     return x_BSGD.to(wide(x_BSGD.dtype)).transpose(1, 2).unsqueeze(2)
 
 
-def _logits(q: Tensor, k: Tensor, scores: Scores) -> tuple[Tensor, Tensor | float]:
+def _logits(q: Tensor, k: Tensor, scores: Scores, s: _Slab) -> tuple[Tensor, Tensor | float]:
     """Logits, and their derivative by the bare product q . k: the scale, times 1 - tanh^2 under a softcap."""
     logits = (q @ k.mT) * scores.scale
-    if scores.softcap is None:
-        return logits, scores.scale
-    bent = torch.tanh(logits / scores.softcap)
-    return bent * scores.softcap, scores.scale * (1 - bent * bent)
+    slope: Tensor | float = scores.scale
+    if scores.softcap is not None:
+        bent = torch.tanh(logits / scores.softcap)
+        logits, slope = bent * scores.softcap, scores.scale * (1 - bent * bent)
+    if scores.slopes is not None:
+        assert scores.q_positions is not None  # the executor gives all three or none
+        assert scores.k_positions is not None
+        rows, columns = scores.q_positions[s.q0 : s.q1], scores.k_positions[s.k0 : s.k1]
+        distance = (rows.unsqueeze(1) - columns).abs().to(logits.dtype)
+        slopes = torch.unflatten(scores.slopes.to(logits.dtype), -1, (q.shape[1], -1))  # (G, H/G) or (B, G, H/G)
+        logits = logits - slopes[..., None, None] * distance
+    return logits, slope
 
 
 def _weights(logits: Tensor, lse: Tensor) -> Tensor:

@@ -76,6 +76,29 @@ def select(request: Request, name: str = AUTO) -> Choice:
     return Choice(able[0], _why(able[0], missing))
 
 
+def refuse_impossible(window: bool, name: str = AUTO) -> None:
+    """Refuses a mask that no kernel can compute, whatever the tensors: for when a plan is made, before there are any.
+
+    Raises:
+        ConfigError: no kernel has this name.
+        UnsupportedError: the named kernel, or every kernel, lacks windows or cannot run here; the message says which.
+    """
+    kernels = _preferred() if name == AUTO else [_named(name)]
+    missing = {
+        kernel.name: [can.absent] if can.absent else ["sliding window"] if window and not can.window else []
+        for kernel in kernels
+        for can in (kernel.capabilities,)
+    }
+    if all(missing.values()):
+        each = "; ".join(f'"{kernel}" lacks {", ".join(words)}' for kernel, words in missing.items())
+        raise UnsupportedError(
+            f"no kernel can compute this plan: {each or 'none is registered'}",
+            fix='Use kernel "auto", or plan without what is lacking.',
+            kernel=name,
+            window=window,
+        )
+
+
 def _why(chosen: Kernel, missing: dict[str, tuple[str, ...]]) -> str:
     """The preferred kernels that were passed over, each with what it lacks, or that there was none."""
     order = list(missing)

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes, dtype and mask of one comparison; `value_dim` None is `head_dim`. See `dense_attention` for the rest."""
+    """Shapes, dtype, mask and logits of one comparison; `value_dim` None is `head_dim`.
+
+    `sinks` and `alibi` say whether there are any; `kv_lengths` makes it cross-attention. See `dense_attention` for the rest.
+    """
 
     heads: int = 4
     kv_heads: int = 2
@@ -33,21 +36,45 @@ class Case:
     batch: int = 1
     dtype: torch.dtype = torch.float64
     causal: bool = True
-    window: int | None = None
+    window: int | tuple[int | None, ...] | None = None
+    chunk: int | None = None
+    prefix: int | tuple[int, ...] | None = None
+    kv_lengths: tuple[int, ...] | None = None
     scale: float | None = None
     softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
     seed: int = 0
+
+    @property
+    def mask(self) -> dict[str, Any]:
+        """The arguments that make the mask, in `plan` and in `dense_attention`."""
+        return {name: getattr(self, name) for name in ("causal", "window", "chunk", "prefix", "kv_lengths")}
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_BSHD, k_BSGD, v_BSGE and dout_BSHE: standard normal, in the case's dtype, the same for the same seed."""
         generator = torch.Generator().manual_seed(self.seed)
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        shapes = (self.heads, self.head_dim), (self.kv_heads, self.head_dim), (self.kv_heads, value_dim)
+        keys = tokens if self.kv_lengths is None else sum(self.kv_lengths)
+        shapes = (
+            (tokens, self.heads, self.head_dim),
+            (keys, self.kv_heads, self.head_dim),
+            (keys, self.kv_heads, value_dim),
+            (tokens, self.heads, value_dim),
+        )
         q, k, v, dout = (
-            torch.randn(self.batch, tokens, *shape, dtype=torch.float64, generator=generator).to(self.dtype)
-            for shape in (*shapes, (self.heads, value_dim))
+            torch.randn(self.batch, *shape, dtype=torch.float64, generator=generator).to(self.dtype)
+            for shape in shapes
         )
         return q, k, v, dout
+
+    def by_head(self) -> dict[str, Tensor]:
+        """Sinks (to be differentiated) and ALiBi slopes where the case has them, by the names of the arguments."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        wide = torch.float64 if self.dtype is torch.float64 else torch.float32
+        drawn = torch.randn(2, self.heads, dtype=torch.float64, generator=generator)
+        found = {"sinks": drawn[0].to(wide).requires_grad_()} if self.sinks else {}
+        return {**found, "alibi_slopes": drawn[1].abs().to(wide)} if self.alibi else found
 
 
 def assert_matches_dense(
@@ -64,7 +91,7 @@ def assert_matches_dense(
         lengths: tokens of each document, or of the one document.
         world: ranks; all share the sequence unless `size` is among the settings.
         case: shapes, dtype, mask; None: `Case()`.
-        tolerance: largest relative L2 error allowed, for each of out, lse, dq, dk, dv.
+        tolerance: largest relative L2 error allowed, for each of out, lse, dq, dk, dv (and dsinks).
         pool: processes to run on; None: threads in lockstep.
         **settings: as in `Settings`: layout, schedule, block_tokens, kernel, size.
 
@@ -91,28 +118,33 @@ def assert_matches_dense(
 
 
 def ring_results(sp: SequenceParallel, lengths: int | Sequence[int], case: Case) -> dict[str, Tensor]:
-    """Whole out_BSHE, lse_BHS, dq, dk, dv by name, computed by the ring; the same on every rank. Collective."""
+    """Whole out_BSHE, lse_BHS, dq, dk, dv (and dsinks) by name, computed by the ring; the same on every rank. Collective."""
     from seqpar_ring.attention import ring_attention
 
-    plan = sp.plan(lengths, causal=case.causal, window=case.window)
-    q, k, v, dout = (plan.shard(x, dim=1) for x in case.inputs(plan.tokens))
-    for x in (q, k, v):
-        x.requires_grad_()
-    out, lse = ring_attention(q, k, v, plan, scale=case.scale, softcap=case.softcap, return_lse=True)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    parts = {"out": (out, 1), "lse": (lse, 2), "dq": (dq, 1), "dk": (dk, 1), "dv": (dv, 1)}
-    return {name: plan.gather(x.detach(), dim=dim) for name, (x, dim) in parts.items()}
+    plan = sp.plan(lengths, **case.mask)
+    whole_q, whole_k, whole_v, whole_dout = case.inputs(plan.tokens)
+    q, dout = plan.shard(whole_q), plan.shard(whole_dout)
+    k, v = plan.shard_keys(whole_k), plan.shard_keys(whole_v)
+    extra = case.by_head()
+    leaves = [x.requires_grad_() for x in (q, k, v)] + [x for x in extra.values() if x.requires_grad]
+    out, lse = ring_attention(q, k, v, plan, scale=case.scale, softcap=case.softcap, return_lse=True, **extra)
+    dq, dk, dv, *dsinks = torch.autograd.grad(out, leaves, dout)
+    queries = {"out": (out, 1), "lse": (lse, 2), "dq": (dq, 1)}
+    found = {name: plan.gather(x.detach(), dim=dim) for name, (x, dim) in queries.items()}
+    found.update({name: plan.gather_keys(x) for name, x in (("dk", dk), ("dv", dv))})
+    return {**found, **{"dsinks": plan.sequence.all_reduce(x) for x in dsinks}}
 
 
 def dense_results(lengths: int | Sequence[int], case: Case) -> dict[str, Tensor]:
     """The same by `dense_attention` in fp64, from the inputs as rounded to the case's dtype."""
     tokens = lengths if isinstance(lengths, int) else sum(lengths)
     q, k, v, dout = (x.double() for x in case.inputs(tokens))
-    for x in (q, k, v):
-        x.requires_grad_()
-    out, lse = dense_attention(q, k, v, lengths, case.causal, case.window, case.scale, case.softcap)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+    extra = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in case.by_head().items()}
+    leaves = [x.requires_grad_() for x in (q, k, v)] + [x for x in extra.values() if x.requires_grad]
+    out, lse = dense_attention(q, k, v, lengths, scale=case.scale, softcap=case.softcap, **case.mask, **extra)
+    grads = torch.autograd.grad(out, leaves, dout)
+    names = ("dq", "dk", "dv", "dsinks")[: len(grads)]
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
 
 
 def relative_error(a: Tensor, b: Tensor, floor: float = 0.0) -> float:

@@ -25,6 +25,7 @@ from seqpar_ring import groups as process_groups
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import TransportError
 from seqpar_ring.groups import Groups
+from seqpar_ring.transport import LANES
 
 MEET = 60.0
 """Seconds that workers wait for each other when they start."""
@@ -84,7 +85,7 @@ def work(rank: int, world: int, port: int, connection: Connection, deterministic
     torch.use_deterministic_algorithms(deterministic)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=MEET))  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=MEET))
-    made: dict[tuple[int, float], Groups] = {}
+    made: dict[tuple[int, float, tuple[str, ...]], Groups] = {}
     connection.send_bytes(pickle.dumps(Reply(True)))
     with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
         while True:
@@ -98,7 +99,7 @@ def work(rank: int, world: int, port: int, connection: Connection, deterministic
     os._exit(0)  # taking down an interpreter with torch in it takes seconds and nothing here needs it
 
 
-def _reply_to(message: bytes, made: dict[tuple[int, float], Groups]) -> Reply:
+def _reply_to(message: bytes, made: dict[tuple[int, float, tuple[str, ...]], Groups]) -> Reply:
     started = time.monotonic()
     try:
         path, job = pickle.loads(message)
@@ -110,10 +111,11 @@ def _reply_to(message: bytes, made: dict[tuple[int, float], Groups]) -> Reply:
         )
 
 
-def _result(job: Job, made: dict[tuple[int, float], Groups]) -> Any:
-    key = job.size, job.timeout
+def _result(job: Job, made: dict[tuple[int, float, tuple[str, ...]], Groups]) -> Any:
+    lanes = LANES if job.settings is None else process_groups.lanes_of(job.settings)
+    key = job.size, job.timeout, lanes
     if key not in made:
-        made[key] = process_groups.make(job.size, timeout=job.timeout)
+        made[key] = process_groups.make(job.size, timeout=job.timeout, lanes=lanes)
     if job.settings is None:
         return job.fn(made[key], *job.args)
     from seqpar_ring.parallel import SequenceParallel

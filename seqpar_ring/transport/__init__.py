@@ -4,18 +4,22 @@
 making. `DistributedTransport` lives in `seqpar_ring.transport.distributed`, `LockstepWorld` in `.lockstep`.
 """
 
-from seqpar_ring.transport.base import LANES, Handle, Recv, Send, Transport, TransportStats
+from seqpar_ring.transport.base import FAR_LANES, LANES, Handle, Messenger, Recv, Send, Transport, TransportStats
 from seqpar_ring.transport.distributed import DistributedTransport
 from seqpar_ring.transport.lockstep import LockstepTransport, LockstepWorld
+from seqpar_ring.transport.subgroup import Subgroup
 
 __all__ = [
+    "FAR_LANES",
     "LANES",
     "DistributedTransport",
     "Handle",
     "LockstepTransport",
     "LockstepWorld",
+    "Messenger",
     "Recv",
     "Send",
+    "Subgroup",
     "Transport",
     "TransportStats",
 ]

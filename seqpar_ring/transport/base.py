@@ -20,6 +20,9 @@ from seqpar_ring.errors import TransportError
 LANES = ("kv", "dkv", "control")
 """Independent streams of messages: none waits for another. Collectives travel in "control"."""
 
+FAR_LANES = ("kv_far", "dkv_far")
+"""Lanes for what goes between nodes, so that a slow transfer holds up no fast one; made where a schedule has such."""
+
 
 class Send(NamedTuple):
     """A message out. `tensor` is contiguous and must stay unchanged until the handle was waited for."""
@@ -78,12 +81,12 @@ class TransportStats:
         }
 
 
-class Transport(Protocol):
-    """The ranks of one group, numbered 0 .. world-1, and ways to move tensors between them."""
+class Messenger(Protocol):
+    """Ranks numbered 0 .. world-1 that can send each other messages, in some lanes."""
 
     rank: int
     world: int
-    stats: TransportStats
+    lanes: tuple[str, ...]
 
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
         """Post messages and return at once.
@@ -94,6 +97,12 @@ class Transport(Protocol):
         Raises:
             TransportError: a peer outside the group, a tensor that is not contiguous, an unknown lane, a dead peer.
         """
+
+
+class Transport(Messenger, Protocol):
+    """The ranks of one group, and all ways to move tensors between them."""
+
+    stats: TransportStats
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """All ranks' tensors, concatenated along `dim` in rank order; not differentiable.
@@ -124,8 +133,9 @@ class Transport(Protocol):
 class BaseTransport(ABC):
     """Rank, statistics, checks of what is posted, and `all_gather`, which needs nothing but `exchange`."""
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, lanes: Iterable[str]) -> None:
         self.rank, self.world, self.stats = rank, world, TransportStats()
+        self.lanes = tuple(lanes)
 
     @abstractmethod
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
@@ -155,11 +165,11 @@ class BaseTransport(ABC):
         return torch.cat(parts, dim)
 
     def _to_post(
-        self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str, lanes: Iterable[str]
+        self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str
     ) -> tuple[list[Send], list[Recv]]:
         """The messages that have something in them, checked, and counted in the statistics."""
-        if lane not in lanes:
-            raise TransportError("unknown lane", fix=f"Use one of {', '.join(lanes)}.", lane=lane)
+        if lane not in self.lanes:
+            raise TransportError("unknown lane", fix=f"Use one of {', '.join(self.lanes)}.", lane=lane)
         for peer, tensor in (*sends, *recvs):
             if not 0 <= peer < self.world or peer == self.rank:
                 raise TransportError(

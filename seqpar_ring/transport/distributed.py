@@ -37,7 +37,7 @@ class DistributedTransport(BaseTransport):
 
     def __init__(self, lanes: Mapping[str, dist.ProcessGroup], device: torch.device, timeout: float) -> None:
         control = lanes["control"]
-        super().__init__(dist.get_rank(control), dist.get_world_size(control))
+        super().__init__(dist.get_rank(control), dist.get_world_size(control), lanes)
         self.device, self.timeout = device, timeout
         self._lanes = dict(lanes)
         self._global_ranks = dist.get_process_group_ranks(control)
@@ -48,7 +48,7 @@ class DistributedTransport(BaseTransport):
 
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
         """See `Transport.exchange`."""
-        sends, recvs = self._to_post(sends, recvs, lane, self._lanes)
+        sends, recvs = self._to_post(sends, recvs, lane)
         group = self._lanes[lane]
         ops = [dist.P2POp(dist.isend, m.tensor.detach(), self._global_ranks[m.peer], group) for m in sends]
         ops += [dist.P2POp(dist.irecv, m.tensor.detach(), self._global_ranks[m.peer], group) for m in recvs]

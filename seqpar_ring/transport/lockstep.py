@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqpar_ring.errors import TransportError
 from seqpar_ring.transport.agreement import Claim, claim, settle
-from seqpar_ring.transport.base import LANES, BaseTransport, Handle, Recv, Send
+from seqpar_ring.transport.base import FAR_LANES, LANES, BaseTransport, Handle, Recv, Send
 
 
 class _Address(NamedTuple):
@@ -172,12 +172,12 @@ class LockstepTransport(BaseTransport):
     """One rank of a `LockstepWorld`. See `Transport` for what its methods do."""
 
     def __init__(self, hub: _Hub, ranks: tuple[int, ...], rank: int, group: tuple[int, ...] | None) -> None:
-        super().__init__(rank, len(ranks))
+        super().__init__(rank, len(ranks), LANES + FAR_LANES)
         self._hub, self._ranks, self._group = hub, ranks, group
 
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
         """See `Transport.exchange`. What is sent is copied now, so later writes by the sender do not show."""
-        sends, recvs = self._to_post(sends, recvs, lane, LANES)
+        sends, recvs = self._to_post(sends, recvs, lane)
         for peer, tensor in sends:
             self._hub.put(self._address(lane, self.rank, peer), tensor.detach().clone())
         addresses = [self._address(lane, peer, self.rank) for peer, _ in recvs]

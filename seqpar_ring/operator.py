@@ -1,0 +1,191 @@
+"""The operator: attention over a plan as one torch operator with its backward.
+
+Attention is a registered operator (not a Python autograd function) because only operators can be kept by a selective
+checkpoint policy; see `remat.py`. What surrounds the ring is here: sharing out heads before it and back after it (inside
+the operator, so that a recomputed layer does not communicate), sinks, and the choice of what travels in backward. It
+checks nothing: `ring_attention` has.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar_ring import executor
+from seqpar_ring.kernels import Kept, Request, Scores
+from seqpar_ring.plan import Plan, plan_of
+from seqpar_ring.reshard import Heads, shares, to_heads, to_tokens
+
+SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? slopes, int plan, float scale, float? softcap"
+
+
+def request_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float | None, alibi: bool) -> Request:
+    """What these tensors under this plan need from a kernel."""
+    return Request(
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        window=plan.windowed,
+        softcap=softcap is not None,
+        alibi=alibi,
+    )
+
+
+class _Sharing(NamedTuple):
+    """How heads are shared out among the ranks that attend for the same tokens."""
+
+    plan: Plan
+    q_heads: Heads
+    k_heads: Heads
+
+    @property
+    def _first(self) -> int:
+        members = self.plan.documents.members
+        assert members is not None
+        return self.plan.sequence.rank - members.rank
+
+    def _rows(self, keys: bool) -> tuple[int, ...]:
+        members, documents = self.plan.documents.members, self.plan.documents
+        assert members is not None
+        sizes = (documents.kv_layout if keys else documents.layout).sizes
+        return sizes[self._first : self._first + members.world]
+
+    def out(self, x: Tensor, keys: bool = False) -> Tensor:
+        members = self.plan.documents.members
+        assert members is not None
+        return to_heads(x, members, self._rows(keys), self.k_heads if keys else self.q_heads)
+
+    def back(self, x: Tensor, keys: bool = False) -> Tensor:
+        members = self.plan.documents.members
+        assert members is not None
+        return to_tokens(x, members, self._rows(keys), self.k_heads if keys else self.q_heads)
+
+    def mine(self, by_head: Tensor | None) -> Tensor | None:
+        members = self.plan.documents.members
+        assert members is not None
+        first, end = self.q_heads[members.rank]
+        return None if by_head is None else by_head[..., first:end]
+
+
+def _sharing(plan: Plan, q: Tensor, k: Tensor) -> _Sharing | None:
+    members = plan.documents.members
+    return None if members is None else _Sharing(plan, *shares(q.shape[2], k.shape[2], members.world))
+
+
+@torch.library.custom_op("seqpar_ring::attention", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)")
+def attention(  # noqa: PLR0913 - an operator takes tensors and plain values, one by one
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    plan: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(out_BSHE in q's dtype, lse_BHS) of this rank's tokens."""
+    mine = plan_of(plan)
+    dtype, sharing = q.dtype, _sharing(mine, q, k)
+    if sharing is not None:
+        q, k, v = sharing.out(q), sharing.out(k, keys=True), sharing.out(v, keys=True)
+        sinks, slopes = sharing.mine(sinks), sharing.mine(slopes)
+    kernel = mine.kernel(request_for(q, k, v, mine, softcap, slopes is not None)).kernel
+    out, lse = executor.forward(mine, (q, k, v), kernel, Scores(scale, softcap, slopes))
+    if sinks is not None:
+        out, lse = _drain(out, lse, sinks)
+    out = out.to(dtype)
+    if sharing is not None:
+        out, lse = sharing.back(out), sharing.back(lse.transpose(1, 2)).transpose(1, 2)
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.custom_op(
+    "seqpar_ring::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, {SCHEMA}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain values, one by one
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    plan: int,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dsinks); dsinks is this rank's share, and empty without sinks."""
+    mine = plan_of(plan)
+    dtype, sharing = q.dtype, _sharing(mine, q, k)
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    dsinks = q.new_zeros(0) if sinks is None else _sink_gradient(sinks, lse, delta)
+    if sharing is not None:
+        q, k, v = sharing.out(q), sharing.out(k, keys=True), sharing.out(v, keys=True)
+        dout, out = sharing.out(dout), sharing.out(out)
+        lse, delta = (sharing.out(x.transpose(1, 2)).transpose(1, 2) for x in (lse, delta))
+        slopes = sharing.mine(slopes)
+    request = request_for(q, k, v, mine, softcap, slopes is not None)
+    kernel, travels = mine.kernel(request).kernel, mine.backward_travels(request).value
+    scores = Scores(scale, softcap, slopes)
+    dq, dk, dv = executor.backward(
+        mine, dout, Kept(q, k, v, out, lse, delta), kernel, scores, queries_travel=travels == "q"
+    )
+    if sharing is not None:
+        dq, dk, dv = sharing.back(dq), sharing.back(dk, keys=True), sharing.back(dv, keys=True)
+    return (*(x.to(dtype).contiguous() for x in (dq, dk, dv)), dsinks)
+
+
+def _drain(out_BSHE: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """The sink as one more block, of value zero: it takes its share of each row's weight."""
+    with_sink = torch.logaddexp(lse_BHS, sinks_H.to(lse_BHS.dtype)[:, None])
+    share = torch.exp(lse_BHS - with_sink).transpose(1, 2).unsqueeze(-1)
+    return out_BSHE.to(lse_BHS.dtype) * share, with_sink
+
+
+def _sink_gradient(sinks_H: Tensor, lse_BHS: Tensor, delta_BHS: Tensor) -> Tensor:
+    """A sink's value is zero, so its score's gradient is its weight times -delta, over all rows of this rank."""
+    weight_BHS = torch.exp(sinks_H.to(lse_BHS.dtype)[:, None] - lse_BHS)
+    return -(weight_BHS * delta_BHS).sum((0, 2)).to(sinks_H.dtype)
+
+
+@attention.register_fake
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    B, S, H, _D = q.shape
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return q.new_empty((B, S, H, v.shape[3])), q.new_empty((B, H, S), dtype=dtype)
+
+
+@attention_backward.register_fake
+def _attention_backward_fake(  # noqa: PLR0913 - as the operator
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks  # type: ignore[return-value]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sinks, slopes, handle, *scores = inputs
+    ctx.save_for_backward(q, k, v, sinks, slopes, *output)
+    ctx.plan, ctx.scores = plan_of(handle), scores  # holding the plan keeps its number valid until backward
+
+
+def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, out, lse = ctx.saved_tensors
+    dq, dk, dv, dsinks = attention_backward(dout, *inputs, ctx.plan.handle, *ctx.scores, out, lse)
+    return dq, dk, dv, None if inputs[3] is None else dsinks, None, None, None, None
+
+
+attention.register_autograd(_differentiate, setup_context=_keep)
+
+OPERATOR = torch.ops.seqpar_ring.attention.default
+"""The operator as dispatch modes see it: what a checkpoint policy keeps."""
