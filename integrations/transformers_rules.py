@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from seqpar_ring.batch import PLAN_KEY
 from seqpar_ring.errors import BatchError, ConfigError, PlanError, UnsupportedError
-from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.geometry import Mask
+from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
 
 HARMLESS = frozenset(
@@ -206,7 +206,7 @@ def check_call(batch: Mapping[str, Any], sp: SequenceParallel) -> None:
     plan = batch.get(PLAN_KEY)
     if plan is None:
         _check_whole(batch)
-    elif not isinstance(plan, Plan) or plan.ring is not sp.groups.ring or plan.mask != Mask():
+    elif not isinstance(plan, Plan) or plan.sequence is not sp.groups.ring or plan.mask != Mask():
         raise PlanError(
             "the batch's plan is not a causal plan of the sequence group that the model was parallelized with",
             fix="Shard the batch with shard_batch of that very SequenceParallel.",

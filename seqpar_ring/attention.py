@@ -42,7 +42,8 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         softcap: logits become `softcap * tanh(logits / softcap)`, as in Gemma 2; positive.
         sinks: (H,) one more logit for each head, whose value is zero (as in gpt-oss); differentiable. Its gradient
             is this rank's share, as that of any parameter which all ranks hold.
-        alibi_slopes: (H,) or (B, H): `- slope * distance` is added to the logits (ALiBi, arXiv 2108.12409); no gradient.
+        alibi_slopes: (H,) or (B, H): `- slope * distance` is added to the logits (ALiBi, arXiv 2108.12409); they get no
+            gradient.
         return_lse: also return the log-sum-exp of each query's logits, the sink's included.
 
     Returns:

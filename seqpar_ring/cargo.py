@@ -56,6 +56,10 @@ class Cargo:
             at[dtype] += size
         return tuple(fields)
 
+    def cast(self, fields: Fields) -> Fields:
+        """The tensors in the cargo's dtypes."""
+        return tuple(x.to(dtype) for x, dtype in zip(fields, self._dtypes, strict=True))
+
     def zeros(self, rows: int) -> Fields:
         """Zeros of so many rows, one tensor for each field."""
         shapes = ((self._batch, rows, *shape) for shape in self._shapes)

@@ -20,12 +20,12 @@ class Settings(BaseModel):
 
     Attributes:
         size: ranks that share one sequence (W); must divide the world.
-        layout: which rank holds which tokens: "zigzag", "striped", "contiguous", or for documents of many lengths "packed".
+        layout: which rank holds which tokens: "zigzag", "striped", "contiguous", or (for many documents) "packed".
         schedule: how keys and values travel: "ring", "double_ring", "all_gather" or "direct".
-        heads: degree of head sharding (Ulysses): so many ranks share out the heads, and size / heads ranks the sequence.
+        heads: degree of head sharding (Ulysses): so many ranks share out the heads, size / heads ranks the sequence.
         node: ranks of a sequence group that share a node, for "double_ring"; None: all of them.
-        block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"), pieces of it (a smaller
-            number), or several blocks at once (a larger one).
+        block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"), pieces of it (a
+            smaller number), or several blocks at once (a larger one).
         backward: what travels in backward: "kv", "q", or by the bytes of the model's heads ("auto").
         balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
         balance_area: the same for attention work.

@@ -2,7 +2,7 @@
 
 It knows no layout, mask or ring by name: it waits for what is due, posts what is to be posted, computes what is to be
 used. Partial results are accumulated in fp32 (fp64 for fp64 inputs) and cast to the inputs' dtype once; gradients
-travel in that precision too. Which side travels is the caller's choice of pass. Autograd is next door in `attention.py`.
+travel in that precision too. Which side travels is the caller's choice. Autograd is next door in `operator.py`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _keys_travel(
     q, k, v, out, lse, delta = kept
     assert out is not None
     assert delta is not None
-    dq = _Total((q,), lse.dtype)
+    dq = _Total(Cargo((q,), lse.dtype), q.shape[1])
     run = _Run(plan, plan.backward_pass, (k, v), lse.dtype)
 
     def compute(work: Work, view: Fields) -> None:
@@ -82,7 +82,7 @@ def _queries_travel(
     """Queries visit the keys, with dout and what softmax needs of their rows; dq goes back to them."""
     q, k, v, _, lse, delta = kept
     assert delta is not None
-    dkv = _Total((k, v), lse.dtype)
+    dkv = _Total(Cargo((k, v), lse.dtype), k.shape[1])
     run = _Run(plan, plan.query_pass, (q, dout, lse.transpose(1, 2), delta.transpose(1, 2)), lse.dtype, gradients=1)
 
     def compute(work: Work, view: Fields) -> None:
@@ -153,14 +153,14 @@ class _Partial:
 class _Total:
     """A sum of gradients over calls; the first that covers all rows becomes the sum."""
 
-    def __init__(self, like: Fields, dtype: torch.dtype) -> None:
-        self._cargo, self._rows, self._dtype = Cargo(like, dtype), like[0].shape[1], dtype
+    def __init__(self, cargo: Cargo, rows: int) -> None:
+        self._cargo, self._rows = cargo, rows
         self._parts: Fields | None = None
 
     def add(self, a: int, b: int, parts: Fields) -> None:
         if self._parts is None:
             if b - a == self._rows:
-                self._parts = tuple(part.to(self._dtype) for part in parts)
+                self._parts = self._cargo.cast(parts)
                 return
             self._parts = self._cargo.zeros(self._rows)
         for total, part in zip(self._parts, parts, strict=True):
@@ -186,8 +186,7 @@ class _Run:
         self._under_way: dict[tuple[str, Move], tuple[Handle, Message]] = {}
         self._gradient_dtype = gradient_dtype
         if gradient_dtype is not None:
-            self._like = own[:gradients]
-            self._returns = Cargo(self._like, gradient_dtype)
+            self._returns = Cargo(own[:gradients], gradient_dtype)
             self._total = self._returns.zeros(own[0].shape[1])
 
     def go(self, compute: Callable[[Work, Fields], None]) -> None:
@@ -211,7 +210,7 @@ class _Run:
 
     def gradient_of(self, rows: int) -> _Total:
         """An empty sum for the gradient of a view of so many rows."""
-        return _Total(tuple(x[:, :1].expand(-1, rows, *x.shape[2:]) for x in self._like), self._returns_dtype)
+        return _Total(self._returns, rows)
 
     def keep(self, work: Work, gradient: Fields) -> None:
         """Take the gradient of a step's view: add what belongs to own rows, hold the rest until it is sent."""
@@ -224,11 +223,6 @@ class _Run:
     def own_gradient(self) -> Fields:
         """The gradient of this rank's own rows, complete once the run is over."""
         return self._total
-
-    @property
-    def _returns_dtype(self) -> torch.dtype:
-        assert self._gradient_dtype is not None
-        return self._gradient_dtype
 
     def _view(self, work: Work) -> Fields:
         """The rows of a step's blocks as the calls see them."""

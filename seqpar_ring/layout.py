@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -62,13 +63,13 @@ class Layout:
     @cached_property
     def first_rows(self) -> Ints:
         """Rows of all earlier ranks together, for each rank and the end: a row's number among those of all ranks."""
-        return np.r_[0, np.cumsum(self.sizes)].astype(np.int64)
+        first: Ints = np.r_[0, np.cumsum(self.sizes)].astype(np.int64)
+        return first
 
     @cached_property
     def _by_rank(self) -> tuple[tuple[Run, ...], ...]:
         every = list(map(Run._make, zip(*(column.tolist() for column in self.runs), strict=True)))
-        bounds = self.bounds.tolist()
-        return tuple(tuple(every[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(tuple(every[a:b]) for a, b in pairwise(self.bounds.tolist()))
 
 
 def contiguous(lengths: Sequence[int], world: int, _balance: Balance) -> Layout:
@@ -165,7 +166,7 @@ def spread(n: Ints, world: int, groups: Groups) -> Layout:
     return place(world, rank, doc, start, count)
 
 
-def place(world: int, rank: Ints, doc: Ints, start: Ints, count: Ints, step: int = 1) -> Layout:  # noqa: PLR0913 - columns
+def place(world: int, rank: Ints, doc: Ints, start: Ints, count: Ints, step: int = 1) -> Layout:
     """A layout from pieces in any order: each rank's memory by document, then by position; empty pieces left out."""
     there = np.flatnonzero(count)
     rank, doc, start, count = (x[there] for x in (rank, doc, start, count))
@@ -180,6 +181,8 @@ def place(world: int, rank: Ints, doc: Ints, start: Ints, count: Ints, step: int
 
 def split(layout: Layout, parts: int) -> Layout:
     """Each rank's memory cut into `parts` nearly equal slices, which the ranks `parts * rank + i` hold."""
+    if parts == 1:
+        return layout
     sizes = np.array(layout.sizes, dtype=np.int64)
     begin = (sizes[:, None] * np.arange(parts) // parts).ravel()
     end = (sizes[:, None] * np.arange(1, parts + 1) // parts).ravel()

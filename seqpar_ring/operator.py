@@ -1,9 +1,9 @@
 """The operator: attention over a plan as one torch operator with its backward.
 
 Attention is a registered operator (not a Python autograd function) because only operators can be kept by a selective
-checkpoint policy; see `remat.py`. What surrounds the ring is here: sharing out heads before it and back after it (inside
-the operator, so that a recomputed layer does not communicate), sinks, and the choice of what travels in backward. It
-checks nothing: `ring_attention` has.
+checkpoint policy; see `remat.py`. What surrounds the ring is here: sharing out heads before it and back after it
+(inside the operator, so that a recomputed layer does not communicate), sinks, and the choice of what travels in
+backward. It checks nothing: `ring_attention` has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqpar_ring import executor
 from seqpar_ring.kernels import Kept, Request, Scores
-from seqpar_ring.plan import Plan, plan_of
+from seqpar_ring.plan import TRAVELS, Plan, plan_of
 from seqpar_ring.reshard import Heads, shares, to_heads, to_tokens
 
 SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? slopes, int plan, float scale, float? softcap"
@@ -136,11 +136,12 @@ def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain v
     kernel, travels = mine.kernel(request).kernel, mine.backward_travels(request).value
     scores = Scores(scale, softcap, slopes)
     dq, dk, dv = executor.backward(
-        mine, dout, Kept(q, k, v, out, lse, delta), kernel, scores, queries_travel=travels == "q"
+        mine, dout, Kept(q, k, v, out, lse, delta), kernel, scores, queries_travel=travels == TRAVELS["q"]
     )
     if sharing is not None:
         dq, dk, dv = sharing.back(dq), sharing.back(dk, keys=True), sharing.back(dv, keys=True)
-    return (*(x.to(dtype).contiguous() for x in (dq, dk, dv)), dsinks)
+    dq, dk, dv = (x.to(dtype).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv, dsinks
 
 
 def _drain(out_BSHE: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,20 +158,18 @@ def _sink_gradient(sinks_H: Tensor, lse_BHS: Tensor, delta_BHS: Tensor) -> Tenso
 
 
 @attention.register_fake
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, S, H, _D = q.shape
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     return q.new_empty((B, S, H, v.shape[3])), q.new_empty((B, H, S), dtype=dtype)
 
 
 @attention_backward.register_fake
-def _attention_backward_fake(  # noqa: PLR0913 - as the operator
+def _attention_backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks  # type: ignore[return-value]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

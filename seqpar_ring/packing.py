@@ -1,9 +1,9 @@
 """Packing: which ranks share which document, for data of many lengths.
 
-A document that one rank holds whole is never sent. So short documents stay whole, and a long one is spread over as few
-ranks as balance allows: groups of 2, 4, .. world ranks, aligned and nested, so that a group stays inside a node where it
-fits. Attention costs the square of a length, memory the length itself; ranks must be even in both. This module only
-assigns; `layout.spread` cuts.
+A document that one rank holds whole is never sent. So short documents stay whole, and a long one is spread over as
+few ranks as balance allows: groups of 2, 4, .. world ranks, aligned and nested, so that a group stays inside a node
+where it fits. Attention costs the square of a length, memory the length itself; ranks must be even in both. This
+module only assigns; `layout.spread` cuts.
 """
 
 from __future__ import annotations
@@ -66,29 +66,29 @@ def _assign(n: Ints, order: Ints, world: int, limit: int) -> tuple[Groups, list[
     first = [0] * len(lengths)
     few = int(np.searchsorted(n[order][::-1].cumsum(), int(n.sum()) / 4, "left"))
     border = len(lengths) - min(len(lengths), few + 1)
-    tokens, area = np.zeros(world), np.zeros(world)
+    fill, work = np.zeros(world), np.zeros(world)  # tokens and area of each rank so far
     shared = sum(size > 1 for size in sizes)  # the longest, so they come first
     for i in range(shared):
         size = sizes[i]
-        load = area if i < border else tokens
+        load = work if i < border else fill
         starts = range(0, world - size + 1, size)
         g = 0
         if len(starts) > 1:
-            sums = load[: len(starts) * size].reshape(-1, size).sum(1)
-            g = int(sums.argmin()) * size
+            g = int(load[: len(starts) * size].reshape(-1, size).sum(1).argmin()) * size
         first[i] = g
-        tokens[g : g + size] += lengths[i] / size
-        area[g : g + size] += lengths[i] ** 2 / size
-    t, a = tokens.tolist(), area.tolist()
-    for begin, end, load in ((shared, max(border, shared), a), (max(border, shared), len(lengths), t)):
-        heap = [(x, r) for r, x in enumerate(load)]
+        fill[g : g + size] += lengths[i] / size
+        work[g : g + size] += lengths[i] ** 2 / size
+    t: list[float] = fill.tolist()
+    a: list[float] = work.tolist()
+    for begin, end, sums in ((shared, max(border, shared), a), (max(border, shared), len(lengths), t)):
+        heap = [(x, r) for r, x in enumerate(sums)]
         heapq.heapify(heap)
         for i in range(begin, end):
             r, length = heap[0][1], lengths[i]
             first[i] = r
             t[r] += length
             a[r] += length * length
-            heapq.heapreplace(heap, (load[r], r))
+            heapq.heapreplace(heap, (sums[r], r))
     groups = Groups(np.zeros_like(n), np.ones_like(n))
     groups.first[order], groups.size[order] = first, sizes
     return groups, t, a

@@ -90,7 +90,7 @@ class SequenceParallel:
             lambda lengths, kv_lengths: Documents(lengths, settings, groups.ring, kv_lengths)
         )
 
-    def plan(  # noqa: PLR0913 - lengths, and the options of a mask by name
+    def plan(
         self,
         lengths: int | Sequence[int],
         causal: bool = True,
@@ -108,8 +108,8 @@ class SequenceParallel:
             window: of those, only so many of the last (the query's own included); one number, or one for each document.
                 With `causal=False` a pair: how many keys before and after the query.
             chunk: only keys of the query's own chunk of so many positions (Llama 4).
-            prefix: tokens at the beginning of a document that every query of it sees (prefix-LM); one number, or one for
-                each document.
+            prefix: tokens at the beginning of a document that every query of it sees (prefix-LM); one number, or one
+                for each document.
             kv_lengths: keys of each document in cross-attention (with `causal=False`); 0 where a document has none.
 
         Raises:

@@ -2,14 +2,11 @@
 
 A plan is made once for given lengths and mask, cached by `SequenceParallel.plan`, and then travels with the data as
 an argument; there is no current plan anywhere. Attention is a torch operator, and those take plain values only, so a
-plan is also interned under a number while somebody holds it: the one registry of this package. A plan computes
-nothing itself.
+plan is also interned under a number (`handles`). A plan computes nothing itself.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,6 +17,7 @@ from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import PlanError
 from seqpar_ring.geometry import Mask
+from seqpar_ring.handles import find, intern
 from seqpar_ring.kernels import Choice, Request, refuse_impossible, select
 from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import (
@@ -40,6 +38,9 @@ from seqpar_ring.schedule import (
 from seqpar_ring.sharding import TokenOrder, gather_tokens, row_positions, shard_tokens
 from seqpar_ring.transport import Messenger, Subgroup, Transport
 
+TRAVELS = {"q": "queries travel", "kv": "keys and values travel"}
+"""What may travel in backward."""
+
 
 class Reason(NamedTuple):
     """One choice, what it came to, and why."""
@@ -55,7 +56,7 @@ class Documents:
     Attributes:
         lengths: tokens (in cross-attention: queries) of each document.
         kv_lengths: keys of each document in cross-attention, else None.
-        sequence: transport of the whole sequence group.
+        sequence: transport of the sequence group.
         ring: the ranks that a block visits: those with this rank's heads, or the whole group without head sharding.
         members: the ranks that hold, together, the tokens that this rank attends with, and share out the heads.
         layout, kv_layout: who holds which token.
@@ -90,15 +91,11 @@ class Documents:
             self.ring = Subgroup(sequence, range(sequence.rank % heads, sequence.world, heads))
             self.members = Subgroup(sequence, range(first, first + heads))
         balance = Balance(settings.balance_tokens, settings.balance_area)
-        make = layouts.make
-        self.q_side = placed or make(settings.layout, lengths, self.ring.world, balance)
-        self.k_side = self.q_side
+        self.q_side = self.k_side = placed or layouts.make(settings.layout, lengths, self.ring.world, balance)
+        self.layout = self.kv_layout = layouts.split(self.q_side, heads)
         if kv_lengths is not None:
-            self.k_side = make(settings.layout, kv_lengths, self.ring.world, balance, least=0)
-        self.layout = layouts.split(self.q_side, heads) if heads > 1 else self.q_side
-        self.kv_layout = self.layout
-        if kv_lengths is not None:
-            self.kv_layout = layouts.split(self.k_side, heads) if heads > 1 else self.k_side
+            self.k_side = layouts.make(settings.layout, kv_lengths, self.ring.world, balance, least=0)
+            self.kv_layout = layouts.split(self.k_side, heads)
         self.sizes = self.layout.sizes
         self._plans: dict[Mask, Plan] = {}
         self._met: set[object] = set()
@@ -164,7 +161,7 @@ class Plan:
         needs = Needs(documents.q_side, documents.k_side, regions, self.granularity.pieces)
         self.schedule, why = choose(settings.schedule, needs, self.fabric)
         self.reasons = self._reasons(why)
-        self.handle = _intern(self)
+        self.handle = intern(self)
         self._positions: dict[tuple[tuple[Block, ...], str], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -182,7 +179,7 @@ class Plan:
         """The transport of the sequence group."""
         return self.documents.sequence
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """Tokens of all documents together."""
         return sum(self.lengths)
@@ -230,7 +227,7 @@ class Plan:
         return shard_tokens(x, dim, self.documents.kv_order, self.sequence)
 
     def gather_keys(self, x: Tensor, dim: int = 1) -> Tensor:
-        """As `gather`, for tensors of keys in cross-attention."""
+        """As `gather`, for keys."""
         self._expect(x, dim, self.local_keys, "this rank's keys")
         return gather_tokens(x, dim, self.documents.kv_order, self.sequence)
 
@@ -241,8 +238,7 @@ class Plan:
     def explain(self) -> str:
         """The choices of the plan with their reasons, a line each."""
         documents = f"{len(self.lengths)} document" + "s" * (len(self.lengths) > 1)
-        ranks = self.documents.sequence.world
-        head = f"{documents}, {self.tokens} tokens over {ranks} ranks, {self.mask}"
+        head = f"{documents}, {self.tokens} tokens over {self.sequence.world} ranks, {self.mask}"
         return "\n".join([head, *(f"  {r.choice}: {r.value} ({r.reason})" for r in self.reasons)])
 
     @cached_property
@@ -297,11 +293,9 @@ class Plan:
         kv = groups * (size + wide) * (D + E) * sum(self.documents.kv_lengths or self.lengths)
         asked = self.documents.settings.backward
         value = asked if asked != "auto" else "q" if q < kv else "kv"
-        if self.fabric.world == 1:
-            return Reason("backward", value, "nothing travels on one rank")
         counted = f"queries {q / self.tokens:.0f} bytes a token, keys and values {kv / self.tokens:.0f}"
         why = counted if asked == "auto" else f"asked for; {counted}"
-        return Reason("backward", {"q": "queries travel", "kv": "keys and values travel"}[value], why)
+        return Reason("backward", TRAVELS[value], why)
 
     def kernel(self, request: Request) -> Choice:
         """The kernel for tensors of this kind, with the reason.
@@ -322,7 +316,7 @@ class Plan:
     def _reasons(self, why: str) -> tuple[Reason, ...]:
         settings, sizes = self.documents.settings, self.documents.sizes
         pieces, hops = self.granularity
-        together = f"a rank's block in {pieces} pieces" if pieces > 1 else f"{hops} block{'s' * (hops > 1)}"
+        together = f"a rank's block in {pieces} pieces" if pieces > 1 else f"{hops} block(s)"
         reasons = [
             Reason("layout", settings.layout, f"{min(sizes)} to {max(sizes)} tokens a rank"),
             Reason("schedule", settings.schedule, why),
@@ -345,27 +339,12 @@ class Plan:
             )
 
 
-_PLANS: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count(1)
-
-
-def _intern(plan: Plan) -> int:
-    handle = next(_NUMBERS)
-    _PLANS[handle] = plan
-    return handle
-
-
 def plan_of(handle: int) -> Plan:
     """The plan interned under this number.
 
     Raises:
         PlanError: nobody holds the plan any more.
     """
-    plan = _PLANS.get(handle)
-    if plan is None:
-        raise PlanError(
-            "a plan is gone before the pass that needs it",
-            fix="Keep the plan (or the batch that carries it) until backward is done.",
-            handle=handle,
-        )
+    plan = find(handle)
+    assert isinstance(plan, Plan)  # nothing else is interned
     return plan

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqpar_ring.operator import OPERATOR
 from seqpar_ring.errors import UnsupportedError
+from seqpar_ring.operator import OPERATOR
 
 Result = tuple[Tensor, ...]
 """What attention returned: out and lse."""

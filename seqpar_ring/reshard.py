@@ -1,8 +1,8 @@
-"""Reshard: from some tokens with all heads to more tokens with some heads, and back (DeepSpeed Ulysses, arXiv 2309.14509).
+"""Reshard: from some tokens with all heads to more tokens with some heads, and back (Ulysses, arXiv 2309.14509).
 
 The ranks that share out heads hold, one after the other, the tokens of one rank of the ring. Each sends every other one
-the heads that are that one's, and gets the tokens that it lacks. Where there are fewer key heads than ranks, several ranks
-get the same one, and what they give back is summed. All to all, by messages; no attention here.
+the heads that are that one's, and gets the tokens that it lacks. Where there are fewer key heads than ranks, several
+ranks get the same one, and what they give back is summed. All to all, by messages; no attention here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def shares(heads: int, kv_heads: int, degree: int) -> tuple[Heads, Heads]:
     """The query heads and the key heads of each of `degree` ranks.
 
     Raises:
-        UnsupportedError: query heads that the degree does not divide, or key heads that neither divide it nor are divided.
+        UnsupportedError: the degree does not divide the query heads, or neither of key heads and degree divides the
+            other.
     """
     if heads % degree or (kv_heads % degree and degree % kv_heads):
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
@@ -34,8 +35,8 @@ def shares(heads: int, kv_heads: int, degree: int) -> tuple[Heads, Heads]:
             query_heads=heads,
             key_value_heads=kv_heads,
         )
-    q = [(j * heads // degree, (j + 1) * heads // degree) for j in range(degree)]
-    return q, [(j * kv_heads // degree, max((j + 1) * kv_heads // degree, j * kv_heads // degree + 1)) for j in range(degree)]
+    each, first = max(1, kv_heads // degree), [j * kv_heads // degree for j in range(degree)]
+    return [(j * heads // degree, (j + 1) * heads // degree) for j in range(degree)], [(k, k + each) for k in first]
 
 
 def to_heads(x: Tensor, members: Messenger, rows: Sequence[int], heads: Heads) -> Tensor:

@@ -1,25 +1,22 @@
-"""Ring attention against dense attention in fp64: out, lse, dq, dk, dv, over layouts, ranks, documents, heads, dtypes.
+"""Ring attention against dense attention in fp64: out, lse, dq, dk, dv, dsinks, over all that a plan may be.
 
-Beside what must hold stands what must fail: seeded faults in the executor, each of which has to break the comparison.
+Every mask, layout and schedule, 1 to 8 ranks, grouped, multi-query and plain heads, odd and tiny lengths, ranks without
+tokens. What must fail, and what is refused, is in `test_attention_faults.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seqpar_ring import executor, ring_attention
-from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
-from seqpar_ring.kernels import merge
 from seqpar_ring.layout import LAYOUTS
-from seqpar_ring.parallel import SequenceParallel
-from seqpar_ring.schedule import Block, Move
+from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.testing import (
     Case,
     RankPool,
@@ -31,70 +28,165 @@ from seqpar_ring.testing import (
 )
 
 WORLDS = [1, 2, 3, 4, 8]
-LENGTHS = [[67], [1], [33, 1], [13, 1, 30, 7, 1, 3, 22], [5, 2, 1, 1], [1, 61, 19]]
-HEADS = {"grouped": (4, 2), "one kv head": (3, 1), "as many": (2, 2)}
+LAYOUT_NAMES, SCHEDULES = sorted(LAYOUTS), sorted(BUILDERS)
+HEADS = [(4, 2), (3, 1), (2, 2)]
+NODE = {8: 4, 4: 2}
+
+# One document, one token, one document longer than all others together, fewer tokens than ranks, odd lengths.
+LENGTHS = [[67], [1], [13, 1, 30, 7, 1, 3, 22], [5, 2, 1, 1], [1, 61, 19]]
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def masks_of(lengths: list[int]) -> list[dict[str, Any]]:
+    """Every kind of mask for these documents; windows of one key and windows larger than a document among them."""
+    several: tuple[int | None, ...] = tuple([3, None, 99, 1, 5, 2, 8][: len(lengths)])
+    return [
+        {"causal": False},
+        {},
+        {"window": 1},
+        {"window": 5},
+        {"window": several},
+        {"causal": False, "window": (3, 2)},
+        {"chunk": 8},
+        {"chunk": 8, "window": 3},
+        {"prefix": tuple(n // 2 for n in lengths)},
+        {"causal": False, "kv_lengths": tuple((7 * n) % 23 for n in lengths)},
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_ring_equals_dense_attention_in_fp64(world: int, layout: str, heads: str) -> None:
-    for lengths in LENGTHS:
-        for kernel in ("cpu", "reference"):
-            case = Case(*HEADS[heads], batch=2)
-            assert_matches_dense(lengths, world, case, 1e-12, layout=layout, kernel=kernel)
+def test_every_mask_equals_dense_attention_in_fp64(world: int, schedule: str, layout: str) -> None:
+    turns = itertools.cycle(itertools.product(("auto", 5, 40), HEADS, ("kv", "q")))
+    for lengths in LENGTHS[2:] if world > 1 else LENGTHS:
+        for mask in masks_of(lengths):
+            size, heads, backward = next(turns)
+            how = {"layout": layout, "schedule": schedule, "block_tokens": size, "node": NODE.get(world)}
+            assert_matches_dense(lengths, world, Case(*heads, **mask), 1e-12, backward=backward, **how)
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("world", WORLDS)
-def test_full_attention_windows_and_pieces_equal_dense_in_fp64(world: int, layout: str) -> None:
-    for case in (Case(causal=False), Case(window=5), Case(window=1), Case(scale=0.3)):
-        assert_matches_dense([13, 1, 30, 7, 22], world, case, 1e-12, layout=layout, block_tokens=4)
+def test_every_number_of_heads_and_every_length_equals_dense_in_fp64(world: int, schedule: str, layout: str) -> None:
+    for lengths, heads in itertools.product(LENGTHS, HEADS):
+        how = {"layout": layout, "schedule": schedule, "node": NODE.get(world)}
+        assert_matches_dense(lengths, world, Case(*heads, batch=2), 1e-12, **how)
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_softcap_and_unequal_value_width_go_to_the_reference_kernel(world: int) -> None:
-    assert_matches_dense([21, 8], world, Case(softcap=1.5), 1e-12)
-    assert_matches_dense([21, 8], world, Case(value_dim=5), 1e-12)
+@pytest.mark.parametrize("backward", ["kv", "q"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_every_way_to_make_logits_equals_dense_in_fp64(world: int, schedule: str, backward: str) -> None:
+    cases = [
+        Case(scale=0.3),
+        Case(softcap=1.5),
+        Case(sinks=True),
+        Case(alibi=True, window=9),
+        Case(causal=False, alibi=True, sinks=True, softcap=2.0, batch=2),
+        Case(value_dim=5),
+        Case(value_dim=12, sinks=True),
+        Case(6, 2, head_dim=192, value_dim=128),
+        Case(2, 1, head_dim=256, window=7),
+    ]
+    for case, layout in itertools.product(cases, ("zigzag", "striped")):
+        how = {"layout": layout, "schedule": schedule, "node": NODE.get(world), "block_tokens": 8}
+        assert_matches_dense([21, 1, 18], world, case, 1e-12, backward=backward, **how)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
-    world=st.integers(1, 8),
-    layout=st.sampled_from(sorted(LAYOUTS)),
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 30),
-    block_tokens=st.just("auto") | st.integers(1, 9),
-    kv_heads=st.sampled_from([1, 2, 4]),
-)
-def test_random_cases_equal_dense_in_fp64(
-    lengths: list[int], world: int, causal: bool, window: int | None, **how: Any
-) -> None:
-    case = Case(4, how.pop("kv_heads"), causal=causal or window is not None, window=window)
+@pytest.mark.parametrize(("world", "heads"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4), (6, 2)])
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_heads_shared_out_inside_a_ring_equal_dense_in_fp64(world: int, heads: int, layout: str) -> None:
+    """As many key heads as ranks that share them, fewer (then they are replicated), one, and more."""
+    cases = [Case(8, 8), Case(8, 2), Case(8, 1, sinks=True), Case(4, 4, alibi=True), Case(8, 4, window=5, value_dim=5)]
+    schedules = itertools.cycle(SCHEDULES)
+    for case, lengths in itertools.product(cases, ([67], [13, 1, 30, 7], [2, 1])):
+        node = world // 2 if world == 8 else None
+        how = {"layout": layout, "heads": heads, "schedule": next(schedules), "node": node}
+        assert_matches_dense(lengths, world, case, 1e-12, **how)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_reference_kernel_alone_equals_dense_in_fp64(world: int, layout: str) -> None:
+    for case in (Case(), Case(window=5), Case(causal=False)):
+        assert_matches_dense([13, 1, 30, 7, 22], world, case, 1e-12, layout=layout, kernel="reference")
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> tuple[list[int], int, Case, dict[str, Any]]:
+    """Lengths from 1, ranks that may hold nothing, any mask, any way to make logits, any setting."""
+    lengths = draw(st.lists(st.integers(1, 24), min_size=1, max_size=5))
+    count, size = len(lengths), st.integers(1, 40)
+    mask: dict[str, Any] = draw(
+        st.one_of(
+            st.just({}),
+            st.just({"causal": False}),
+            st.fixed_dictionaries({"window": size}),
+            st.fixed_dictionaries({"chunk": size, "window": st.none() | size}),
+            st.fixed_dictionaries({"window": st.lists(st.none() | size, min_size=count, max_size=count).map(tuple)}),
+            st.fixed_dictionaries({"causal": st.just(False), "window": st.tuples(size, size)}),
+            st.tuples(*(st.integers(0, n) for n in lengths)).map(lambda p: {"prefix": p}),
+            st.tuples(*(st.integers(0, 30) for _ in lengths)).map(lambda n: {"causal": False, "kv_lengths": n}),
+        )
+    )
+    logits = {"sinks": draw(st.booleans()), "alibi": draw(st.sampled_from([False, False, True]))}
+    logits |= {"value_dim": draw(st.sampled_from([None, 3]))}
+    case = Case(4, draw(st.sampled_from([1, 2, 4])), **mask, **logits)
+    world = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 8]))
+    node = draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
+    heads = draw(st.sampled_from([h for h in (1, 1, 2, 4) if node % h == 0]))
+    block_tokens = draw(st.just("auto") | st.integers(1, 60))
+    how = {"layout": draw(st.sampled_from(LAYOUT_NAMES)), "schedule": draw(st.sampled_from(SCHEDULES))}
+    how |= {"backward": draw(st.sampled_from(["auto", "kv", "q"]))}
+    return lengths, world, case, {**how, "node": node, "heads": heads, "block_tokens": block_tokens}
+
+
+@pytest.mark.timeout(600)
+@settings(max_examples=500, deadline=None)
+@given(random_cases())
+def test_random_cases_equal_dense_in_fp64(drawn: tuple[list[int], int, Case, dict[str, Any]]) -> None:
+    lengths, world, case, how = drawn
     assert_matches_dense(lengths, world, case, 1e-12, **how)
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(random_cases())
+def test_ten_thousand_random_cases_equal_dense_in_fp64(drawn: tuple[list[int], int, Case, dict[str, Any]]) -> None:
+    lengths, world, case, how = drawn
+    assert_matches_dense(lengths, world, case, 1e-12, **how)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_over_gloo_equal_dense_in_fp32(
-    world: int, layout: str, request: pytest.FixtureRequest
-) -> None:
+def test_processes_over_gloo_equal_dense_in_fp32(world: int, layout: str, request: pytest.FixtureRequest) -> None:
     pool: RankPool = request.getfixturevalue(f"pool{world}")
     for lengths in ([197], [13, 1, 90, 7, 1, 3, 22], [2]):
-        errors = assert_matches_dense(
-            lengths, world, Case(6, 2, 16, dtype=torch.float32), 2e-6, pool=pool, layout=layout
-        )
+        case = Case(6, 2, 16, dtype=torch.float32)
+        errors = assert_matches_dense(lengths, world, case, 2e-6, pool=pool, layout=layout)
         assert max(errors.values()) > 0 or lengths == [2]
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_bf16_is_as_precise_as_one_kernel_on_the_whole_sequence(layout: str) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_over_gloo_equals_dense_in_fp32(schedule: str, pool4: RankPool) -> None:
+    cases = [Case(4, 4, 16), Case(6, 2, 16, sinks=True), Case(4, 2, 16, window=20), Case(4, 2, 16, chunk=50)]
+    for case, (size, heads) in zip(cases, [("auto", 1), (20, 1), (130, 1), ("auto", 2)], strict=True):
+        case = Case(**{**vars(case), "dtype": torch.float32})
+        how = {"schedule": schedule, "node": 2, "block_tokens": size, "heads": heads}
+        assert_matches_dense([131, 1, 64], 4, case, 2e-6, pool=pool4, **how)
+
+
+@pytest.mark.parametrize("backward", ["kv", "q"])
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bf16_is_as_precise_as_one_kernel_on_the_whole_sequence(schedule: str, layout: str, backward: str) -> None:
     """Error of out, dq, dk, dv against fp64 at W = 8: at most 1.05 times that of torch's own kernel, per tensor."""
     case = Case(8, 2, 64, dtype=torch.bfloat16)
-    lengths = [1031]
+    lengths, how = [1031], {"layout": layout, "schedule": schedule, "node": 4, "backward": backward}
     truth = dense_results(lengths, case)
-    ring = run_lockstep(lambda sp: ring_results(sp, lengths, case), 8, layout=layout)[0]
+    ring = run_lockstep(lambda sp: ring_results(sp, lengths, case), 8, **how)[0]
     alone = flash_on_the_whole_sequence(case, sum(lengths))
     for name in ("out", "dq", "dk", "dv"):
         ours, theirs = relative_error(ring[name], truth[name]), relative_error(alone[name], truth[name])
@@ -108,201 +200,3 @@ def flash_on_the_whole_sequence(case: Case, tokens: int) -> dict[str, Tensor]:
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     grads = torch.autograd.grad(out, (q, k, v), dout)
     return {n: x.transpose(1, 2) for n, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True)}
-
-
-# -- what must fail ---------------------------------------------------------------------------------------------------
-
-
-def drop_a_hop(patch: pytest.MonkeyPatch) -> None:
-    """In forward, the block of one other rank is not computed with."""
-    run = executor._Pass.run
-
-    def without(self: Any, stages: Any, compute: Any) -> None:
-        def some(block: Block, k: Tensor, v: Tensor) -> None:
-            if self._gradient_dtype is not None or block.owner != (self._ring.rank + 1) % 4:
-                compute(block, k, v)
-
-        run(self, stages, some)
-
-    patch.setattr(executor._Pass, "run", without)
-
-
-def average_instead_of_merge(patch: pytest.MonkeyPatch) -> None:
-    def average(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-        seen = (part_lse > -torch.inf).transpose(1, 2)[..., None]
-        out.copy_(torch.where(seen, (out + part_out) / 2, out))
-        merge.merge_(torch.zeros_like(out), lse, torch.zeros_like(out), part_lse)
-
-    patch.setattr(executor, "merge_", average)
-
-
-def lose_a_gradient(patch: pytest.MonkeyPatch) -> None:
-    """One dKV that comes home is not added."""
-    take = executor._Pass._take_gradient
-
-    def lossy(self: Any, block: Block, landed: Tensor) -> None:
-        if block.owner != 0:
-            take(self, block, landed)
-
-    patch.setattr(executor._Pass, "_take_gradient", lossy)
-
-
-def keep_stale_keys(patch: pytest.MonkeyPatch) -> None:
-    """Backward computes with the rank's own keys instead of those that arrived."""
-    fetch = executor._Pass._keys_and_values
-
-    def stale(self: Any, block: Block) -> tuple[Tensor, Tensor]:
-        k, v = fetch(self, block)
-        return (torch.zeros_like(k), v) if self._gradient_dtype is not None and block.owner == 1 else (k, v)
-
-    patch.setattr(executor._Pass, "_keys_and_values", stale)
-
-
-def widen_the_mask(patch: pytest.MonkeyPatch) -> None:
-    """Diagonal calls are computed without causality."""
-    from seqpar_ring.kernels.cpu import CpuKernel
-
-    forward = CpuKernel.forward
-
-    def uncausal(self: Any, q: Tensor, k: Tensor, v: Tensor, call: Any, scores: Any) -> tuple[Tensor, Tensor]:
-        return forward(self, q, k, v, call._replace(right=1 << 60), scores)
-
-    patch.setattr(CpuKernel, "forward", uncausal)
-
-
-def use_the_local_lse(patch: pytest.MonkeyPatch) -> None:
-    """Backward is given an lse that is not the global one."""
-    backward = executor.backward
-
-    def local(plan: Any, dout: Tensor, kept: Any, kernel: Any, scores: Any) -> Any:
-        return backward(plan, dout, kept._replace(lse=kept.lse - 0.01), kernel, scores)
-
-    patch.setattr(executor, "backward", local)
-
-
-FAULTS: dict[Callable[[pytest.MonkeyPatch], None], set[str]] = {
-    drop_a_hop: {"out", "dq", "dk", "dv"},
-    average_instead_of_merge: {"out"},
-    lose_a_gradient: {"dk", "dv"},
-    keep_stale_keys: {"dq", "dv"},
-    widen_the_mask: {"out"},
-    use_the_local_lse: {"dq", "dk", "dv"},
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_seeded_fault_breaks_the_comparison(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, case = [41, 3, 22], Case()
-    truth = dense_results(lengths, case)
-    fault(monkeypatch)
-    broken = run_lockstep(lambda sp: ring_results(sp, lengths, case), 4)[0]
-    for name in FAULTS[fault]:
-        assert relative_error(broken[name], truth[name]) > 1e-3, name
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
-
-
-def attend(sp: SequenceParallel, q_heads: int = 4, **change: Any) -> Any:
-    """One call on 12 tokens, with one thing changed."""
-    plan = sp.plan(12)
-    S = change.pop("tokens", plan.local_tokens)
-    q = torch.zeros(1, S, q_heads, 8, dtype=change.pop("q_dtype", torch.float32))
-    k = torch.zeros(1, S, change.pop("kv_heads", 2), change.pop("width", 8))
-    return ring_attention(q, k, k.clone(), plan, **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"tokens": 5}, PlanError, "expected_tokens=6"),
-        ({"q_heads": 3}, PlanError, "must divide query heads"),
-        ({"width": 4}, PlanError, "do not fit each other"),
-        ({"q_dtype": torch.float64}, PlanError, "differ in dtype"),
-        ({"sinks": torch.zeros(4)}, UnsupportedError, "sinks"),
-        ({"softcap": 0.0}, PlanError, "softcap=0.0"),
-    ],
-)
-def test_bad_arguments_are_refused_on_every_rank(change: dict[str, Any], error: type[SeqparError], words: str) -> None:
-    def on_rank_1_only(sp: SequenceParallel) -> str:
-        with pytest.raises(error) as caught:
-            attend(sp, **(change if sp.rank == 1 else {}))
-        return str(caught.value)
-
-    for message in run_lockstep(on_rank_1_only, 2):
-        assert words in message
-
-
-def test_ranks_with_other_lengths_all_raise_and_name_the_field() -> None:
-    def other_lengths(sp: SequenceParallel) -> str:
-        plan = sp.plan([12, 4] if sp.rank == 1 else [12, 5])
-        q = torch.zeros(1, plan.local_tokens, 2, 8)
-        with pytest.raises(DisagreementError) as caught:
-            ring_attention(q, q, q, plan)
-        return str(caught.value)
-
-    for message in run_lockstep(other_lengths, 3):
-        assert "lengths" in message
-        assert "(12, 4)" in message
-        assert "(12, 5)" in message
-
-
-def test_ranks_with_another_head_count_all_raise(pool2: RankPool) -> None:
-    messages = pool2.run(caught_disagreement)
-    assert all("dtype" not in message and "heads" in message for message in messages)
-    assert len(messages) == 2
-
-
-def caught_disagreement(sp: SequenceParallel) -> str:
-    try:
-        attend(sp, q_heads=2 if sp.rank else 4)
-    except DisagreementError as error:
-        return str(error)
-    return "no error"
-
-
-def test_a_window_the_named_kernel_lacks_is_refused() -> None:
-    def refuse(sp: SequenceParallel) -> str:
-        plan = sp.plan(12)
-        q = torch.zeros(1, plan.local_tokens, 2, 8)
-        with pytest.raises(UnsupportedError) as caught:
-            ring_attention(q, q, q, plan, softcap=2.0)
-        return str(caught.value)
-
-    (message,) = run_lockstep(refuse, 1, kernel="cpu")
-    assert "softcap" in message
-
-
-def test_the_operator_can_be_traced_without_a_plan() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        q, k = torch.empty(2, 5, 4, 8, dtype=torch.bfloat16), torch.empty(2, 5, 2, 8, dtype=torch.bfloat16)
-        out, lse = torch.ops.seqpar_ring.attention(q, k, k, None, None, 1, 0.5, None)
-    assert (out.shape, out.dtype) == ((2, 5, 4, 8), torch.bfloat16)
-    assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
-
-
-def test_a_move_is_the_only_thing_that_is_sent() -> None:
-    """Bytes counted by the transport are those of the schedule's rows: KV in the inputs' dtype, dKV in fp32."""
-
-    def count(sp: SequenceParallel) -> tuple[dict[str, int], dict[str, int]]:
-        plan = sp.plan([31, 8])
-        q, k = torch.randn(1, plan.local_tokens, 4, 8), torch.randn(1, plan.local_tokens, 2, 8)
-        q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in (q, k, k))
-        out = ring_attention(q, k, v, plan)
-        assert isinstance(out, Tensor)
-        out.sum().backward()
-
-        def rows(moves: tuple[Move, ...]) -> int:
-            return sum(b - a for m in moves if m.src == sp.rank for a, b in m.block.rows)
-
-        row = 2 * 2 * 8  # keys and values, two heads, eight wide
-        expected = {
-            "kv": row * 2 * (rows(plan.schedule.kv) + rows(plan.backward_schedule.kv)),
-            "dkv": row * 4 * rows(plan.backward_schedule.dkv),
-        }
-        return sp.report().bytes_sent, expected
-
-    for sent, expected in run_lockstep(count, 4):
-        assert {lane: sent[lane] for lane in expected} == expected

@@ -226,7 +226,7 @@ def test_dense_attention_has_the_gradient_of_finite_differences() -> None:
 
 def test_dense_attention_refuses_lengths_that_do_not_sum_up() -> None:
     q, k, v, _ = Case().inputs(5)
-    with pytest.raises(ValueError, match="sum to 4, but there are 5 tokens"):
+    with pytest.raises(ValueError, match="do not sum to 5 queries and 5 keys"):
         dense_attention(q, k, v, [3, 1])
     with pytest.raises(ValueError, match="window of 2 needs causal"):
         dense_attention(q, k, v, 5, causal=False, window=2)

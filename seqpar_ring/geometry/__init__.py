@@ -1,4 +1,4 @@
-"""Runs of positions, bands of visibility, masks as regions, and the tiles between runs. Integers only; imports no torch."""
+"""Runs of positions, bands of visibility, masks as regions, tiles between runs. Integers only; imports no torch."""
 
 from seqpar_ring.geometry.bands import INF, Band, Part, Tile, area, causal, full, join, split, tile, window
 from seqpar_ring.geometry.columns import (

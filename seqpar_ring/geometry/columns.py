@@ -111,7 +111,8 @@ def _below(m: Ints, n: Ints, h: Ints) -> Ints:
     def sum_to(x: Ints) -> Ints:
         x = np.maximum(x, 0)
         inside = np.minimum(x, n)
-        return inside * (inside + 1) // 2 + (x - inside) * n
+        total: Ints = inside * (inside + 1) // 2 + (x - inside) * n
+        return total
 
     return sum_to(m + h) - sum_to(h)
 

@@ -45,7 +45,7 @@ class Regions:
     @staticmethod
     def of(regions: Sequence[Region]) -> Regions:
         """From single regions."""
-        return Regions(np.array(regions, dtype=np.int64).reshape(-1, 7).T, plain=False)
+        return Regions(list(np.array(regions, dtype=np.int64).reshape(-1, 7).T), plain=False)
 
     def __len__(self) -> int:
         return len(self.doc)
@@ -158,8 +158,9 @@ class Mask:
         return "causal" + (" with " + " and ".join(extra) if extra else "")
 
     def _check(self) -> None:
-        two_sided = isinstance(self.window, tuple) and len(self.window) == 2 and None not in self.window
-        if not self.causal and not (self.window is None or (two_sided and min(self.window) >= 0)):  # type: ignore[arg-type, type-var]
+        pair = self.window if isinstance(self.window, tuple) else ()
+        two_sided = len(pair) == 2 and all(side is not None and side >= 0 for side in pair)
+        if not self.causal and self.window is not None and not two_sided:
             raise PlanError(
                 "without causality a window is a pair: how many keys before and how many after the query",
                 fix="Give window=(before, after), both at least 0, or causal=True.",
@@ -188,7 +189,7 @@ class Mask:
         """lo and hi of each document; an edge that cuts nothing is infinite."""
         n = np.array(lengths, dtype=np.int64)
         if not self.causal:
-            before, after = (INF, INF) if self.window is None else self.window  # type: ignore[misc]
+            before, after = (side or 0 for side in self.window) if isinstance(self.window, tuple) else (INF, INF)
             return np.where(before >= n - 1, -INF, -before), np.where(after >= n - 1, INF, after)
         if self.window is None:
             return np.full_like(n, -INF), np.zeros_like(n)

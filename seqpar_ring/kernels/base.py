@@ -23,8 +23,8 @@ from seqpar_ring.schedule import Call
 class Scores(NamedTuple):
     """How logits are made: `scale * (q . k)`, and with a softcap c then `c * tanh(logit / c)`.
 
-    With `slopes`, (H,) or (B, H) in fp32, ALiBi (arXiv 2108.12409) follows: `- slope * |p_q - p_k|`, where the positions
-    of the call's rows are `q_positions` and `k_positions`, int64: no kernel can tell them from row numbers, because a
+    With `slopes`, (H,) or (B, H) in fp32, ALiBi (arXiv 2108.12409) follows: `- slope * |p_q - p_k|`; the positions of
+    the call's rows are `q_positions` and `k_positions`, int64: no kernel can tell them from row numbers, because a
     rank's rows are not next to each other in the sequence.
     """
 

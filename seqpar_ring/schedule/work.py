@@ -37,7 +37,7 @@ Slices = tuple[tuple[int, int, int], ...]
 class Work(NamedTuple):
     """One step of one rank: its calls take the rank's own rows on one side and the view of these blocks on the other.
 
-    `slices` puts the view together where it is of several blocks; for one block the view is its buffer, and it is empty.
+    `slices` puts the view together where it is of several blocks; it is empty for one block, whose buffer is the view.
     """
 
     blocks: tuple[Block, ...]
@@ -87,10 +87,10 @@ def _views(cargo: Layout, groups: list[tuple[Block, ...]]) -> tuple[RunColumns, 
     ranges: list[tuple[int, int, int, int, int, int]] = []
     for g, blocks in enumerate(groups):
         for b, (owner, rows) in enumerate(blocks):
-            at = 0
-            for begin, end in rows:
-                ranges.append((g, b, owner, begin, end, at))
-                at += end - begin
+            row = 0
+            for x, y in rows:
+                ranges.append((g, b, owner, x, y, row))
+                row += y - x
     columns = np.array(ranges, dtype=np.int64).reshape(-1, 6).T
     runs, which = cut(cargo, columns[2], columns[3], columns[4])
     runs = runs._replace(at=runs.at - columns[3][which] + columns[5][which])
@@ -103,8 +103,8 @@ def _views(cargo: Layout, groups: list[tuple[Block, ...]]) -> tuple[RunColumns, 
     first = np.searchsorted(group, np.arange(len(groups)))
     at = ends - runs.n
     slices = [
-        () if len(blocks) == 1 else _slices(block[a:b], runs.at[a:b], runs.n[a:b])
-        for blocks, a, b in zip(groups, first.tolist(), [*first.tolist()[1:], len(group)], strict=True)
+        () if len(blocks) == 1 else _slices(block[begin:end], runs.at[begin:end], runs.n[begin:end])
+        for blocks, begin, end in zip(groups, first.tolist(), [*first.tolist()[1:], len(group)], strict=True)
     ]
     return runs._replace(at=at - np.r_[at, 0][first][group]), group, slices
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Case:
     """Shapes, dtype, mask and logits of one comparison; `value_dim` None is `head_dim`.
 
-    `sinks` and `alibi` say whether there are any; `kv_lengths` makes it cross-attention. See `dense_attention` for the rest.
+    `sinks` and `alibi` say whether there are any; `kv_lengths` makes it cross-attention. The rest is
+    `dense_attention`'s.
     """
 
     heads: int = 4
@@ -118,7 +119,7 @@ def assert_matches_dense(
 
 
 def ring_results(sp: SequenceParallel, lengths: int | Sequence[int], case: Case) -> dict[str, Tensor]:
-    """Whole out_BSHE, lse_BHS, dq, dk, dv (and dsinks) by name, computed by the ring; the same on every rank. Collective."""
+    """Whole out_BSHE, lse_BHS, dq, dk, dv (and dsinks) by name, from the ring; the same on every rank. Collective."""
     from seqpar_ring.attention import ring_attention
 
     plan = sp.plan(lengths, **case.mask)
@@ -132,14 +133,16 @@ def ring_results(sp: SequenceParallel, lengths: int | Sequence[int], case: Case)
     queries = {"out": (out, 1), "lse": (lse, 2), "dq": (dq, 1)}
     found = {name: plan.gather(x.detach(), dim=dim) for name, (x, dim) in queries.items()}
     found.update({name: plan.gather_keys(x) for name, x in (("dk", dk), ("dv", dv))})
-    return {**found, **{"dsinks": plan.sequence.all_reduce(x) for x in dsinks}}
+    return {**found, **{name: plan.sequence.all_reduce(x) for name, x in zip(("dsinks",), dsinks, strict=False)}}
 
 
 def dense_results(lengths: int | Sequence[int], case: Case) -> dict[str, Tensor]:
     """The same by `dense_attention` in fp64, from the inputs as rounded to the case's dtype."""
     tokens = lengths if isinstance(lengths, int) else sum(lengths)
     q, k, v, dout = (x.double() for x in case.inputs(tokens))
-    extra = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in case.by_head().items()}
+    extra: dict[str, Any] = {}
+    for name, x in case.by_head().items():
+        extra[name] = x.detach().double().requires_grad_(x.requires_grad)
     leaves = [x.requires_grad_() for x in (q, k, v)] + [x for x in extra.values() if x.requires_grad]
     out, lse = dense_attention(q, k, v, lengths, scale=case.scale, softcap=case.softcap, **case.mask, **extra)
     grads = torch.autograd.grad(out, leaves, dout)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Condition
+from threading import Condition, Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -44,21 +44,22 @@ class _Hub:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._changed = Condition()
+        self._lock = Lock()
+        self._news: dict[int, Condition] = {}  # one for each rank, so that a message wakes nobody but its receiver
         self._boxes: dict[_Address, _Box] = {}
         self._failed: dict[int, BaseException] = {}
         self._finished: set[int] = set()
 
     def put(self, address: _Address, message: object) -> None:
-        with self._changed:
+        with self._lock:
             self._stop_if_a_rank_failed(address.source)
             box = self._boxes.setdefault(address, _Box())
             box.waiting[box.sent] = message
             box.sent += 1
-            self._changed.notify_all()
+            self._news_for(address.target).notify_all()
 
     def ticket(self, address: _Address) -> int:
-        with self._changed:
+        with self._lock:
             self._stop_if_a_rank_failed(address.target)
             box = self._boxes.setdefault(address, _Box())
             box.asked += 1
@@ -71,7 +72,7 @@ class _Hub:
             TransportError: some rank failed, the sender ended, or nothing came within the timeout.
         """
         deadline = time.monotonic() + self.timeout
-        with self._changed:
+        with self._lock:
             while True:
                 self._stop_if_a_rank_failed(address.target)
                 if ticket in self._boxes[address].waiting:
@@ -81,17 +82,24 @@ class _Hub:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise self._gave_up(address, f"which did not come within {self.timeout:g} s")
-                self._changed.wait(left)
+                self._news_for(address.target).wait(left)
 
     def fail(self, rank: int, error: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self._failed.setdefault(rank, error)
-            self._changed.notify_all()
+            self._wake_all()
 
     def finish(self, rank: int) -> None:
-        with self._changed:
+        with self._lock:
             self._finished.add(rank)
-            self._changed.notify_all()
+            self._wake_all()
+
+    def _news_for(self, rank: int) -> Condition:
+        return self._news.setdefault(rank, Condition(self._lock))
+
+    def _wake_all(self) -> None:
+        for news in self._news.values():
+            news.notify_all()
 
     def _stop_if_a_rank_failed(self, rank: int) -> None:
         for dead, error in self._failed.items():

@@ -67,8 +67,8 @@ MASKS = [Mask(), Mask(causal=False), Mask(window=9), Mask(chunk=11), Mask(prefix
 @pytest.mark.parametrize(("world", "node", "name", "how", "block_tokens"), CASES)
 def test_seeded_faults_are_refused(world: int, node: int, name: str, how: str, block_tokens: int | None) -> None:
     mask = MASKS[(world + node + len(name) + len(how)) % len(MASKS)]
-    inner = 2 if world == 4 else 1
-    problem = plain(name, LENGTHS, world, mask, how, node=inner, **({"block_tokens": block_tokens} if block_tokens else {}))
+    options = {"node": 2 if world == 4 else 1, **({"block_tokens": block_tokens} if block_tokens else {})}
+    problem = plain(name, LENGTHS, world, mask, how, **options)
     good = schedule.transpose(problem.traffic("q" if node == 2 else "kv"), node)
     check(good, problem.sides)
     rnd = random.Random(world * node)

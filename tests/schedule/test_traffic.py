@@ -32,7 +32,8 @@ def test_a_ring_holds_two_received_blocks_whatever_its_size(world: int) -> None:
 
 
 def test_an_all_gather_holds_all_blocks_and_direct_two() -> None:
-    held = {how: schedule.check((p := plain("striped", [320], 8, how=how)).traffic(), p.sides)["kv"] for how in SCHEDULES}
+    problems_by_name = {how: plain("striped", [320], 8, how=how) for how in SCHEDULES}
+    held = {how: schedule.check(p.traffic(), p.sides)["kv"] for how, p in problems_by_name.items()}
     assert held == {"all_gather": 7, "direct": 2, "double_ring": 2, "ring": 2}
 
 

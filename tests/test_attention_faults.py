@@ -1,0 +1,349 @@
+"""Ring attention: what must fail, and what is refused.
+
+Beside what must hold (`test_attention.py`) stand seeded faults in the executor, each of which has to break the
+comparison with dense attention, and bad arguments, which have to end in a named error on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqpar_ring import executor, operator, ring_attention
+from seqpar_ring.cargo import Cargo
+from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
+from seqpar_ring.kernels import ReferenceKernel, merge, register, unregister
+from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.plan import Plan, Reason
+from seqpar_ring.schedule import Block, Move, Work
+from seqpar_ring.testing import (
+    Case,
+    RankPool,
+    assert_matches_dense,
+    dense_results,
+    relative_error,
+    ring_results,
+    run_lockstep,
+)
+
+# -- what must fail ---------------------------------------------------------------------------------------------------
+
+
+def drop_a_hop(patch: pytest.MonkeyPatch) -> None:
+    """In forward, the block of one other rank is not computed with."""
+    go = executor._Run.go
+
+    def without(self: Any, compute: Any) -> None:
+        def some(work: Work, view: Any) -> None:
+            if self._gradient_dtype is not None or work.blocks[0].owner != (self._ring.rank + 1) % 4:
+                compute(work, view)
+
+        go(self, some)
+
+    patch.setattr(executor._Run, "go", without)
+
+
+def average_instead_of_merge(patch: pytest.MonkeyPatch) -> None:
+    def average(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+        seen = (part_lse > -torch.inf).transpose(1, 2)[..., None]
+        out.copy_(torch.where(seen, (out + part_out) / 2, out))
+        merge.merge_(torch.zeros_like(out), lse, torch.zeros_like(out), part_lse)
+
+    patch.setattr(executor, "merge_", average)
+
+
+def lose_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    """One dKV that comes home is not added."""
+    take = executor._Run._take_gradient
+
+    def lossy(self: Any, block: Block, landed: Any) -> None:
+        if block.owner != 0:
+            take(self, block, landed)
+
+    patch.setattr(executor._Run, "_take_gradient", lossy)
+
+
+def keep_stale_keys(patch: pytest.MonkeyPatch) -> None:
+    """Backward computes with the rank's own keys instead of those that arrived."""
+    fetch = executor._Run._fields
+
+    def stale(self: Any, block: Block) -> tuple[Tensor, ...]:
+        k, v = fetch(self, block)
+        return (torch.zeros_like(k), v) if self._gradient_dtype is not None and block.owner == 1 else (k, v)
+
+    patch.setattr(executor._Run, "_fields", stale)
+
+
+def widen_the_mask(patch: pytest.MonkeyPatch) -> None:
+    """Diagonal calls are computed without causality."""
+    from seqpar_ring.kernels.cpu import CpuKernel
+
+    forward = CpuKernel.forward
+
+    def uncausal(self: Any, q: Tensor, k: Tensor, v: Tensor, call: Any, scores: Any) -> tuple[Tensor, Tensor]:
+        return forward(self, q, k, v, call._replace(right=1 << 60), scores)
+
+    patch.setattr(CpuKernel, "forward", uncausal)
+
+
+def use_the_local_lse(patch: pytest.MonkeyPatch) -> None:
+    """Backward is given an lse that is not the global one."""
+    backward = executor.backward
+
+    def local(plan: Any, dout: Tensor, kept: Any, *rest: Any, **more: Any) -> Any:
+        return backward(plan, dout, kept._replace(lse=kept.lse - 0.01), *rest, **more)
+
+    patch.setattr(executor, "backward", local)
+
+
+def mix_up_blocks_that_arrive_together(patch: pytest.MonkeyPatch) -> None:
+    """The view of several blocks is put together in the wrong order."""
+    view = executor._Run._view
+
+    def shuffled(self: Any, work: Work) -> Any:
+        return view(self, work._replace(slices=work.slices[::-1]))
+
+    patch.setattr(executor._Run, "_view", shuffled)
+
+
+def forget_the_delta(patch: pytest.MonkeyPatch) -> None:
+    """Where queries travel, what softmax takes away from every row's gradient is left at home."""
+    unpack = Cargo.unpack
+
+    def without(self: Any, message: Any, rows: int) -> Any:
+        fields = unpack(self, message, rows)
+        return (*fields[:3], torch.zeros_like(fields[3])) if len(fields) == 4 else fields
+
+    patch.setattr(Cargo, "unpack", without)
+
+
+def sink_in_every_block(patch: pytest.MonkeyPatch) -> None:
+    """The sink is merged twice instead of once."""
+    drain = operator._drain
+    patch.setattr(operator, "_drain", lambda out, lse, sinks: drain(*drain(out, lse, sinks), sinks))
+
+
+def take_row_numbers_for_positions(patch: pytest.MonkeyPatch) -> None:
+    """ALiBi's distances are counted in a rank's memory, where the sequence has gaps."""
+    positions_of = Plan.positions_of
+
+    def numbered(self: Any, *args: Any) -> Any:
+        return tuple(torch.arange(len(x)) for x in positions_of(self, *args))
+
+    patch.setattr(Plan, "positions_of", numbered)
+
+
+FAULTS: dict[Callable[[pytest.MonkeyPatch], None], set[str]] = {
+    drop_a_hop: {"out", "dq", "dk", "dv"},
+    average_instead_of_merge: {"out"},
+    lose_a_gradient: {"dk", "dv"},
+    keep_stale_keys: {"dq", "dv"},
+    widen_the_mask: {"out"},
+    use_the_local_lse: {"dq", "dk", "dv"},
+    mix_up_blocks_that_arrive_together: {"out", "dq", "dk", "dv"},
+    forget_the_delta: {"dq", "dk"},
+    sink_in_every_block: {"out", "dq"},
+    take_row_numbers_for_positions: {"out"},
+}
+SPECIAL: dict[Any, tuple[Case, dict[str, Any]]] = {
+    mix_up_blocks_that_arrive_together: (Case(), {"block_tokens": 40}),
+    forget_the_delta: (Case(), {"backward": "q"}),
+    sink_in_every_block: (Case(sinks=True), {}),
+    take_row_numbers_for_positions: (Case(alibi=True), {}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_seeded_fault_breaks_the_comparison(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [41, 3, 22]
+    case, how = SPECIAL.get(fault, (Case(), {}))
+    assert_matches_dense(lengths, 4, case, 1e-12, **how)
+    truth = dense_results(lengths, case)
+    fault(monkeypatch)
+    broken = run_lockstep(lambda sp: ring_results(sp, lengths, case), 4, **how)[0]
+    for name in FAULTS[fault]:
+        assert relative_error(broken[name], truth[name]) > 1e-3, name
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def attend(sp: SequenceParallel, q_heads: int = 4, **change: Any) -> Any:
+    """One call on 12 tokens, with one thing changed."""
+    plan = sp.plan(12)
+    S = change.pop("tokens", plan.local_tokens)
+    q = torch.zeros(1, S, q_heads, 8, dtype=change.pop("q_dtype", torch.float32))
+    k = torch.zeros(1, S, change.pop("kv_heads", 2), change.pop("width", 8))
+    return ring_attention(q, k, k.clone(), plan, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"tokens": 5}, PlanError, "expected_tokens=6"),
+        ({"q_heads": 3}, PlanError, "must divide query heads"),
+        ({"width": 4}, PlanError, "do not fit each other"),
+        ({"q_dtype": torch.float64}, PlanError, "differ in dtype"),
+        ({"sinks": torch.zeros(3)}, PlanError, "one number for each query head"),
+        ({"alibi_slopes": torch.zeros(2, 4)}, PlanError, "(batch, heads)"),
+        ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, PlanError, "no gradient"),
+        ({"softcap": 0.0}, PlanError, "softcap=0.0"),
+    ],
+)
+def test_bad_arguments_are_refused_on_every_rank(change: dict[str, Any], error: type[SeqparError], words: str) -> None:
+    def on_rank_1_only(sp: SequenceParallel) -> str:
+        with pytest.raises(error) as caught:
+            attend(sp, **(change if sp.rank == 1 else {}))
+        return str(caught.value)
+
+    for message in run_lockstep(on_rank_1_only, 2):
+        assert words in message
+
+
+def test_ranks_with_other_lengths_all_raise_and_name_the_field() -> None:
+    def other_lengths(sp: SequenceParallel) -> str:
+        plan = sp.plan([12, 4] if sp.rank == 1 else [12, 5])
+        q = torch.zeros(1, plan.local_tokens, 2, 8)
+        with pytest.raises(DisagreementError) as caught:
+            ring_attention(q, q, q, plan)
+        return str(caught.value)
+
+    for message in run_lockstep(other_lengths, 3):
+        assert "lengths" in message
+        assert "(12, 4)" in message
+        assert "(12, 5)" in message
+
+
+def test_ranks_with_another_head_count_all_raise(pool2: RankPool) -> None:
+    messages = pool2.run(caught_disagreement)
+    assert all("dtype" not in message and "heads" in message for message in messages)
+    assert len(messages) == 2
+
+
+def caught_disagreement(sp: SequenceParallel) -> str:
+    try:
+        attend(sp, q_heads=2 if sp.rank else 4)
+    except DisagreementError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_window_the_named_kernel_lacks_is_refused() -> None:
+    def refuse(sp: SequenceParallel) -> str:
+        plan = sp.plan(12)
+        q = torch.zeros(1, plan.local_tokens, 2, 8)
+        with pytest.raises(UnsupportedError) as caught:
+            ring_attention(q, q, q, plan, softcap=2.0)
+        return str(caught.value)
+
+    (message,) = run_lockstep(refuse, 1, kernel="cpu")
+    assert "softcap" in message
+
+
+def test_the_operator_can_be_traced_without_a_plan() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = torch.empty(2, 5, 4, 8, dtype=torch.bfloat16), torch.empty(2, 5, 2, 8, dtype=torch.bfloat16)
+        out, lse = torch.ops.seqpar_ring.attention(q, k, k, None, None, 1, 0.5, None)
+    assert (out.shape, out.dtype) == ((2, 5, 4, 8), torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
+
+
+def test_a_move_is_the_only_thing_that_is_sent() -> None:
+    """Bytes counted by the transport are those of the schedule's rows: KV in the inputs' dtype, dKV in fp32."""
+
+    def count(sp: SequenceParallel) -> tuple[dict[str, int], dict[str, int]]:
+        plan = sp.plan([31, 8])
+        q, k = torch.randn(1, plan.local_tokens, 4, 8), torch.randn(1, plan.local_tokens, 2, 8)
+        q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in (q, k, k))
+        out = ring_attention(q, k, v, plan)
+        assert isinstance(out, Tensor)
+        out.sum().backward()
+
+        def rows(moves: tuple[Move, ...]) -> int:
+            return sum(b - a for m in moves if m.src == sp.rank for a, b in m.block.rows)
+
+        row = 2 * 2 * 8  # keys and values, two heads, eight wide
+        expected = {
+            "kv": row * 2 * (rows(plan.schedule.kv) + rows(plan.backward_schedule.kv)),
+            "dkv": row * 4 * rows(plan.backward_schedule.dkv),
+        }
+        return sp.report().bytes_sent, expected
+
+    for sent, expected in run_lockstep(count, 4):
+        assert {lane: sent[lane] for lane in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "words"),
+    [((9, 3), 2, "to 1 or 3 or 9"), ((8, 3), 4, "to 1"), ((4, 2), 8, "to 1 or 2 or 4")],
+)
+def test_heads_that_cannot_be_shared_out_are_refused_with_those_that_can(
+    heads: tuple[int, int], size: int, words: str
+) -> None:
+    def refuse(sp: SequenceParallel) -> str:
+        plan = sp.plan(16)
+        q, k = torch.zeros(1, plan.local_tokens, heads[0], 4), torch.zeros(1, plan.local_tokens, heads[1], 4)
+        with pytest.raises(SeqparError) as caught:
+            ring_attention(q, k, k, plan)
+        return str(caught.value)
+
+    for message in run_lockstep(refuse, 8, heads=size):
+        assert f'Set "heads" {words};' in message
+
+
+def test_a_plan_that_no_kernel_can_run_is_refused_when_it_is_made() -> None:
+    class Plain(ReferenceKernel):
+        name = "plain"
+        capabilities = replace(ReferenceKernel.capabilities, window=False)
+
+    register(Plain())
+    try:
+        with pytest.raises(UnsupportedError, match='"plain" lacks sliding window'):
+            run_lockstep(lambda sp: sp.plan([12, 3], window=4), 2, kernel="plain")
+        assert run_lockstep(lambda sp: sp.plan([12, 3], window=12).windowed, 2, kernel="plain") == [False, False]
+    finally:
+        unregister("plain")
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ({"window": 0}, "at least one key"),
+        ({"causal": False, "window": 3}, "a pair"),
+        ({"causal": False, "window": (3, -1)}, "a pair"),
+        ({"causal": False, "chunk": 3}, "causal"),
+        ({"chunk": 0}, "at least one position"),
+        ({"prefix": 3, "window": 4}, "no one meaning"),
+        ({"prefix": 20}, "longer than its document"),
+        ({"prefix": (1, 2)}, "one prefix for each document"),
+        ({"window": (1, 2, 3, 4)}, "one window for each document"),
+        ({"kv_lengths": (3, 4, 5)}, "no causal mask"),
+        ({"causal": False, "kv_lengths": (3, 4)}, "different numbers of documents"),
+    ],
+)
+def test_masks_that_do_not_exist_are_refused_with_the_fix(mask: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        run_lockstep(lambda sp: sp.plan([12, 7, 9], **mask), 1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "expected"), [(8, 8, "queries travel"), (8, 2, "keys and values travel")]
+)
+def test_what_travels_in_backward_follows_the_bytes_and_says_so(heads: int, kv_heads: int, expected: str) -> None:
+    def ask(sp: SequenceParallel) -> Reason:
+        plan = sp.plan(64)
+        q = torch.zeros(1, plan.local_tokens, heads, 16, dtype=torch.bfloat16)
+        k = torch.zeros(1, plan.local_tokens, kv_heads, 16, dtype=torch.bfloat16)
+        return plan.backward_travels(operator.request_for(q, k, k, plan, None, False))
+
+    reason = run_lockstep(ask, 4)[0]
+    assert reason.value == expected
+    # In bf16: q, dout, dq in fp32, lse and delta; against k, v and their gradients in fp32.
+    assert reason.reason == f"queries {8 * heads * 16 + 8 * heads} bytes a token, keys and values {12 * kv_heads * 16}"
