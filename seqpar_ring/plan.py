@@ -262,7 +262,8 @@ class Plan:
     @cached_property
     def backward_pass(self) -> Pass:
         """What this rank does in backward where keys travel."""
-        return self._pass(self.backward_schedule)._replace(work=self.forward_pass.work)
+        stages = program(self.backward_schedule, self.documents.ring.rank)
+        return Pass(self.backward_schedule, stages, self.forward_pass.work)
 
     @cached_property
     def query_pass(self) -> Pass:

@@ -21,7 +21,11 @@ def test_every_setting_can_be_given() -> None:
         "layout": "striped",
         "schedule": "ring",
         "heads": 1,
+        "node": 2,
         "block_tokens": 512,
+        "backward": "kv",
+        "balance_tokens": 1.02,
+        "balance_area": 1.1,
         "kernel": "cpu",
         "timeout": 5.0,
     }
@@ -42,6 +46,11 @@ def test_every_setting_can_be_given() -> None:
         ({"size": 2, "block_tokens": 0}, "below 1"),
         ({"size": 2, "timeout": -1.0}, "positive number of seconds"),
         ({"size": 2, "layout": 3}, "a name as a string"),
+        ({"size": 6, "heads": 4}, "Give 1 or 2 or 3 or 6"),
+        ({"size": 6, "node": 4}, "Give 1 or 2 or 3 or 6"),
+        ({"size": 8, "heads": 4, "node": 2}, "share heads across nodes"),
+        ({"size": 2, "backward": "both"}, '"auto", "kv" or "q"'),
+        ({"size": 2, "balance_area": 1}, "a factor above 1"),
         ([2], "must be a mapping"),
     ],
 )

@@ -16,7 +16,6 @@ from seqpar_ring.errors import (
     GroupError,
     PlanError,
     SeqparError,
-    UnsupportedError,
 )
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.parallel import SequenceParallel
@@ -113,7 +112,7 @@ def test_a_gone_plan_is_named_and_a_held_one_survives_until_backward() -> None:
         ({"layout": "zigzg"}, ConfigError, 'Did you mean "zigzag"?'),
         ({"schedule": "rings"}, ConfigError, 'Did you mean "ring"?'),
         ({"kernel": "flash9"}, ConfigError, "unknown kernel"),
-        ({"heads": 2}, UnsupportedError, "heads=2"),
+        ({"heads": 2}, ConfigError, "heads=2"),
         ({"layuot": "zigzag"}, ConfigError, 'Did you mean "layout"?'),
     ],
 )

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from seqpar_ring.errors import BatchError, ConfigError, GroupError, TransportError
+from seqpar_ring.errors import BatchError, ConfigError, GroupError, PlanError, TransportError
+from seqpar_ring.groups import Groups
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.testing import (
     Case,
@@ -50,13 +51,13 @@ def test_run_lockstep_raises_the_root_cause_and_not_what_it_led_to() -> None:
 
 
 def test_run_lockstep_times_out_when_a_rank_waits_for_nothing() -> None:
-    def wait_on_one(sp: SequenceParallel) -> None:
-        if sp.rank == 0:
-            sp.groups.ring.all_reduce(torch.ones(1))
+    def wait_on_one(groups: Groups) -> None:
+        if groups.rank == 0:
+            groups.ring.all_reduce(torch.ones(1))
         time.sleep(0.3)
 
     with pytest.raises(TransportError, match=r"rank 0 waited for a message from rank 1 .* within 0.1 s"):
-        run_lockstep(wait_on_one, 2, timeout=0.1)
+        run_lockstep_groups(wait_on_one, 2, timeout=0.1, at_once=2)
 
 
 def test_run_lockstep_does_not_wait_for_ever_for_a_rank_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_dense_attention_refuses_lengths_that_do_not_sum_up() -> None:
     q, k, v, _ = Case().inputs(5)
     with pytest.raises(ValueError, match="do not sum to 5 queries and 5 keys"):
         dense_attention(q, k, v, [3, 1])
-    with pytest.raises(ValueError, match="window of 2 needs causal"):
+    with pytest.raises(PlanError, match="a window is a pair"):
         dense_attention(q, k, v, 5, causal=False, window=2)
 
 

@@ -52,10 +52,13 @@ def run_lockstep(
 
 
 def run_lockstep_groups(
-    fn: Callable[[Groups], T], world: int, size: int | None = None, timeout: float = 60.0
+    fn: Callable[[Groups], T], world: int, size: int | None = None, timeout: float = 60.0, at_once: int = 1
 ) -> list[T]:
-    """Call `fn(groups)` on every rank: the same for tests of what lies below `SequenceParallel`."""
-    meeting = LockstepWorld(world, timeout)
+    """Call `fn(groups)` on every rank: the same for tests of what lies below `SequenceParallel`.
+
+    `at_once` ranks run at the same time; the others wait for one of them to wait for a message.
+    """
+    meeting = LockstepWorld(world, timeout, at_once)
     groups = [process_groups.lockstep(meeting, rank, world if size is None else size) for rank in range(world)]
     results: dict[int, T] = {}
     errors: list[tuple[int, BaseException]] = []  # in order of time
@@ -63,7 +66,7 @@ def run_lockstep_groups(
     def run(rank: int) -> None:
         try:
             # Else backward passes on one device would queue for its one thread, and wait there for each other.
-            with torch.autograd.set_multithreading_enabled(False):
+            with torch.autograd.set_multithreading_enabled(False), meeting.turn():
                 results[rank] = fn(groups[rank])
             meeting.finish(rank)
         except BaseException as error:  # including those a test framework fails with

@@ -8,9 +8,10 @@ what another waits for. It is not a way to be fast, and starts no threads itself
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Condition, Lock
+from threading import Condition, Lock, Semaphore
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +43,9 @@ class _Box:
 class _Hub:
     """All mailboxes of one world, and what became of its ranks."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, at_once: int) -> None:
         self.timeout = timeout
+        self.turns = Semaphore(at_once)
         self._lock = Lock()
         self._news: dict[int, Condition] = {}  # one for each rank, so that a message wakes nobody but its receiver
         self._boxes: dict[_Address, _Box] = {}
@@ -82,7 +84,7 @@ class _Hub:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise self._gave_up(address, f"which did not come within {self.timeout:g} s")
-                self._news_for(address.target).wait(left)
+                self._give_way(address.target, left)
 
     def fail(self, rank: int, error: BaseException) -> None:
         with self._lock:
@@ -93,6 +95,16 @@ class _Hub:
         with self._lock:
             self._finished.add(rank)
             self._wake_all()
+
+    def _give_way(self, rank: int, seconds: float) -> None:
+        """Wait for news, and let another rank have its turn meanwhile. The lock is held before and after."""
+        self.turns.release()
+        try:
+            self._news_for(rank).wait(seconds)
+        finally:
+            self._lock.release()  # whoever has the turn may need the lock to go on
+            self.turns.acquire()
+            self._lock.acquire()
 
     def _news_for(self, rank: int) -> Condition:
         return self._news.setdefault(rank, Condition(self._lock))
@@ -123,11 +135,13 @@ class LockstepWorld:
     Args:
         world: number of ranks.
         timeout: seconds after which a rank that waits gives up.
+        at_once: ranks that run at the same time, the others waiting for their turn, if each runs within `turn`. One at
+            a time is quickest for small tensors, where threads would only get into each other's way.
     """
 
-    def __init__(self, world: int, timeout: float = 30.0) -> None:
+    def __init__(self, world: int, timeout: float = 30.0, at_once: int = 1) -> None:
         self.world, self.timeout = world, timeout
-        self._hub = _Hub(timeout)
+        self._hub = _Hub(timeout, at_once)
         self._ranks = tuple(range(world))
         self._group: tuple[int, ...] | None = None
 
@@ -141,6 +155,12 @@ class LockstepWorld:
         part._hub = self._hub
         part._ranks = part._group = tuple(self._ranks[r] for r in ranks)
         return part
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """A rank's turn to run; it is given up during every wait for a message."""
+        with self._hub.turns:
+            yield
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Note that a rank died: all others raise `TransportError`, those that wait now and any that call later."""

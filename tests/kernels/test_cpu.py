@@ -144,12 +144,37 @@ def test_tensors_without_elements_are_answered_without_the_op(shape: tuple[int, 
     assert kernel.seen == []
 
 
-def test_a_softcap_or_a_value_width_of_its_own_is_refused_and_not_ignored() -> None:
+def test_a_softcap_or_a_position_bias_is_refused_and_not_ignored() -> None:
     q, k, v, _ = tensors(SQUARE)
     with pytest.raises(UnsupportedError, match='kernel "cpu" cannot compute this call: it lacks softcap'):
         CpuKernel().forward(q, k, v, SQUARE, Scores(0.3, 30.0))
-    with pytest.raises(UnsupportedError, match="value width 4 beside head width 8"):
-        CpuKernel().forward(q, k, v[..., :4], SQUARE, SCORES)
+    with pytest.raises(UnsupportedError, match="it lacks ALiBi"):
+        CpuKernel().forward(q, k, v, SQUARE, Scores(0.3, slopes=torch.ones(2)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_rows_that_came_with_delta_and_without_out_have_the_same_gradient(scale: float) -> None:
+    q, k, v, dout = tensors(SQUARE)
+    dout = dout * scale
+    dout[:, 2] = 0.0
+    out, lse = CpuKernel().forward(q, k, v, SQUARE, SCORES)
+    delta = (dout * out).sum(-1).transpose(1, 2)
+    expected = CpuKernel().backward(dout, Kept(q, k, v, out, lse), SQUARE, SCORES)
+    found = CpuKernel().backward(dout, Kept(q, k, v, None, lse, delta), SQUARE, SCORES)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("width", [3, 8, 13])
+def test_values_of_another_width_are_those_of_the_reference(width: int) -> None:
+    q, k, v, dout = tensors(SQUARE)
+    v, dout = (torch.cat([x, x], -1)[..., :width] for x in (v, dout))
+    ours, theirs = (kernel.forward(q, k, v, SQUARE, SCORES) for kernel in (CpuKernel(), ReferenceKernel()))
+    torch.testing.assert_close(ours, theirs)
+    held = Kept(q, k, v, *theirs)
+    torch.testing.assert_close(
+        CpuKernel().backward(dout, held, SQUARE, SCORES), ReferenceKernel().backward(dout, held, SQUARE, SCORES)
+    )
 
 
 @settings(max_examples=200, deadline=None)

@@ -73,9 +73,9 @@ def test_auto_takes_the_cpu_kernel_on_a_cpu(dtype: torch.dtype) -> None:
     [
         ({"device": "cuda:1"}, '"reference": "cpu" lacks device cuda (has cpu)'),
         ({"softcap": True}, '"reference": "cpu" lacks softcap'),
-        ({"value_dim": 32}, '"reference": "cpu" lacks value width 32 beside head width 64'),
+        ({"alibi": True}, '"reference": "cpu" lacks ALiBi'),
     ],
-    ids=["cuda", "softcap", "value width"],
+    ids=["cuda", "softcap", "ALiBi"],
 )
 def test_auto_falls_back_to_the_reference_and_says_what_the_cpu_kernel_lacks(
     changes: dict[str, Any], reason: str
