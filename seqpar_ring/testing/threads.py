@@ -17,7 +17,7 @@ from seqpar_ring import groups as process_groups
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import TransportError
 from seqpar_ring.groups import Groups
-from seqpar_ring.transport import LockstepWorld
+from seqpar_ring.transport import Link, LockstepWorld
 
 if TYPE_CHECKING:
     from seqpar_ring.parallel import SequenceParallel
@@ -52,13 +52,18 @@ def run_lockstep(
 
 
 def run_lockstep_groups(
-    fn: Callable[[Groups], T], world: int, size: int | None = None, timeout: float = 60.0, at_once: int = 1
+    fn: Callable[[Groups], T],
+    world: int,
+    size: int | None = None,
+    timeout: float = 60.0,
+    at_once: int = 1,
+    link: Link | None = None,
 ) -> list[T]:
     """Call `fn(groups)` on every rank: the same for tests of what lies below `SequenceParallel`.
 
-    `at_once` ranks run at the same time; the others wait for one of them to wait for a message.
+    `at_once` ranks run at the same time; the others wait for one of them to wait for a message. `link` slows messages.
     """
-    meeting = LockstepWorld(world, timeout, at_once)
+    meeting = LockstepWorld(world, timeout, at_once, link)
     groups = [process_groups.lockstep(meeting, rank, world if size is None else size) for rank in range(world)]
     results: dict[int, T] = {}
     errors: list[tuple[int, BaseException]] = []  # in order of time

@@ -6,7 +6,7 @@ making. `DistributedTransport` lives in `seqpar_ring.transport.distributed`, `Lo
 
 from seqpar_ring.transport.base import FAR_LANES, LANES, Handle, Messenger, Recv, Send, Transport, TransportStats
 from seqpar_ring.transport.distributed import DistributedTransport
-from seqpar_ring.transport.lockstep import LockstepTransport, LockstepWorld
+from seqpar_ring.transport.lockstep import Link, LockstepTransport, LockstepWorld
 from seqpar_ring.transport.subgroup import Subgroup
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LANES",
     "DistributedTransport",
     "Handle",
+    "Link",
     "LockstepTransport",
     "LockstepWorld",
     "Messenger",

@@ -40,12 +40,20 @@ class _Box:
     waiting: dict[int, Any] = field(default_factory=dict)
 
 
+class Link(NamedTuple):
+    """How fast a rank sends: its messages share `bandwidth` bytes a second, and each arrives `latency` s later."""
+
+    bandwidth: float
+    latency: float = 0.0
+
+
 class _Hub:
     """All mailboxes of one world, and what became of its ranks."""
 
-    def __init__(self, timeout: float, at_once: int) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float, at_once: int, link: Link | None) -> None:
+        self.timeout, self.link = timeout, link
         self.turns = Semaphore(at_once)
+        self._free: dict[int, float] = {}  # when each rank's link has sent all that was posted
         self._lock = Lock()
         self._news: dict[int, Condition] = {}  # one for each rank, so that a message wakes nobody but its receiver
         self._boxes: dict[_Address, _Box] = {}
@@ -59,6 +67,25 @@ class _Hub:
             box.waiting[box.sent] = message
             box.sent += 1
             self._news_for(address.target).notify_all()
+
+    def arrival(self, source: int, nbytes: int) -> float:
+        """When a message that is posted now will have arrived, on the clock of `time.monotonic`."""
+        if self.link is None:
+            return 0.0
+        with self._lock:
+            begin = max(time.monotonic(), self._free.get(source, 0.0))
+            self._free[source] = begin + nbytes / self.link.bandwidth
+            return self._free[source] + self.link.latency
+
+    def until(self, moment: float) -> None:
+        """Wait for a moment, and let another rank have its turn meanwhile."""
+        seconds = moment - time.monotonic()
+        if seconds > 0:
+            self.turns.release()
+            try:
+                time.sleep(seconds)
+            finally:
+                self.turns.acquire()
 
     def ticket(self, address: _Address) -> int:
         with self._lock:
@@ -137,11 +164,12 @@ class LockstepWorld:
         timeout: seconds after which a rank that waits gives up.
         at_once: ranks that run at the same time, the others waiting for their turn, if each runs within `turn`. One at
             a time is quickest for small tensors, where threads would only get into each other's way.
+        link: how fast a rank sends messages; None: as fast as memory. Collectives are not slowed.
     """
 
-    def __init__(self, world: int, timeout: float = 30.0, at_once: int = 1) -> None:
+    def __init__(self, world: int, timeout: float = 30.0, at_once: int = 1, link: Link | None = None) -> None:
         self.world, self.timeout = world, timeout
-        self._hub = _Hub(timeout, at_once)
+        self._hub = _Hub(timeout, at_once, link)
         self._ranks = tuple(range(world))
         self._group: tuple[int, ...] | None = None
 
@@ -181,7 +209,8 @@ class _Pending:
         """Fill what is to be received."""
         tickets, self._tickets = self._tickets, []
         for address, ticket, tensor in tickets:
-            message: Tensor = self._transport._take(address, ticket)
+            message, arrival = self._transport._take(address, ticket)
+            self._transport._hub.until(arrival)
             if message.dtype != tensor.dtype or message.numel() != tensor.numel():
                 raise TransportError(
                     "what was sent does not fit what is to be received",
@@ -207,7 +236,8 @@ class LockstepTransport(BaseTransport):
         """See `Transport.exchange`. What is sent is copied now, so later writes by the sender do not show."""
         sends, recvs = self._to_post(sends, recvs, lane)
         for peer, tensor in sends:
-            self._hub.put(self._address(lane, self.rank, peer), tensor.detach().clone())
+            message = tensor.detach().clone(), self._hub.arrival(self._ranks[self.rank], tensor.nbytes)
+            self._hub.put(self._address(lane, self.rank, peer), message)
         addresses = [self._address(lane, peer, self.rank) for peer, _ in recvs]
         return _Pending(self, [(a, self._hub.ticket(a), m.tensor) for a, m in zip(addresses, recvs, strict=True)])
 
