@@ -1,13 +1,12 @@
-"""Cargo: the tensors that travel of each row, and how they are packed into messages.
+"""Cargo: the tensors that travel of each row.
 
 In forward a row is its key and value; where queries travel in backward it is query, dout, lse and delta; gradients are
-cargo too. All tensors hold rows along dim 1. A message is one flat tensor for each dtype, so that a block is one
-transfer, and two where precisions differ. It knows shapes and rows, not what they mean.
+cargo too. All tensors hold rows along dim 1, and each travels as a message of its own: so rows that lie together are
+sent from where they are and used where they land, without a copy. It knows shapes and rows, not what they mean.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,59 +17,29 @@ from seqpar_ring.geometry import Rows
 Fields = tuple[Tensor, ...]
 """The tensors of some rows: (B, rows, ...) each."""
 
-Message = tuple[Tensor, ...]
-"""The same, flat: one tensor for each dtype."""
-
 
 class Cargo:
-    """Packs and unpacks rows that look like these tensors' rows."""
+    """Makes tensors for rows that look like these tensors' rows."""
 
     def __init__(self, like: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
         self._device = like[0].device
-        self._batch = like[0].shape[0]
-        self._shapes = [tuple(x.shape[2:]) for x in like]
+        self._shapes = [(x.shape[0], tuple(x.shape[2:])) for x in like]
         self._dtypes = [dtype or x.dtype for x in like]
-        self._kinds = list(dict.fromkeys(self._dtypes))
 
-    def pack(self, fields: Fields) -> Message:
-        """Some rows as a message, copied."""
-        return tuple(
-            torch.cat([x.reshape(-1) for x, kind in zip(fields, self._dtypes, strict=True) if kind is dtype])
-            for dtype in self._kinds
-        )
+    def room(self, rows: int) -> Fields:
+        """Memory for so many rows, not written yet."""
+        return tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._kinds(rows))
 
-    def room(self, rows: int) -> Message:
-        """A message of so many rows, to be received into."""
-        return tuple(
-            torch.empty(self._numel(rows, dtype), dtype=dtype, device=self._device) for dtype in self._kinds
-        )
-
-    def unpack(self, message: Message, rows: int) -> Fields:
-        """A message as its tensors, without a copy."""
-        at = dict.fromkeys(self._kinds, 0)
-        fields = []
-        for shape, dtype in zip(self._shapes, self._dtypes, strict=True):
-            size = self._batch * rows * math.prod(shape)
-            flat = message[self._kinds.index(dtype)]
-            fields.append(flat[at[dtype] : at[dtype] + size].view(self._batch, rows, *shape))
-            at[dtype] += size
-        return tuple(fields)
+    def zeros(self, rows: int) -> Fields:
+        """Zeros of so many rows."""
+        return tuple(torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in self._kinds(rows))
 
     def cast(self, fields: Fields) -> Fields:
         """The tensors in the cargo's dtypes."""
         return tuple(x.to(dtype) for x, dtype in zip(fields, self._dtypes, strict=True))
 
-    def zeros(self, rows: int) -> Fields:
-        """Zeros of so many rows, one tensor for each field."""
-        shapes = ((self._batch, rows, *shape) for shape in self._shapes)
-        return tuple(
-            torch.zeros(shape, dtype=dtype, device=self._device)
-            for shape, dtype in zip(shapes, self._dtypes, strict=True)
-        )
-
-    def _numel(self, rows: int, dtype: torch.dtype) -> int:
-        widths = (math.prod(shape) for shape, kind in zip(self._shapes, self._dtypes, strict=True) if kind is dtype)
-        return self._batch * rows * sum(widths)
+    def _kinds(self, rows: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        return [((batch, rows, *rest), dtype) for (batch, rest), dtype in zip(self._shapes, self._dtypes, strict=True)]
 
 
 def pick(fields: Fields, rows: Rows) -> Fields:

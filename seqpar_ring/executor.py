@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqpar_ring.cargo import Cargo, Fields, Message, add_rows, pick
+from seqpar_ring.cargo import Cargo, Fields, add_rows, pick
 from seqpar_ring.geometry import count
 from seqpar_ring.kernels import Kept, Kernel, Scores
 from seqpar_ring.kernels.merge import merge_
 from seqpar_ring.plan import Pass, Plan
-from seqpar_ring.schedule import Block, Call, Move, Work
+from seqpar_ring.schedule import Block, Call, Move, Stage, Work
 from seqpar_ring.transport import Handle, Messenger, Recv, Send
 
 Pair = tuple[Tensor, Tensor]
@@ -181,9 +181,9 @@ class _Run:
     ) -> None:
         self._ring: Messenger = plan.documents.ring
         self._pass, self._node, self._own, self._cargo = what, plan.fabric.node, own, Cargo(own)
-        self._arrived: dict[Block, Message] = {}
-        self._made: dict[Block, Message] = {}
-        self._under_way: dict[tuple[str, Move], tuple[Handle, Message]] = {}
+        self._arrived: dict[Block, Fields] = {}
+        self._made: dict[Block, Fields] = {}
+        self._under_way: dict[tuple[str, Move], tuple[Handle, Fields]] = {}
         self._gradient_dtype = gradient_dtype
         if gradient_dtype is not None:
             self._returns = Cargo(own[:gradients], gradient_dtype)
@@ -192,14 +192,7 @@ class _Run:
     def go(self, compute: Callable[[Work, Fields], None]) -> None:
         """Every stage in turn: wait for what is due, post what is to be posted, compute what is to be used."""
         for step, stage in enumerate(self._pass.stages):
-            for move in stage.due_kv:
-                landed = self._finish("kv", move)
-                if move.dst == self._ring.rank:
-                    self._arrived[move.block] = landed
-            for move in stage.due_dkv:
-                landed = self._finish("dkv", move)
-                if move.dst == self._ring.rank:
-                    self._take_gradient(move.block, landed)
+            self._settle(stage)
             self._post("kv", stage.post_kv)
             self._post("dkv", stage.post_dkv)
             if stage.uses:
@@ -207,6 +200,17 @@ class _Run:
                 compute(work, self._view(work))
             for block in stage.drop:
                 del self._arrived[block]
+
+    def _settle(self, stage: Stage) -> None:
+        """Wait for what is due. A name of its own, so that no local variable keeps a buffer alive that is done with."""
+        for move in stage.due_kv:
+            landed = self._finish("kv", move)
+            if move.dst == self._ring.rank:
+                self._arrived[move.block] = landed
+        for move in stage.due_dkv:
+            landed = self._finish("dkv", move)
+            if move.dst == self._ring.rank:
+                self._take_gradient(move.block, landed)
 
     def gradient_of(self, rows: int) -> _Total:
         """An empty sum for the gradient of a view of so many rows."""
@@ -218,7 +222,7 @@ class _Run:
             if block.owner == self._ring.rank:
                 add_rows(self._total, block.rows, part)
             else:
-                self._made[block] = self._returns.pack(part)
+                self._made[block] = tuple(x.contiguous() for x in part)
 
     def own_gradient(self) -> Fields:
         """The gradient of this rank's own rows, complete once the run is over."""
@@ -246,7 +250,7 @@ class _Run:
 
     def _fields(self, block: Block) -> Fields:
         if block.owner != self._ring.rank:
-            return self._cargo.unpack(self._arrived[block], count(block.rows))
+            return self._arrived[block]
         return pick(self._own, block.rows)
 
     def _post(self, kind: str, moves: tuple[Move, ...]) -> None:
@@ -273,21 +277,19 @@ class _Run:
         far = move.src // self._node != move.dst // self._node and f"{kind}_far" in self._ring.lanes
         return f"{kind}_far" if far else kind
 
-    def _finish(self, kind: str, move: Move) -> Message:
+    def _finish(self, kind: str, move: Move) -> Fields:
         handle, message = self._under_way.pop((kind, move))
         handle.wait()
         return message
 
-    def _message(self, kind: str, block: Block) -> Message:
+    def _message(self, kind: str, block: Block) -> Fields:
         if kind == "dkv":
             return self._made.pop(block)
-        if block.owner != self._ring.rank:
-            return self._arrived[block]
-        return self._cargo.pack(self._fields(block))
+        return tuple(x.contiguous() for x in self._fields(block))
 
-    def _take_gradient(self, block: Block, landed: Message) -> None:
+    def _take_gradient(self, block: Block, landed: Fields) -> None:
         if block.owner == self._ring.rank:
-            add_rows(self._total, block.rows, self._returns.unpack(landed, count(block.rows)))
+            add_rows(self._total, block.rows, landed)
         else:
             for total, part in zip(self._made[block], landed, strict=True):
                 total.add_(part)

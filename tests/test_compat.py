@@ -23,7 +23,14 @@ from seqpar_ring.compat.rings import _RINGS, Group, Ring, ring_of
 from seqpar_ring.errors import DisagreementError, GroupError, PlanError, SeqparError, UnsupportedError
 from seqpar_ring.groups import Groups
 from seqpar_ring.parallel import SequenceParallel
-from seqpar_ring.testing import Case, RankPool, dense_results, relative_error, run_lockstep_groups
+from seqpar_ring.testing import (
+    Case,
+    RankPool,
+    dense_attention,
+    dense_results,
+    relative_error,
+    run_lockstep_groups,
+)
 
 BATCH, VARLEN = ("ring", "zigzag_ring", "stripe"), ("ring", "zigzag_ring")
 PACKINGS = ("", "kvpacked_", "qkvpacked_")
@@ -250,25 +257,17 @@ def test_one_rank_without_torch_distributed_takes_all_arguments_by_position() ->
     case = Case(causal=False, window=(3, 0), scale=0.5)
     q, k, v, _ = case.inputs(7)
     slopes = torch.tensor([0.5, 0.25, 0.125, 1.0])
-    truth, truth_lse = compat_truth(case, slopes)
-    tail = (0.0, 0.5, False, (3, 0), slopes, True, True, None)
-    out, lse, nothing = compat.zigzag_ring_flash_attn_func(q[:, :6], k[:, :6], v[:, :6], *tail)
+    first = q[:, :6], k[:, :6], v[:, :6]
+    truth, truth_lse = dense_attention(*first, 6, case.causal, case.window, case.scale, alibi_slopes=slopes)
+    tail: Any = (0.0, 0.5, False, (3, 0), slopes, True, True, None)
+    out, lse, nothing = compat.zigzag_ring_flash_attn_func(*first, *tail)
     assert nothing is None
     assert relative_error(out, truth) <= 1e-12
     assert relative_error(lse, truth_lse) <= 1e-12
-    tokens = (x.squeeze(0)[:6] for x in (q, k, v))
     cu = torch.tensor([0, 0, 6, 6], dtype=torch.int32)
-    out = compat.ring_flash_attn_varlen_func(*tokens, cu, 6, *tail[:6])
+    out = compat.ring_flash_attn_varlen_func(q[0, :6], k[0, :6], v[0, :6], cu, 6, *tail[:6])
     assert isinstance(out, Tensor)
     assert relative_error(out, truth[0]) <= 1e-12
-
-
-def compat_truth(case: Case, slopes: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense attention over the case's first six tokens with these slopes."""
-    from seqpar_ring.testing import dense_attention
-
-    q, k, v, _ = (x[:, :6] for x in case.inputs(7))
-    return dense_attention(q, k, v, 6, case.causal, case.window, case.scale, alibi_slopes=slopes)
 
 
 def test_sixteen_bit_inputs_give_sixteen_bit_outputs_and_a_wide_lse() -> None:
@@ -330,12 +329,16 @@ def test_llama3_prepare_refuses_what_cannot_be_cut(cu: list[Any], rank: int, wor
 # ------------------------------------------------------------------------------------------------ refusals
 
 
+llama3: Any = compat.llama3_flash_attn_varlen_func  # Any: its arguments come as tuples, whose length mypy loses
+
+
 def tokens(n: int = 8, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(n, 4, 8), torch.randn(n, heads, 8), torch.randn(n, heads, 8)
 
 
-def batch(n: int = 8) -> tuple[Tensor, ...]:
-    return tuple(x.unsqueeze(0) for x in tokens(n))
+def batch(n: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = tokens(n)
+    return q[None], k[None], v[None]
 
 
 @pytest.mark.parametrize("name", [name for name in compat.__all__ if name.endswith("_func")])
@@ -344,7 +347,7 @@ def test_every_function_refuses_dropout(name: str) -> None:
     varlen = "varlen" in name
     cu = torch.tensor([0, 8])
     args: tuple[Any, ...] = (cu, cu, 8, 8, 1, slice(0, 8)) if "llama3" in name else (cu, 8) if varlen else ()
-    packed = pack(*(tokens() if varlen else batch()), packing, 1 if varlen else 2)  # type: ignore[arg-type]
+    packed = pack(*(tokens() if varlen else batch()), packing, 1 if varlen else 2)
     with pytest.raises(UnsupportedError, match="attention dropout"):
         getattr(compat, name)(*packed, *args, 0.1)
 
@@ -427,8 +430,8 @@ def test_llama3_refuses_what_was_prepared_for_another_causal_or_other_documents(
     def mixed(causal: bool, documents: Callable[[int], list[int]]) -> Callable[[Ring, int], Any]:
         def run(ring: Ring, rank: int) -> Any:
             given = compat.llama3_flash_attn_prepare_cu_seqlens(torch.tensor(documents(rank)), causal, rank, 2)
-            args = *given[:4], 1, given[4]
-            return compat.llama3_flash_attn_varlen_func(*tokens(), *args, causal=True, group=ring)
+            args = (*given[:4], 1, given[4])
+            return llama3(*tokens(), *args, causal=True, group=ring)
 
         return run
 
@@ -447,8 +450,8 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all() -> None:
 
     def one_strides(ring: Ring, rank: int) -> Any:
         given = compat.llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 13, 16]), True, rank, 2)
-        args = *given[:4], 1 + 2 * rank, given[4]
-        return compat.llama3_flash_attn_varlen_func(*tokens(), *args, causal=True, group=ring)
+        args = (*given[:4], 1 + 2 * rank, given[4])
+        return llama3(*tokens(), *args, causal=True, group=ring)
 
     def one_is_longer(ring: Ring, rank: int) -> Any:
         return compat.ring_flash_attn_func(*batch(8 + rank), group=ring)

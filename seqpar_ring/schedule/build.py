@@ -49,19 +49,21 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
     """
     uses: list[Use] = []
     kv: list[Move] = []
-    pieces = needs.pieces
+    # The first pieces of all blocks go round before the second ones leave, so no rank holds more than two at a time.
+    round_ = max((visit.step for visit in builder(0, fabric)), default=0)
     for owner in range(needs.world):
         path = builder(owner, fabric)
         relayed = any(visit.source != owner for visit in path)
+        if needs.sizes[owner]:
+            uses.append(Use(0, owner, Block(owner, ((0, needs.sizes[owner]),))))
         for p, part in enumerate(needs.parts[owner]):
             if part[0] == part[1]:
                 continue
-            uses.append(Use(p, owner, Block(owner, (part,))))
             sent = _relayed(path, needs, owner, p) if relayed else _direct(path, needs, owner, p)
             for (step, rank, post, source), block, used in sent:
-                kv.append(Move((post + 1) * pieces - 1 + p, step * pieces + p, source, rank, block))
+                kv.append(Move(p * round_ + post, p * round_ + step, source, rank, block))
                 if used:
-                    uses.append(Use(step * pieces + p, rank, block))
+                    uses.append(Use(p * round_ + step, rank, block))
     steps = 1 + max((u.step for u in uses), default=0)
     return Traffic(needs.world, steps, tuple(sorted(uses)), tuple(sorted(kv)), (), travels)
 

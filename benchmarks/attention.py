@@ -1,0 +1,195 @@
+"""What ring attention costs beside the work itself, on a CPU: planning, execution, memory, and traffic of packed data.
+
+    python benchmarks/attention.py planning|overhead|packed|memory|all [--out benchmarks/results]
+
+Every figure is the median over repetitions in one run, alternating with what it is compared to; CPU time of all ranks
+stands beside wall time. Results are written as JSON with the machine and the versions. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import described
+from memory import memory
+from mixes import heavy_tailed, share_below
+
+from seqpar_ring import layout as layouts
+from seqpar_ring import ring_attention
+from seqpar_ring.config import Settings
+from seqpar_ring.geometry import Mask
+from seqpar_ring.groups import Groups
+from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.schedule import Fabric, Needs, Sides, choose, rows_sent, transpose, work
+from seqpar_ring.testing import Case, RankPool
+from seqpar_ring.testing.threads import run_lockstep_groups
+from seqpar_ring.transport import Link
+
+Row = dict[str, Any]
+
+
+def planning() -> list[Row]:
+    """Host time of layout, traffic and one rank's calls: 1,000 documents, one core."""
+    rows = []
+    lengths = heavy_tailed(2_100_000, 400, seed=1)[:1000]
+    for world in (8, 64):
+        for layout, schedule in (("packed", "direct"), ("packed", "ring"), ("zigzag", "ring"), ("contiguous", "ring")):
+            times = [_planned(lengths, layout, schedule, world) for _ in range(9)]
+            parts = [statistics.median(part) * 1e3 for part in zip(*times, strict=True)]
+            names = ("layout_ms", "traffic_ms", "calls_ms")
+            row = {"layout": layout, "schedule": schedule, "ranks": world, "documents": len(lengths)}
+            rows.append({**row, **dict(zip(names, parts, strict=True)), "total_ms": sum(parts)})
+    return rows
+
+
+def _planned(lengths: list[int], layout: str, schedule: str, world: int) -> tuple[float, float, float]:
+    marks = [time.process_time()]
+    placed = layouts.make(layout, lengths, world)
+    marks.append(time.process_time())
+    sides = Sides(placed, placed, Mask().regions(lengths))
+    traffic, _ = choose(schedule, Needs(*sides), Fabric(world, world))
+    marks.append(time.process_time())
+    work(traffic, world // 2, sides)
+    marks.append(time.process_time())
+    return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
+
+
+def overhead(tokens: int = 16384, repeats: int = 5) -> list[Row]:
+    """CPU time of all ranks (W = 2, processes over gloo) over that of torch's flash kernel on one process."""
+    rows = []
+    with RankPool(2, timeout=900) as pool:
+        for dtype in (torch.float32, torch.bfloat16):
+            case = Case(8, 2, 64, dtype=dtype)
+            times: dict[str, list[tuple[float, float]]] = {"ring": [], "one": []}
+            for repeat in range(repeats + 1):
+                one = _timed_alone(case, tokens)
+                ranks = pool.run(_timed_ring, case, tokens)
+                if repeat:  # the first warms up
+                    times["one"].append(one)
+                    times["ring"].append((sum(r[0] for r in ranks), sum(r[1] for r in ranks)))
+            for i, name in ((0, "forward"), (None, "forward + backward")):
+                cpu = {who: [t[0] if i == 0 else sum(t) for t in found] for who, found in times.items()}
+                ratios = [a / b for a, b in zip(cpu["ring"], cpu["one"], strict=True)]
+                row = {"dtype": str(dtype).removeprefix("torch."), "pass": name, "tokens": tokens, "ranks": 2}
+                seconds = {f"{who}_cpu_s": statistics.median(found) for who, found in cpu.items()}
+                rows.append({**row, **seconds, "ratio": statistics.median(ratios), "ratios": ratios})
+    return rows
+
+
+def _timed_ring(sp: SequenceParallel, case: Case, tokens: int) -> tuple[float, float]:
+    torch.set_num_threads(1)
+    plan = sp.plan(tokens)
+    q, k, v, dout = (plan.shard(x) for x in case.inputs(tokens))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    plan.sequence.agree("start", {})
+    marks = [time.process_time()]
+    out = ring_attention(q, k, v, plan)
+    marks.append(time.process_time())
+    torch.autograd.grad(out, leaves, dout)
+    return marks[1] - marks[0], time.process_time() - marks[1]
+
+
+def _timed_alone(case: Case, tokens: int) -> tuple[float, float]:
+    torch.set_num_threads(1)
+    q, k, v, dout = (x.transpose(1, 2) for x in case.inputs(tokens))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    marks = [time.process_time()]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    marks.append(time.process_time())
+    torch.autograd.grad(out, leaves, dout)
+    return marks[1] - marks[0], time.process_time() - marks[1]
+
+
+PACKED = {"zigzag on a ring": {"layout": "zigzag", "schedule": "ring"}, "packed, direct": {"layout": "packed", "schedule": "direct"}}
+
+
+def packed(world: int = 8, tokens: int = 32768, batches: int = 5) -> list[Row]:
+    """Heavy-tailed packed documents, W = 8: bytes sent, and wall time on a link and without one.
+
+    The link is so fast that what the ring's busiest rank sends takes as long as the ring's computation took without one.
+    Ranks are threads, two at a time, one for each core.
+    """
+    rows = [_bytes(heavy_tailed(131_072, 128, seed), world, seed) for seed in range(20)]
+    for seed in range(batches):
+        lengths = heavy_tailed(tokens, 512, seed)
+        row: Row = {"what": "wall", "seed": seed, "tokens": tokens, "documents": len(lengths)}
+        row["share_below_4096"] = share_below(lengths, 4096)
+        free = {name: _wall(lengths, world, how, None) for name, how in PACKED.items()}
+        link = Link(free["zigzag on a ring"][1] / free["zigzag on a ring"][0])
+        shaped = {name: _wall(lengths, world, how, link) for name, how in PACKED.items()}
+        for kind, found in (("unshaped", free), ("shaped", shaped)):
+            row |= {f"{kind}, {name}, s": seconds for name, (seconds, _) in found.items()}
+            row[f"{kind}, ratio"] = found["packed, direct"][0] / found["zigzag on a ring"][0]
+        rows.append({**row, "link_bytes_per_s": link.bandwidth})
+    return rows
+
+
+def _bytes(lengths: list[int], world: int, seed: int) -> Row:
+    """Rows of keys and values that travel in forward, as a share of every block visiting every rank."""
+    row: Row = {"what": "rows sent", "seed": seed, "tokens": sum(lengths), "documents": len(lengths)}
+    row["share_below_4096"] = share_below(lengths, 4096)
+    for name, how in PACKED.items():
+        placed = layouts.make(how["layout"], lengths, world)
+        sides = Sides(placed, placed, Mask().regions(lengths))
+        sent = rows_sent(choose(how["schedule"], Needs(*sides), Fabric(world, world))[0])
+        row[name] = sent / ((world - 1) * sum(lengths))
+        row[f"{name}, tokens max/mean"] = max(placed.sizes) * world / sum(placed.sizes)
+    return row
+
+
+def _wall(lengths: list[int], world: int, how: dict[str, str], link: Link | None) -> tuple[float, float]:
+    """(wall seconds of forward and backward, bytes that the busiest rank sent)."""
+    case, settings = Case(4, 1, 64, dtype=torch.float32), Settings.parse({"size": world, "backward": "kv", **how})
+    inputs = case.inputs(sum(lengths))
+
+    def rank(groups: Groups) -> tuple[float, float]:
+        sp = SequenceParallel.over(groups, settings)
+        plan = sp.plan(lengths)
+        q, k, v, dout = (plan.shard(x) for x in inputs)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        assert plan.backward_pass  # planning is not what is timed here
+        plan.sequence.agree("start", {})
+        sp.reset_report()
+        started = time.perf_counter()
+        torch.autograd.grad(ring_attention(q, k, v, plan), leaves, dout)
+        plan.sequence.agree("end", {})
+        sent = sp.report().bytes_sent
+        return time.perf_counter() - started, float(sent.get("kv", 0) + sent.get("dkv", 0))
+
+    found = run_lockstep_groups(rank, world, timeout=900, at_once=2, link=link)
+    return max(seconds for seconds, _ in found), max(nbytes for _, nbytes in found)
+
+
+PARTS: dict[str, Callable[[], list[Row]]] = {
+    "planning": planning,
+    "overhead": overhead,
+    "packed": packed,
+    "memory": memory,
+}
+
+
+def main() -> None:
+    """Run one part or all, print it, and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON files")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    for part in PARTS if chosen.part == "all" else [chosen.part]:
+        rows = PARTS[part]()
+        for row in rows:
+            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        record = {"machine": described(), "rows": rows}
+        (chosen.out / f"attention-{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

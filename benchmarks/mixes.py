@@ -1,0 +1,28 @@
+"""Document lengths as long-context pretraining has them: many short ones, a tail to the full length."""
+
+from __future__ import annotations
+
+import random
+
+
+def heavy_tailed(tokens: int, shortest: int, seed: int) -> list[int]:
+    """Lengths that sum to `tokens`: as many tokens in each octave from `shortest` to `tokens`.
+
+    So half of the tokens are in documents below the geometric mean of the two, which is 4,096 for 512 and 32,768 or for 128
+    and 131,072. The last document is cut to fit.
+    """
+    draw = random.Random(seed)
+    lengths: list[int] = []
+    left = tokens
+    while left:
+        # The number of documents of length n falls as n^-2 (so tokens as n^-1): the inverse of its distribution function.
+        length = int(1 / (1 / shortest - draw.random() * (1 / shortest - 1 / tokens)))
+        lengths.append(min(left, max(1, length)))
+        left -= lengths[-1]
+    draw.shuffle(lengths)
+    return lengths
+
+
+def share_below(lengths: list[int], length: int) -> float:
+    """The share of all tokens that is in documents shorter than `length`."""
+    return sum(n for n in lengths if n < length) / sum(lengths)
