@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from machine import described
 from memory import memory
-from mixes import heavy_tailed, share_below
+from mixes import half_below, heavy_tailed, share_below
 
 from seqpar_ring import layout as layouts
 from seqpar_ring import ring_attention
@@ -110,17 +110,16 @@ def _timed_alone(case: Case, tokens: int) -> tuple[float, float]:
 PACKED = {"zigzag on a ring": {"layout": "zigzag", "schedule": "ring"}, "packed, direct": {"layout": "packed", "schedule": "direct"}}
 
 
-def packed(world: int = 8, tokens: int = 32768, batches: int = 5) -> list[Row]:
+def packed(world: int = 8, tokens: int = 131_072, batches: int = 5) -> list[Row]:
     """Heavy-tailed packed documents, W = 8: bytes sent, and wall time on a link and without one.
 
     The link is so fast that what the ring's busiest rank sends takes as long as the ring's computation took without one.
     Ranks are threads, two at a time, one for each core.
     """
-    rows = [_bytes(heavy_tailed(131_072, 128, seed), world, seed) for seed in range(20)]
-    for seed in range(batches):
-        lengths = heavy_tailed(tokens, 512, seed)
-        row: Row = {"what": "wall", "seed": seed, "tokens": tokens, "documents": len(lengths)}
-        row["share_below_4096"] = share_below(lengths, 4096)
+    mixes = half_below(4096, tokens, 128, 20)
+    rows = [_bytes(lengths, world) for lengths in mixes]
+    for lengths in mixes[:batches]:
+        row = _about(lengths, "wall")
         free = {name: _wall(lengths, world, how, None) for name, how in PACKED.items()}
         link = Link(free["zigzag on a ring"][1] / free["zigzag on a ring"][0])
         shaped = {name: _wall(lengths, world, how, link) for name, how in PACKED.items()}
@@ -131,22 +130,26 @@ def packed(world: int = 8, tokens: int = 32768, batches: int = 5) -> list[Row]:
     return rows
 
 
-def _bytes(lengths: list[int], world: int, seed: int) -> Row:
+def _about(lengths: list[int], what: str) -> Row:
+    row: Row = {"what": what, "tokens": sum(lengths), "documents": len(lengths), "longest": max(lengths)}
+    return {**row, "share_below_4096": share_below(lengths, 4096)}
+
+
+def _bytes(lengths: list[int], world: int) -> Row:
     """Rows of keys and values that travel in forward, as a share of every block visiting every rank."""
-    row: Row = {"what": "rows sent", "seed": seed, "tokens": sum(lengths), "documents": len(lengths)}
-    row["share_below_4096"] = share_below(lengths, 4096)
+    row = _about(lengths, "rows sent")
     for name, how in PACKED.items():
         placed = layouts.make(how["layout"], lengths, world)
         sides = Sides(placed, placed, Mask().regions(lengths))
         sent = rows_sent(choose(how["schedule"], Needs(*sides), Fabric(world, world))[0])
         row[name] = sent / ((world - 1) * sum(lengths))
         row[f"{name}, tokens max/mean"] = max(placed.sizes) * world / sum(placed.sizes)
-    return row
+    return {**row, "ratio": row["packed, direct"] / row["zigzag on a ring"]}
 
 
 def _wall(lengths: list[int], world: int, how: dict[str, str], link: Link | None) -> tuple[float, float]:
     """(wall seconds of forward and backward, bytes that the busiest rank sent)."""
-    case, settings = Case(4, 1, 64, dtype=torch.float32), Settings.parse({"size": world, "backward": "kv", **how})
+    case, settings = Case(1, 1, 32, dtype=torch.float32), Settings.parse({"size": world, "backward": "kv", **how})
     inputs = case.inputs(sum(lengths))
 
     def rank(groups: Groups) -> tuple[float, float]:

@@ -23,6 +23,17 @@ def heavy_tailed(tokens: int, shortest: int, seed: int) -> list[int]:
     return lengths
 
 
+def half_below(length: int, tokens: int, shortest: int, batches: int) -> list[list[int]]:
+    """So many heavy-tailed batches of which each has half of its tokens, give or take a tenth, in shorter documents."""
+    found: list[list[int]] = []
+    seed = 0
+    while len(found) < batches:
+        lengths = heavy_tailed(tokens, shortest, seed)
+        found += [lengths] if abs(share_below(lengths, length) - 0.5) <= 0.1 else []
+        seed += 1
+    return found
+
+
 def share_below(lengths: list[int], length: int) -> float:
     """The share of all tokens that is in documents shorter than `length`."""
     return sum(n for n in lengths if n < length) / sum(lengths)
