@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from machine import described
 from memory import memory
-from mixes import half_below, heavy_tailed, share_below
+from mixes import documents, half_below, share_below
 
 from seqpar_ring import layout as layouts
 from seqpar_ring import ring_attention
@@ -27,7 +27,7 @@ from seqpar_ring.config import Settings
 from seqpar_ring.geometry import Mask
 from seqpar_ring.groups import Groups
 from seqpar_ring.parallel import SequenceParallel
-from seqpar_ring.schedule import Fabric, Needs, Sides, choose, rows_sent, transpose, work
+from seqpar_ring.schedule import Fabric, Needs, Sides, choose, rows_sent, work
 from seqpar_ring.testing import Case, RankPool
 from seqpar_ring.testing.threads import run_lockstep_groups
 from seqpar_ring.transport import Link
@@ -38,13 +38,14 @@ Row = dict[str, Any]
 def planning() -> list[Row]:
     """Host time of layout, traffic and one rank's calls: 1,000 documents, one core."""
     rows = []
-    lengths = heavy_tailed(2_100_000, 400, seed=1)[:1000]
+    lengths = documents(1000, 350, 131_072, seed=1)
     for world in (8, 64):
         for layout, schedule in (("packed", "direct"), ("packed", "ring"), ("zigzag", "ring"), ("contiguous", "ring")):
             times = [_planned(lengths, layout, schedule, world) for _ in range(9)]
             parts = [statistics.median(part) * 1e3 for part in zip(*times, strict=True)]
             names = ("layout_ms", "traffic_ms", "calls_ms")
             row = {"layout": layout, "schedule": schedule, "ranks": world, "documents": len(lengths)}
+            row |= {"tokens": sum(lengths), "longest": max(lengths)}
             rows.append({**row, **dict(zip(names, parts, strict=True)), "total_ms": sum(parts)})
     return rows
 
@@ -107,14 +108,17 @@ def _timed_alone(case: Case, tokens: int) -> tuple[float, float]:
     return marks[1] - marks[0], time.process_time() - marks[1]
 
 
-PACKED = {"zigzag on a ring": {"layout": "zigzag", "schedule": "ring"}, "packed, direct": {"layout": "packed", "schedule": "direct"}}
+PACKED = {
+    "zigzag on a ring": {"layout": "zigzag", "schedule": "ring"},
+    "packed, direct": {"layout": "packed", "schedule": "direct"},
+}
 
 
 def packed(world: int = 8, tokens: int = 131_072, batches: int = 5) -> list[Row]:
     """Heavy-tailed packed documents, W = 8: bytes sent, and wall time on a link and without one.
 
-    The link is so fast that what the ring's busiest rank sends takes as long as the ring's computation took without one.
-    Ranks are threads, two at a time, one for each core.
+    The link is so fast that what the ring's busiest rank sends takes as long as the ring's computation took without
+    one. Ranks are threads, two at a time, one for each core.
     """
     mixes = half_below(4096, tokens, 128, 20)
     rows = [_bytes(lengths, world) for lengths in mixes]
@@ -188,7 +192,8 @@ def main() -> None:
     for part in PARTS if chosen.part == "all" else [chosen.part]:
         rows = PARTS[part]()
         for row in rows:
-            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+            shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+            print("  ".join(f"{key} {value}" for key, value in shown.items()))
         chosen.out.mkdir(parents=True, exist_ok=True)
         record = {"machine": described(), "rows": rows}
         (chosen.out / f"attention-{part}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """How many blocks of keys and values a rank holds in forward: counted by the C library, not by us.
 
-Every large tensor is an mmap of its own once the threshold is fixed, so the bytes that glibc has mapped are the tensors that
-live. They are read at every entry of the block kernel. Values are narrow, so that what else is alive (the output) is small
-beside a block.
+Every large tensor is an mmap of its own once the threshold is fixed, so the bytes that glibc has mapped are the tensors
+that live. They are read at every entry of the block kernel. Values are narrow, so that what else is alive (the output)
+is small beside a block.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def memory() -> list[dict[str, Any]]:
         with RankPool(world, timeout=300) as pool:
             for pieces in (1, 4):
                 tokens = 4096 * world
-                how = {"kernel": "auto", "block_tokens": 4096 // pieces}
-                peaks = pool.run(_peak, tokens, **how)
-                rows.append({"ranks": world, "block_tokens": how["block_tokens"], "tokens_a_rank": 4096, "blocks": max(peaks)})
+                size = 4096 // pieces
+                peaks = pool.run(_peak, tokens, block_tokens=size)
+                rows.append({"ranks": world, "block_tokens": size, "tokens_a_rank": 4096, "blocks": max(peaks)})
     return rows
 
 

@@ -8,19 +8,23 @@ import random
 def heavy_tailed(tokens: int, shortest: int, seed: int) -> list[int]:
     """Lengths that sum to `tokens`: as many tokens in each octave from `shortest` to `tokens`.
 
-    So half of the tokens are in documents below the geometric mean of the two, which is 4,096 for 512 and 32,768 or for 128
-    and 131,072. The last document is cut to fit.
+    So half of the tokens are in documents below the geometric mean of the two, which is 4,096 for 128 and 131,072. The
+    last document is cut to fit.
     """
     draw = random.Random(seed)
     lengths: list[int] = []
     left = tokens
     while left:
-        # The number of documents of length n falls as n^-2 (so tokens as n^-1): the inverse of its distribution function.
-        length = int(1 / (1 / shortest - draw.random() * (1 / shortest - 1 / tokens)))
-        lengths.append(min(left, max(1, length)))
+        lengths.append(min(left, _length(shortest, tokens, draw)))
         left -= lengths[-1]
     draw.shuffle(lengths)
     return lengths
+
+
+def documents(count: int, shortest: int, longest: int, seed: int) -> list[int]:
+    """So many lengths from the same histogram, whatever they sum to."""
+    draw = random.Random(seed)
+    return [_length(shortest, longest, draw) for _ in range(count)]
 
 
 def half_below(length: int, tokens: int, shortest: int, batches: int) -> list[list[int]]:
@@ -32,6 +36,11 @@ def half_below(length: int, tokens: int, shortest: int, batches: int) -> list[li
         found += [lengths] if abs(share_below(lengths, length) - 0.5) <= 0.1 else []
         seed += 1
     return found
+
+
+def _length(shortest: int, longest: int, draw: random.Random) -> int:
+    """The number of documents of length n falls as n^-2 (so their tokens as n^-1): the inverse of that distribution."""
+    return max(1, int(1 / (1 / shortest - draw.random() * (1 / shortest - 1 / longest))))
 
 
 def share_below(lengths: list[int], length: int) -> float:

@@ -29,7 +29,7 @@ OP = "_scaled_dot_product_flash_attention_for_cpu"
 LARGE = 1 << 25
 """Pairs from which on a block's backward is computed in 16 bits. The op rounds while it sums over its own blocks of
 keys, so in a large block one more rounding at the end adds nothing: at 16,384 tokens over 2 ranks dq has 0.93 (zigzag)
-to 1.01 (striped) of the error of one call over all keys, dk and dv 0.75; at 1,031 tokens it would be up to 1.19 and 1.36.
+to 1.01 (striped) of the error of one call over all keys, dk and dv 0.75; at 1,031 tokens it would be up to 1.19, 1.36.
 """
 
 Op = Callable[..., Any]

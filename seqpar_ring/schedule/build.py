@@ -7,10 +7,8 @@ here knows a layout or a schedule by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from seqpar_ring.geometry import Rows, count
 from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
 from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric, Visit
@@ -60,12 +58,12 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
             if part[0] == part[1]:
                 continue
             sent = _relayed(path, needs, owner, p) if relayed else _direct(path, needs, owner, p)
-            for (step, rank, post, source), block, used in sent:
-                kv.append(Move(p * round_ + post, p * round_ + step, source, rank, block))
-                if used:
-                    uses.append(Use(p * round_ + step, rank, block))
-    steps = 1 + max((u.step for u in uses), default=0)
-    return Traffic(needs.world, steps, tuple(sorted(uses)), tuple(sorted(kv)), (), travels)
+            at = p * round_
+            kv += [Move(at + v.post, at + v.step, v.source, v.rank, block) for v, block, _ in sent]
+            uses += [Use(at + v.step, v.rank, block) for v, block, used in sent if used]
+    uses.sort()
+    kv.sort()
+    return Traffic(needs.world, 1 + (uses[-1].step if uses else 0), tuple(uses), tuple(kv), (), travels)
 
 
 def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tuple[Traffic, str]:
@@ -84,18 +82,16 @@ def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tupl
 
 def rows_sent(traffic: Traffic) -> int:
     """Rows of the travelling side that all ranks together send in the pass."""
-    return sum(count(move.block.rows) for move in traffic.kv)
+    return sum([b - a for move in traffic.kv for a, b in move.block.rows])  # a list, for speed
 
 
-Sent = Iterator[tuple[Visit, Block, bool]]
+Sent = list[tuple[Visit, Block, bool]]
 """The visits that happen, with the block as it is there, and whether the rank computes with it."""
 
 
 def _direct(path: list[Visit], needs: Needs, owner: int, piece: int) -> Sent:
-    for visit in path:
-        rows = needs.rows(visit.rank, owner, piece)
-        if rows:
-            yield visit, Block(owner, rows), True
+    wanted = needs.by_rank(owner, piece)
+    return [(visit, Block(owner, wanted[visit.rank]), True) for visit in path if visit.rank in wanted]
 
 
 def _relayed(path: list[Visit], needs: Needs, owner: int, piece: int) -> Sent:
@@ -105,9 +101,7 @@ def _relayed(path: list[Visit], needs: Needs, owner: int, piece: int) -> Sent:
     for visit in reversed(path):
         if carried[visit.rank]:
             carried[visit.source] = True
-    if carried[owner]:
-        rows: Rows = needs.anybody(owner, piece)
-        block = Block(owner, rows)
-        for visit in path:
-            if carried[visit.rank]:
-                yield visit, block, needed[visit.rank]
+    if not carried[owner]:
+        return []
+    block = Block(owner, needs.anybody(owner, piece))
+    return [(visit, block, needed[visit.rank]) for visit in path if carried[visit.rank]]

@@ -61,9 +61,9 @@ class Needs:
         found[np.arange(self.world), np.arange(self.world)] = False
         return found
 
-    def rows(self, rank: int, owner: int, piece: int) -> Rows:
-        """The rows of the owner's piece that the rank needs."""
-        return self._exact.get((rank, owner * self.pieces + piece), ())
+    def by_rank(self, owner: int, piece: int) -> dict[int, Rows]:
+        """The rows of the owner's piece that each rank needs, for those that need any."""
+        return self._exact.get(owner * self.pieces + piece, {})
 
     def anybody(self, owner: int, piece: int) -> Rows:
         """The rows of the owner's piece that any other rank needs."""
@@ -110,10 +110,9 @@ class Needs:
         return _grouped(np.zeros_like(piece), piece, begin, begin + count[count > 0]).get(0, {})
 
     @cached_property
-    def _exact(self) -> dict[tuple[int, int], Rows]:
+    def _exact(self) -> dict[int, dict[int, Rows]]:
         rank, piece, begin, end = self._pairs
-        found = _grouped(rank, piece, begin, end)
-        return {(r, p): rows for r, of_rank in found.items() for p, rows in of_rank.items()}
+        return _grouped(piece, rank, begin, end)
 
     @cached_property
     def _pairs(self) -> tuple[Ints, Ints, Ints, Ints]:
@@ -170,13 +169,11 @@ def _grouped(first: Ints, second: Ints, begin: Ints, end: Ints) -> dict[int, dic
     reach = np.maximum.accumulate(up)
     fresh = np.flatnonzero(np.r_[True, (low[1:] > reach[:-1]) | (low[1:] // high != low[:-1] // high)])
     last = np.r_[fresh[1:], len(low)] - 1
+    ranges = list(zip((low[fresh] % high).tolist(), (reach[last] % high).tolist(), strict=True))
+    a, b = first[order][fresh], second[order][fresh]
+    begins = np.flatnonzero(np.r_[True, (a[1:] != a[:-1]) | (b[1:] != b[:-1])])
+    bounds = [*begins.tolist(), len(ranges)]
     out: dict[int, dict[int, Rows]] = {}
-    rows: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    columns = (first[order][fresh], second[order][fresh], low[fresh] % high, reach[last] % high)
-    for a, b, x, y in zip(*(column.tolist() for column in columns), strict=True):
-        rows.setdefault((a, b), []).append((x, y))
-    for (a, b), ranges in rows.items():
-        out.setdefault(a, {})[b] = tuple(ranges)
+    for i, (x, y) in enumerate(zip(a[begins].tolist(), b[begins].tolist(), strict=True)):
+        out.setdefault(x, {})[y] = tuple(ranges[bounds[i] : bounds[i + 1]])
     return out
-
-
