@@ -9,7 +9,7 @@ import torch
 from seqpar_ring.errors import TransportError
 from seqpar_ring.groups import Groups
 from seqpar_ring.testing import run_lockstep_groups
-from seqpar_ring.transport import LockstepWorld, Recv, Send
+from seqpar_ring.transport import Link, LockstepWorld, Recv, Send
 
 
 def test_what_the_sender_writes_later_does_not_show() -> None:
@@ -108,3 +108,33 @@ def test_a_tensor_that_requires_grad_travels_without_its_graph() -> None:
         return y.requires_grad or groups.ring.all_reduce(x).requires_grad
 
     assert run_lockstep_groups(swap, 2) == [False, False]
+
+
+def test_a_link_makes_messages_arrive_after_the_time_that_their_bytes_take() -> None:
+    def waits(groups: Groups) -> float:
+        ring, there = groups.ring, torch.empty(1000)
+        send = [Send(1, torch.zeros(1000))] if ring.rank == 0 else []
+        handles = [ring.exchange(send, [] if send else [Recv(0, there)]) for _ in range(3)]
+        started = time.monotonic()
+        for handle in handles:
+            handle.wait()
+        return time.monotonic() - started
+
+    sender, receiver = run_lockstep_groups(waits, 2, at_once=2, link=Link(bandwidth=40_000.0, latency=0.05))
+    assert receiver >= 0.3  # three messages of 4,000 bytes, one after the other, then the latency
+    assert sender < receiver
+
+
+def test_ranks_take_turns_and_give_them_up_while_they_wait() -> None:
+    """With one turn, ranks that wait for each other in a ring still all get through."""
+    running: list[int] = []
+
+    def pass_on(groups: Groups) -> None:
+        for _ in range(5):
+            running.append(groups.rank)
+            assert len(running) == 1
+            time.sleep(0.002)
+            running.remove(groups.rank)
+            groups.ring.all_reduce(torch.ones(1))
+
+    run_lockstep_groups(pass_on, 4)

@@ -1,0 +1,56 @@
+"""Tokens with all heads to heads with all tokens, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seqpar_ring.errors import UnsupportedError
+from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.reshard import shares, to_heads, to_tokens
+from seqpar_ring.testing import run_lockstep
+from seqpar_ring.transport import Subgroup
+
+ROWS = (3, 0, 4)
+
+
+def test_heads_go_out_and_come_back_and_shared_ones_are_summed() -> None:
+    whole = torch.randn(2, sum(ROWS), 6, 5, dtype=torch.float64)
+    q_heads, k_heads = shares(6, 1, 3)
+    assert (q_heads, k_heads) == ([(0, 2), (2, 4), (4, 6)], [(0, 1)] * 3)
+
+    def there_and_back(sp: SequenceParallel) -> None:
+        ring = sp.groups.ring
+        mine = whole.split(ROWS, 1)[sp.rank]
+        part = to_heads(mine, ring, ROWS, q_heads)
+        torch.testing.assert_close(part, whole[:, :, 2 * sp.rank : 2 * sp.rank + 2])
+        torch.testing.assert_close(to_tokens(part, ring, ROWS, q_heads), mine)
+        one = to_heads(mine[:, :, :1], ring, ROWS, k_heads)
+        torch.testing.assert_close(to_tokens(one, ring, ROWS, k_heads), 3 * mine[:, :, :1])
+
+    run_lockstep(there_and_back, 3)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(8, 8, 8), (8, 2, 4), (8, 4, 2), (9, 3, 3), (6, 2, 1)])
+def test_each_query_head_lies_where_its_key_head_does(heads: int, kv_heads: int, degree: int) -> None:
+    q, k = shares(heads, kv_heads, degree)
+    group = heads // kv_heads
+    for (q0, q1), (k0, k1) in zip(q, k, strict=True):
+        assert [h // group for h in range(q0, q1)] == sorted(list(range(k0, k1)) * ((q1 - q0) // (k1 - k0)))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(9, 3, 2), (12, 4, 3), (4, 2, 8)])
+def test_heads_that_do_not_divide_are_refused(heads: int, kv_heads: int, degree: int) -> None:
+    with pytest.raises(UnsupportedError, match=r'Set "heads" to 1 or'):
+        shares(heads, kv_heads, degree)
+
+
+def test_a_subgroup_numbers_its_ranks_anew() -> None:
+    def gather(sp: SequenceParallel) -> list[int]:
+        odd = sp.rank % 2
+        group = Subgroup(sp.groups.ring, range(odd, 6, 2))
+        assert (group.rank, group.world) == (sp.rank // 2, 3)
+        x = torch.full((1, 1, 1), float(sp.rank))
+        return [int(v) for v in to_heads(x, group, (1, 1, 1), [(0, 1)] * 3).flatten()]
+
+    assert run_lockstep(gather, 6) == [[0, 2, 4], [1, 3, 5]] * 3
