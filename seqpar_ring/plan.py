@@ -267,7 +267,7 @@ class Plan:
 
     @cached_property
     def query_pass(self) -> Pass:
-        """What this rank does in backward where queries travel."""
+        """The same where queries travel."""
         return self._pass(self.query_schedule)
 
     def positions_of(self, blocks: tuple[Block, ...], travels: str) -> tuple[Tensor, Tensor]:
@@ -283,9 +283,8 @@ class Plan:
     def backward_travels(self, request: Request) -> Reason:
         """Which side travels in backward for tensors of this kind: by the bytes that each would send.
 
-        A row of keys and values goes out in the inputs' dtype, and its gradients return in fp32 (fp64 for fp64). A row
-        of queries goes out with dout, lse and delta, and dq returns: for widths D = E in bf16 that is 8 H D + 8 H bytes
-        against 12 G D, so queries travel with as many heads as keys, and seldom with grouped ones.
+        Keys and values go out in the inputs' dtype, and their gradients return in fp32 (fp64 for fp64). Queries go out
+        with dout, lse and delta, and dq returns: for widths D = E in bf16, 8 H D + 8 H bytes a token against 12 G D.
         """
         assert request.dtype is not None
         size, wide = request.dtype.itemsize, max(4, request.dtype.itemsize)
@@ -293,10 +292,10 @@ class Plan:
         q = heads * ((size + wide) * D + size * E + 2 * wide) * self.tokens
         kv = groups * (size + wide) * (D + E) * sum(self.documents.kv_lengths or self.lengths)
         asked = self.documents.settings.backward
-        value = asked if asked != "auto" else "q" if q < kv else "kv"
         counted = f"queries {q / self.tokens:.0f} bytes a token, keys and values {kv / self.tokens:.0f}"
-        why = counted if asked == "auto" else f"asked for; {counted}"
-        return Reason("backward", TRAVELS[value], why)
+        if asked != "auto":
+            return Reason("backward", TRAVELS[asked], f"asked for; {counted}")
+        return Reason("backward", TRAVELS["q" if q < kv else "kv"], counted)
 
     def kernel(self, request: Request) -> Choice:
         """The kernel for tensors of this kind, with the reason.

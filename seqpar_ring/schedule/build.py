@@ -75,7 +75,7 @@ def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tupl
     best = min(sent, key=lambda variant: sent[variant][0])
     rows, traffic = sent[best]
     if len(sent) == 1:
-        return traffic, f"{rows} rows travel"
+        return traffic, f"{rows} rows sent"
     others = ", ".join(f"{variant} {rows} rows" for variant, (rows, _) in sent.items())
     return traffic, f"{name} {best}: fewest rows sent ({others})"
 

@@ -18,7 +18,7 @@ def render(traffic: Traffic, width: int = 120) -> str:
     """A traffic as text, at most `width` characters wide where a single column fits.
 
     A cell holds first the blocks the rank computes with, `owner[rows]`, or `-` when there are none; then what it posts
-    at the start of that step: `owner[rows] → rank` for keys and values, `d owner[rows] ⇒ rank` for their gradient. A
+    at the start of that step: `owner[rows] → rank` for what travels, `d owner[rows] ⇒ rank` for its gradient. A
     transfer is there at the next step, unless `@step` says when.
     """
     cells = {(rank, step): _cell(traffic, rank, step) for rank in range(traffic.world) for step in range(traffic.steps)}
@@ -33,8 +33,10 @@ def render(traffic: Traffic, width: int = 120) -> str:
 
 def _summary(traffic: Traffic) -> str:
     name = "backward" if traffic.dkv else "forward"
-    parts = [f"{traffic.world} ranks", f"{traffic.steps} steps", f"{len(traffic.uses)} uses", _sent("KV", traffic.kv)]
-    parts += [_sent("dKV", traffic.dkv)] if traffic.dkv else []
+    there, back = ("Q", "dQ") if traffic.travels == "q" else ("KV", "dKV")
+    name += ", queries travel" if traffic.travels == "q" else ""
+    parts = [f"{traffic.world} ranks", f"{traffic.steps} steps", f"{len(traffic.uses)} uses", _sent(there, traffic.kv)]
+    parts += [_sent(back, traffic.dkv)] if traffic.dkv else []
     return f"{name}: {', '.join(parts)}"
 
 

@@ -70,6 +70,19 @@ def test_scale_softcap_and_windows_of_single_layers_reach_the_ring(kind: str) ->
 
 
 @pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("schedule", ["ring", "direct"])
+def test_attention_sinks_reach_the_ring_and_get_their_gradient(schedule: str, kind: str) -> None:
+    """gpt-oss: sinks in every layer, a window in every other, experts."""
+    base = build("GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=7)
+    batch = BATCHES[kind]()
+    expected = one_process(base, batch)
+    assert any("sinks" in name and gradient.norm() > 0 for name, gradient in expected[1].items())
+    for found in ring_step(base, batch, 2, schedule=schedule):
+        assert_same_step(found, expected, GRAD, LOSS)
+
+
+
+@pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_that_computes_in_fp64_throughout_agrees_to_fp64_rounding(layout: str, kind: str) -> None:
     still = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}

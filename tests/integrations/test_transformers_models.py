@@ -105,12 +105,6 @@ def test_a_family_that_keeps_keywords_from_attention_is_refused() -> None:
     assert_refused(found, UnsupportedError, "without a plan", "StableLmAttention")
 
 
-def test_a_layer_that_asks_for_more_than_attention_does_is_refused() -> None:
-    base = build("GptOss", num_local_experts=2, head_dim=8)
-    found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**packed([21])))
-    assert_refused(found, UnsupportedError, "sinks")
-
-
 def test_a_layer_that_makes_a_mask_of_its_own_is_refused() -> None:
     base = build("Doge")
     found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**packed([21])))

@@ -38,6 +38,12 @@ def test_a_backward_schedule_shows_gradients_on_their_way() -> None:
     assert "d 0[0:1] ⇒ 0" in text
 
 
+def test_a_schedule_in_which_queries_travel_says_so() -> None:
+    text = render(transpose(plain("striped", [12], 3).traffic("q"), node=3))
+    assert text.startswith("backward, queries travel: 3 ranks, 4 steps, 9 uses, Q sent 6 times")
+    assert "dQ sent 6 times" in text
+
+
 def test_a_narrow_page_cuts_the_steps_into_bands_and_loses_none() -> None:
     text = render(traffic_of("zigzag", [41], 5, pieces=2), width=50)
     assert max(len(line) for line in text.splitlines()[1:]) <= 50

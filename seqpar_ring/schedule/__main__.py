@@ -1,0 +1,158 @@
+"""`python -m seqpar_ring.schedule`: plan some documents and print the schedule, ranks down and steps across.
+
+For the curious, for bug reports, and to see what a setting changes before a job is started. It needs no torch and no
+ranks: it prints the very data that a training run with these settings executes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+
+from seqpar_ring import layout as layouts
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import ConfigError, SeqparError, did_you_mean
+from seqpar_ring.geometry import Mask, area
+from seqpar_ring.packing import Balance
+from seqpar_ring.schedule import (
+    BUILDERS,
+    Fabric,
+    Granularity,
+    Needs,
+    Sides,
+    Traffic,
+    Work,
+    choose,
+    rows_sent,
+    tiles,
+    transpose,
+    work,
+)
+from seqpar_ring.schedule import check as prove
+from seqpar_ring.schedule.render import render
+
+EXAMPLE = """example:
+  python -m seqpar_ring.schedule --lengths 5000,300,12001 --size 4 --layout packed --schedule direct --check
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the schedule that the arguments ask for. Returns the exit code: 2 where they ask for the impossible."""
+    asked = _parser().parse_args(arguments)
+    try:
+        print("\n".join(_report(asked)))
+    except SeqparError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m seqpar_ring.schedule",
+        description="Plan documents for a sequence group and print the schedule: ranks down, steps across.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--lengths", type=_numbers, default=[4096], metavar="N[,N..]", help="tokens of each document (4096)")
+    add("--kv-lengths", type=_numbers, metavar="N[,N..]", help="keys of each document: cross-attention (with --full)")
+    add("--size", type=int, default=4, metavar="W", help="ranks that share the sequence (4)")
+    add("--layout", default="zigzag", help=f"{', '.join(sorted(layouts.LAYOUTS))} (zigzag)")
+    add("--schedule", default="ring", help=f"{', '.join(sorted(BUILDERS))} (ring)")
+    add("--node", type=int, metavar="N", help="ranks of a node, for double_ring (all)")
+    add("--block-tokens", type=int, metavar="N", help="tokens computed with at a time (a rank's block)")
+    add("--full", action="store_true", help="every key of the document, instead of causal")
+    add("--window", type=int, metavar="N", help="only the last N keys")
+    add("--chunk", type=int, metavar="N", help="only keys of the same chunk of N positions")
+    add("--prefix", type=int, metavar="N", help="the first N keys of a document are seen by all its queries")
+    add("--backward", action="store_true", help="the backward pass: keys travel, their gradients return")
+    add("--queries", action="store_true", help="the backward pass in which queries travel, and dq returns")
+    add("--calls", type=int, metavar="RANK", help="list this rank's kernel calls")
+    add("--check", action="store_true", help="prove the schedule, and print how many buffers live at once")
+    add("--python", action="store_true", help="print the traffic as Python data instead of a table")
+    add("--width", type=int, metavar="N", help="columns of the page (the terminal's)")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _report(asked: argparse.Namespace) -> list[str]:
+    settings = _settings(asked)
+    mask = Mask.make(not asked.full, asked.window, asked.chunk, asked.prefix)
+    regions = mask.regions(asked.lengths, asked.kv_lengths)
+    balance = Balance(settings.balance_tokens, settings.balance_area)
+    q = k = layouts.make(settings.layout, asked.lengths, settings.size, balance)
+    if asked.kv_lengths:
+        k = layouts.make(settings.layout, asked.kv_lengths, settings.size, balance, least=0)
+    sides = Sides(q, k, regions)
+    traffic, why = _traffic(asked, settings, sides)
+    lines = [*_summary(asked, sides, traffic, mask, why), ""]
+    if asked.check:
+        held = prove(traffic, sides)
+        shown = ", ".join(f"{count} {name}" for name, count in held.items())
+        lines += [f"proven: every allowed pair once, no circular wait; most buffers at once: {shown}", ""]
+    width = asked.width or shutil.get_terminal_size((120, 24)).columns
+    lines.append(repr(traffic) if asked.python else render(traffic, width))
+    if asked.calls is not None:
+        lines += ["", *_calls(asked, work(traffic, asked.calls, sides))]
+    return lines
+
+
+def _settings(asked: argparse.Namespace) -> Settings:
+    block = {"size": asked.size, "layout": asked.layout, "schedule": asked.schedule, "node": asked.node}
+    settings = Settings.parse({**block, "block_tokens": asked.block_tokens or "auto"}, "the command line")
+    if settings.schedule not in BUILDERS:
+        fix = did_you_mean(settings.schedule, BUILDERS)
+        raise ConfigError("unknown schedule", fix=fix, schedule=settings.schedule)
+    if asked.calls is not None and not 0 <= asked.calls < settings.size:
+        raise ConfigError("no such rank", fix=f"Give 0 to {settings.size - 1}.", calls=asked.calls)
+    return settings
+
+
+def _traffic(asked: argparse.Namespace, settings: Settings, sides: Sides) -> tuple[Traffic, str]:
+    q, k, regions = sides
+    home, cargo, mask = (k, q, regions.transposed()) if asked.queries else (q, k, regions)
+    size = Granularity.of(asked.block_tokens, max(cargo.sizes), settings.size)
+    fabric = Fabric(settings.size, settings.node or settings.size, size.hops)
+    needs = Needs(home, cargo, mask, size.pieces)
+    traffic, why = choose(settings.schedule, needs, fabric, "q" if asked.queries else "kv")
+    return (transpose(traffic, fabric.node) if asked.backward or asked.queries else traffic), why
+
+
+def _summary(asked: argparse.Namespace, sides: Sides, traffic: Traffic, mask: Mask, why: str) -> list[str]:
+    cargo = sides.q if traffic.travels == "q" else sides.k
+    total, world = sum(cargo.sizes), len(cargo)
+    worked = [sum(map(area, tiles(q, [r for k in sides.k for r in k], sides.regions))) for q in sides.q]
+    even = max(worked) * world / max(1, sum(worked))
+    ring = (world - 1) * total
+    share = f"{rows_sent(traffic) / ring:.2f} of what a full ring sends" if ring else "nothing to send"
+    documents = f"{len(asked.lengths)} document" + "s" * (len(asked.lengths) > 1)
+    return [
+        f"{documents}, {sum(asked.lengths)} tokens over {world} ranks, {mask}, {asked.layout}",
+        f"tokens of a rank: {min(sides.q.sizes)} to {max(sides.q.sizes)}; attention work: {even:.3f} of the mean at most",
+        f"{asked.schedule}: {share} ({why})",
+    ]
+
+
+def _calls(asked: argparse.Namespace, steps: dict[int, Work]) -> list[str]:
+    lines = [f"kernel calls of rank {asked.calls}"]
+    for step, done in steps.items():
+        owners = ", ".join(str(block.owner) for block in done.blocks)
+        for call in done.calls:
+            segments = list(zip(call.cu_q, call.cu_q[1:], call.cu_k, call.cu_k[1:], strict=False))
+            empty = sum(a == b or c == d for a, b, c, d in segments)
+            left, right = ("all" if edge >= 1 << 60 else str(edge) for edge in (call.left, call.right))
+            lines.append(
+                f"  step {step}, blocks of {owners}: q {call.q0}:{call.q1}, k {call.k0}:{call.k1}, "
+                f"window ({left}, {right}), {len(segments)} segments, {empty} of them empty"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

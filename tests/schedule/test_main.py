@@ -1,0 +1,87 @@
+"""The command that prints a schedule: what it prints is what the library plans, and bad input ends with the fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from seqpar_ring.schedule import Block, Move, Traffic, Use
+from seqpar_ring.schedule.__main__ import main
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments, "--width", "160"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_schedule_is_printed_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--lengths", "64", "--size", "4")
+    assert text.splitlines()[:3] == [
+        "1 document, 64 tokens over 4 ranks, causal, zigzag",
+        "tokens of a rank: 16 to 16; attention work: 1.000 of the mean at most",
+        "ring: 0.88 of what a full ring sends (ring up: fewest rows sent (up 168 rows, down 168 rows))",
+    ]
+    assert "forward: 4 ranks, 4 steps, 16 uses" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--schedule", "direct", "--layout", "packed", "--lengths", "9,9,9,9"), "direct: 0.00 of what a full ring"),
+        (("--schedule", "double_ring", "--size", "8", "--node", "4", "--check"), "proven: every allowed pair once"),
+        (("--backward",), "dKV sent"),
+        (("--queries", "--check"), "backward, queries travel"),
+        (("--full", "--lengths", "8,5", "--kv-lengths", "3,0"), "2 documents, 13 tokens over 4 ranks, full"),
+        (("--window", "5"), "causal with a window of 5"),
+        (("--chunk", "512"), "causal with chunks of 512"),
+        (("--prefix", "100"), "causal with a prefix of 100"),
+        (("--block-tokens", "512"), "7 steps"),
+        (("--size", "1"), "nothing to send"),
+        (("--calls", "1", "--lengths", "64"), "step 1, blocks of 0: q 0:16, k 0:8, window (all, all), 1 segments, 0 of"),
+    ],
+)
+def test_every_option_shows(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in printed(capsys, *arguments)
+
+
+def test_python_data_can_be_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--lengths", "24", "--size", "2", "--python").splitlines()[-1]
+    names = {"Traffic": Traffic, "Use": Use, "Move": Move, "Block": Block}
+    assert isinstance(eval(text, names), Traffic)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--schedule", "rnig"), 'Did you mean "ring"'),
+        (("--layout", "zig"), "unknown layout"),
+        (("--size", "0"), "at least 1"),
+        (("--lengths", "4,0"), "at least 1"),
+        (("--node", "3"), "does not divide"),
+        (("--window", "0"), "at least one key"),
+        (("--calls", "4"), "Give 0 to 3"),
+        (("--kv-lengths", "3"), "no causal mask"),
+    ],
+)
+def test_bad_input_ends_with_the_fix(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module_and_without_torch() -> None:
+    code = "\n".join(
+        [
+            "import runpy, sys",
+            "sys.argv = ['schedule', '--lengths', '8', '--size', '2']",
+            "try: runpy.run_module('seqpar_ring.schedule', run_name='__main__')",
+            "except SystemExit as end: assert not end.code",
+            "assert 'torch' not in sys.modules",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1" in done.stdout
