@@ -38,7 +38,7 @@ pytest: $(DEV)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
 picture: $(DEV)  ## draw the pictures of docs/ again
-	$(BIN)/python docs/pictures/make_ring.py
+	for script in docs/pictures/make_*.py; do $(BIN)/python $$script || exit 1; done
 
 install: $(RUN)  ## only set up .venv for the example
 install-dev: $(DEV)  ## only set up .venv for working on the code

@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 def assign(n: Ints, world: int, balance: Balance) -> Groups:
     """Whole where short, shared where longer than a limit: the largest limit that meets the tolerances.
 
-    Limits are T/4W, T/8W, .. tokens (T in all). The largest means the fewest bytes, since only shared documents travel.
+    Limits are T/W, T/2W, T/4W, .. tokens (T in all). The largest means the fewest bytes, as only shared documents travel.
     Where no limit meets them (a few tokens in all), every document is shared as widely as the last limit says.
 
     Args:
@@ -47,7 +47,7 @@ def assign(n: Ints, world: int, balance: Balance) -> Groups:
         world: ranks.
         balance: the tolerances.
     """
-    total, divisor = int(n.sum()), 4
+    total, divisor = int(n.sum()), 1
     order = np.argsort(-n, kind="stable")
     while True:
         limit = max(1, total // (divisor * world))

@@ -32,6 +32,21 @@ def test_the_getting_started_page_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert "'kv': " in printed
 
 
+def test_the_attention_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "attention.md"
+    exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), {"__name__": "attention"})
+    assert capsys.readouterr().out.splitlines()[0] == "Tile(q0=0, q1=4, k0=0, k1=4, lo=-1, hi=0) (1, 0)"
+
+
+def test_the_schedule_on_the_attention_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    from seqpar_ring.schedule.__main__ import main
+
+    (shown,) = (text for text in blocks(ROOT / "docs" / "attention.md", "text") if text.startswith("$ python"))
+    command, _, output = shown.partition("\n")
+    assert main([*command.split()[4:], "--width", "118"]) == 0
+    assert capsys.readouterr().out.rstrip() == output.rstrip()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_code_in_documents_parses_and_names_public_things(page: Path) -> None:
     trees = [ast.parse(code) for code in blocks(page, "python")]

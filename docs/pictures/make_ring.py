@@ -6,36 +6,21 @@ The picture is made from the very data that a training run executes, so it canno
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
 import matplotlib.pyplot as plt
+from drawing import COLOURS, FAINT, INK, cells, draw_pairs, draw_tokens, save, target
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from seqpar_ring import layout
-from seqpar_ring.geometry import Tile, area, causal, count, view
-from seqpar_ring.schedule import Traffic, choose, needs, tiles
+from seqpar_ring.geometry import Mask, area, count, view
+from seqpar_ring.schedule import Fabric, Needs, Sides, Traffic, choose, tiles
 
 WORLD, TOKENS = 4, 32
-COLOURS = ("#2f6fab", "#e08a1e", "#3d9970", "#b0487f")
-INK, FAINT = "#222222", "#eeeeee"
 SIDE = 1.0  # of the square of one rank's queries against one rank's keys
 LEFT, ACROSS, DOWN = 2.75, 1.72, 1.52  # where the squares begin, and from one to the next
-
-
-def cells(tile: Tile) -> Iterator[tuple[int, int]]:
-    """The allowed (query row, key row) pairs of a tile."""
-    for q in range(tile.q0, tile.q1):
-        for k in range(tile.k0, tile.k1):
-            if tile.lo <= (k - tile.k0) - (q - tile.q0) <= tile.hi:
-                yield q, k
 
 
 def corner(rank: int, step: int) -> tuple[float, float]:
@@ -43,27 +28,18 @@ def corner(rank: int, step: int) -> tuple[float, float]:
     return LEFT + step * ACROSS, -1.62 - rank * DOWN
 
 
-def draw_tokens(ax: Axes, x: float, y: float, width: float, owners: list[tuple[int, int]]) -> None:
-    """A strip of tokens, each (rank, token number), coloured by the rank that holds it."""
-    w = width / len(owners)
-    for i, (rank, token) in enumerate(owners):
-        ax.add_patch(Rectangle((x + i * w, y), w, 0.3, facecolor=COLOURS[rank], edgecolor="white", linewidth=0.8))
-        ax.text(x + (i + 0.5) * w, y + 0.14, str(token), ha="center", va="center", fontsize=6.5, color="white")
-
-
-def draw_square(ax: Axes, placed: layout.Layout, traffic: Traffic, rank: int, step: int) -> int:
+def draw_square(ax: Axes, sides: Sides, traffic: Traffic, rank: int, step: int) -> int:
     """The work of one rank at one step: its queries downwards, the block's keys across. Returns the pairs computed."""
     x, y = corner(rank, step)
     (use,) = (u for u in traffic.uses if (u.rank, u.step) == (rank, step))
     owner, rows = use.block
+    placed = sides.q
     n_q, n_k = (sum(run.n for run in placed[who]) for who in (rank, owner))
     cell = SIDE / max(n_q, n_k)
     ax.add_patch(Rectangle((x, y - SIDE), SIDE, SIDE, facecolor="white", edgecolor="#cccccc", linewidth=0.7))
     ax.add_patch(Rectangle((x, y - SIDE), count(rows) * cell, SIDE, facecolor=FAINT, edgecolor="none"))
-    found = tiles(placed[rank], view(placed[owner], rows), causal())
-    for q, k in (pair for tile in found for pair in cells(tile)):
-        box = (x + k * cell, y - (q + 1) * cell)
-        ax.add_patch(Rectangle(box, cell, cell, facecolor=COLOURS[owner], edgecolor="white", linewidth=0.5))
+    found = tiles(placed[rank], view(placed[owner], rows), sides.regions)
+    draw_pairs(ax, (x, y), cell, (pair for tile in found for pair in cells(tile)), COLOURS[owner])
     ax.add_patch(Rectangle((x - 0.09, y - SIDE), 0.06, SIDE, facecolor=COLOURS[rank], edgecolor="none"))
     width = count(rows) * cell
     ax.add_patch(Rectangle((x, y + 0.03), width, 0.06, facecolor=COLOURS[owner], edgecolor="none"))
@@ -89,7 +65,8 @@ def draw_moves(ax: Axes, traffic: Traffic) -> None:
 def draw(path: Path) -> None:
     """Draw everything and write the file."""
     placed = layout.make("zigzag", [TOKENS], WORLD)
-    traffic, _ = choose("ring", needs(placed, causal()), layout.tokens(placed))
+    sides = Sides(placed, placed, Mask().regions([TOKENS]))
+    traffic, _ = choose("ring", Needs(*sides), Fabric(WORLD, WORLD))
     held = [[(rank, token) for _, token in layout.positions(runs)] for rank, runs in enumerate(placed)]
     fig, ax = plt.subplots(figsize=(10, 8.4))
     right = LEFT + (WORLD - 1) * ACROSS + SIDE
@@ -100,7 +77,7 @@ def draw(path: Path) -> None:
         ax.text(corner(0, step)[0] + SIDE / 2, -1.3, f"step {step}", ha="center", fontsize=9.5, color=INK)
     ax.text(right + 0.55, -1.3, "pairs", ha="center", fontsize=9.5, color=INK)
     for rank in range(WORLD):
-        pairs = sum(draw_square(ax, placed, traffic, rank, step) for step in range(traffic.steps))
+        pairs = sum(draw_square(ax, sides, traffic, rank, step) for step in range(traffic.steps))
         middle = corner(rank, 0)[1] - SIDE / 2
         ax.text(0, middle + 0.26, f"rank {rank}", fontsize=10.5, color=COLOURS[rank], weight="bold")
         draw_tokens(ax, 0, middle - 0.15, 1.95, held[rank])
@@ -116,9 +93,8 @@ def draw(path: Path) -> None:
     ax.text(0, corner(WORLD - 1, 0)[1] - SIDE - 1.05, note, fontsize=9, color=INK, va="bottom", linespacing=1.5)
     ax.set_aspect("equal")
     ax.axis("off")
-    fig.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
-    plt.close(fig)
+    save(fig, path)
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("ring.png"))
+    draw(target("ring.png"))

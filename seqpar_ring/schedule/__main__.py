@@ -134,7 +134,7 @@ def _summary(asked: argparse.Namespace, sides: Sides, traffic: Traffic, mask: Ma
     documents = f"{len(asked.lengths)} document" + "s" * (len(asked.lengths) > 1)
     return [
         f"{documents}, {sum(asked.lengths)} tokens over {world} ranks, {mask}, {asked.layout}",
-        f"tokens of a rank: {min(sides.q.sizes)} to {max(sides.q.sizes)}; attention work: {even:.3f} of the mean at most",
+        f"tokens of a rank: {min(sides.q.sizes)} to {max(sides.q.sizes)}; its work: {even:.3f} of the mean at most",
         f"{asked.schedule}: {share} ({why})",
     ]
 

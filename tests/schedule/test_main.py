@@ -20,7 +20,7 @@ def test_a_schedule_is_printed_with_a_summary(capsys: pytest.CaptureFixture[str]
     text = printed(capsys, "--lengths", "64", "--size", "4")
     assert text.splitlines()[:3] == [
         "1 document, 64 tokens over 4 ranks, causal, zigzag",
-        "tokens of a rank: 16 to 16; attention work: 1.000 of the mean at most",
+        "tokens of a rank: 16 to 16; its work: 1.000 of the mean at most",
         "ring: 0.88 of what a full ring sends (ring up: fewest rows sent (up 168 rows, down 168 rows))",
     ]
     assert "forward: 4 ranks, 4 steps, 16 uses" in text
@@ -39,7 +39,7 @@ def test_a_schedule_is_printed_with_a_summary(capsys: pytest.CaptureFixture[str]
         (("--prefix", "100"), "causal with a prefix of 100"),
         (("--block-tokens", "512"), "7 steps"),
         (("--size", "1"), "nothing to send"),
-        (("--calls", "1", "--lengths", "64"), "step 1, blocks of 0: q 0:16, k 0:8, window (all, all), 1 segments, 0 of"),
+        (("--calls", "1", "--lengths", "64"), "step 1, blocks of 0: q 0:16, k 0:8, window (all, all), 1 segments"),
     ],
 )
 def test_every_option_shows(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
