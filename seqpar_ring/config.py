@@ -23,7 +23,7 @@ class Settings(BaseModel):
         layout: which rank holds which tokens: "zigzag", "striped", "contiguous", or (for many documents) "packed".
         schedule: how keys and values travel: "ring", "double_ring", "all_gather" or "direct".
         heads: degree of head sharding (Ulysses): so many ranks share out the heads, size / heads ranks the sequence.
-        node: ranks of a sequence group that share a node, for "double_ring"; None: all of them.
+        node: ranks of a sequence group that share a node; "double_ring" needs it; None: all of them.
         block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"), pieces of it (a
             smaller number), or several blocks at once (a larger one).
         backward: what travels in backward: "kv", "q", or by the bytes of the model's heads ("auto").
@@ -92,6 +92,12 @@ class Settings(BaseModel):
                     fix=f"Give {' or '.join(map(str, fitting))}.",
                     **{name: degree, "size": whole},
                 )
+        if self.schedule == "double_ring" and self.node is None:
+            raise ConfigError(
+                f'{where} has the schedule "double_ring" and no "node"',
+                fix='Give "node": how many ranks of a sequence group are in one node, e.g. 8; or use "ring".',
+                size=self.size,
+            )
         if self.node is not None and self.node % self.heads:
             raise ConfigError(
                 f"{where} would share heads across nodes",

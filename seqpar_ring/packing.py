@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 def assign(n: Ints, world: int, balance: Balance) -> Groups:
     """Whole where short, shared where longer than a limit: the largest limit that meets the tolerances.
 
-    Limits are T/W, T/2W, T/4W, .. tokens (T in all). The largest means the fewest bytes, as only what is shared travels.
+    Limits are T/W, T/2W, T/4W, .. tokens (T in all). The largest means the fewest bytes: what is whole stays.
     Where no limit meets them (a few tokens in all), every document is shared as widely as the last limit says.
 
     Args:

@@ -66,7 +66,6 @@ class SequenceParallel:
     Raises:
         ConfigError: an unknown or wrong setting.
         GroupError: `size` does not divide the world, or the mesh does not fit.
-        UnsupportedError: a setting that this version cannot follow exactly.
     """
 
     def __init__(self, size: int, *, mesh: DeviceMesh | None = None, **settings: Any) -> None:

@@ -61,7 +61,7 @@ def test_every_mask_equals_dense_attention_in_fp64(world: int, schedule: str, la
     for lengths in LENGTHS[2:] if world > 1 else LENGTHS:
         for mask in masks_of(lengths):
             size, heads, backward = next(turns)
-            how = {"layout": layout, "schedule": schedule, "block_tokens": size, "node": NODE.get(world)}
+            how = {"layout": layout, "schedule": schedule, "block_tokens": size, "node": NODE.get(world, world)}
             assert_matches_dense(lengths, world, Case(*heads, **mask), 1e-12, backward=backward, **how)
 
 
@@ -71,7 +71,7 @@ def test_every_mask_equals_dense_attention_in_fp64(world: int, schedule: str, la
 def test_every_number_of_heads_and_every_length_equals_dense_in_fp64(world: int, schedule: str, layout: str) -> None:
     kinds = itertools.cycle(HEADS[world % 3 :] + HEADS)
     for lengths, heads in zip(LENGTHS, kinds, strict=False):
-        how = {"layout": layout, "schedule": schedule, "node": NODE.get(world)}
+        how = {"layout": layout, "schedule": schedule, "node": NODE.get(world, world)}
         assert_matches_dense(lengths, world, Case(*heads, batch=2), 1e-12, **how)
 
 
@@ -91,7 +91,7 @@ def test_every_way_to_make_logits_equals_dense_in_fp64(world: int, schedule: str
         Case(2, 1, head_dim=256, window=7),
     ]
     for case, layout in itertools.product(cases, ("zigzag", "striped")):
-        how = {"layout": layout, "schedule": schedule, "node": NODE.get(world), "block_tokens": 8}
+        how = {"layout": layout, "schedule": schedule, "node": NODE.get(world, world), "block_tokens": 8}
         assert_matches_dense([21, 1, 18], world, case, 1e-12, backward=backward, **how)
 
 
@@ -102,7 +102,7 @@ def test_heads_shared_out_inside_a_ring_equal_dense_in_fp64(world: int, heads: i
     cases = [Case(8, 8), Case(8, 2), Case(8, 1, sinks=True), Case(4, 4, alibi=True), Case(8, 4, window=5, value_dim=5)]
     schedules = itertools.cycle(SCHEDULES)
     for case, lengths in itertools.product(cases, ([67], [13, 1, 30, 7], [2, 1])):
-        node = world // 2 if world == 8 else None
+        node = world // 2 if world == 8 else world
         how = {"layout": layout, "heads": heads, "schedule": next(schedules), "node": node}
         assert_matches_dense(lengths, world, case, 1e-12, **how)
 

@@ -49,6 +49,7 @@ def test_every_setting_can_be_given() -> None:
         ({"size": 6, "heads": 4}, "Give 1 or 2 or 3 or 6"),
         ({"size": 6, "node": 4}, "Give 1 or 2 or 3 or 6"),
         ({"size": 8, "heads": 4, "node": 2}, "share heads across nodes"),
+        ({"size": 8, "schedule": "double_ring"}, 'Give "node"'),
         ({"size": 2, "backward": "both"}, '"auto", "kv" or "q"'),
         ({"size": 2, "balance_area": 1}, "a factor above 1"),
         ([2], "must be a mapping"),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from seqpar_ring.errors import ConfigError, UnsupportedError, did_you_mean
 from seqpar_ring.kernels.base import Kernel, Request, lacks
+from seqpar_ring.kernels.gapless import Gapless
 
 AUTO = "auto"
 """The name that lets `select` choose."""
@@ -65,7 +66,7 @@ def select(request: Request, name: str = AUTO) -> Choice:
         kernel = _named(name)
         if missing[name]:
             raise _cannot(name, missing[name], able)
-        return Choice(kernel, f'"{name}": asked for by name')
+        return _fitted(kernel, f'"{name}": asked for by name')
     if not able:
         each = "; ".join(f"{kernel} lacks {', '.join(words)}" for kernel, words in missing.items())
         raise UnsupportedError(
@@ -73,7 +74,14 @@ def select(request: Request, name: str = AUTO) -> Choice:
             fix="Change what the first of them lacks, or register a kernel that has it.",
             **request._asdict(),
         )
-    return Choice(able[0], _why(able[0], missing))
+    return _fitted(able[0], _why(able[0], missing))
+
+
+def _fitted(kernel: Kernel, reason: str) -> Choice:
+    """The choice, with rows gathered around what the kernel cannot take."""
+    if kernel.capabilities.empty_segments:
+        return Choice(kernel, reason)
+    return Choice(Gapless(kernel), f"{reason}; rows are gathered, as it takes no empty segments")
 
 
 def refuse_impossible(window: bool, name: str = AUTO) -> None:
