@@ -17,6 +17,9 @@ from seqpar_ring.geometry.masks import Ints, Regions
 
 Flags = NDArray[np.bool_]
 
+Bands = tuple[Ints | int, Ints | int]
+"""lo and hi: of each pair, or of all."""
+
 
 class RunColumns(NamedTuple):
     """Runs, one in each row. See `Run`."""
@@ -76,27 +79,31 @@ def restrict(runs: RunColumns, regions: Regions, keys: bool) -> tuple[RunColumns
     return cut.take(there), source[there]
 
 
-def tiles_between(q: RunColumns, k: RunColumns, lo: Ints, hi: Ints) -> tuple[TileColumns, Flags]:
-    """The band between each q run and the k run in the same row, trimmed; and which of them hold anything."""
-    offset = k.start - q.start
-    step = np.where(q.n > 1, q.step, k.step)
-    if len(step) and step.max() > 1:
+def tiles_between(q: RunColumns, k: RunColumns, pairs: tuple[Ints, Ints], band: Bands) -> tuple[TileColumns, Ints]:
+    """The band between pairs of a q run and a k run, trimmed; and which of the pairs hold anything.
+
+    Args:
+        q, k: runs.
+        pairs: the numbers of the q run and of the k run of each pair.
+        band: lo and hi of each pair, or one for all.
+    """
+    which, (i, j) = np.arange(len(pairs[0])), pairs
+    lo, hi = band
+    offset = k.start[j] - q.start[i]
+    if max(q.step.max(initial=1), k.step.max(initial=1)) > 1:
+        step = np.where(q.n[i] > 1, q.step[i], k.step[j])
         lo, hi = -((offset - lo) // step), (hi - offset) // step
     else:
         lo, hi = lo - offset, hi - offset
-    q0, q1 = np.maximum(0, -hi), np.minimum(q.n - 1, k.n - 1 - lo)
-    k0, k1 = np.maximum(0, lo), np.minimum(k.n - 1, q.n - 1 + hi)
-    some = (lo <= hi) & (q0 <= q1) & (k0 <= k1)
-    shift = k0 - q0
-    tiles = TileColumns(
-        q.at + q0,
-        q.at + q1 + 1,
-        k.at + k0,
-        k.at + k1 + 1,
-        np.maximum(lo - shift, q0 - q1),
-        np.minimum(hi - shift, k1 - k0),
-    )
-    return tiles.take(some), some
+    m, n = q.n[i], k.n[j]
+    some = np.flatnonzero((lo <= hi) & (hi > -m) & (lo < n))  # many pairs have nothing to do with each other
+    if len(some) < len(which):
+        which, i, j, m, n, lo, hi = (x[some] for x in (which, i, j, m, n, lo, hi))
+    q0, q1 = np.maximum(0, -hi), np.minimum(m - 1, n - 1 - lo)
+    k0, k1 = np.maximum(0, lo), np.minimum(n - 1, m - 1 + hi)
+    shift, q_at, k_at = k0 - q0, q.at[i], k.at[j]
+    lo, hi = np.maximum(lo - shift, q0 - q1), np.minimum(hi - shift, k1 - k0)
+    return TileColumns(q_at + q0, q_at + q1 + 1, k_at + k0, k_at + k1 + 1, lo, hi), which
 
 
 def areas(t: TileColumns) -> Ints:
@@ -118,11 +125,15 @@ def _below(m: Ints, n: Ints, h: Ints) -> Ints:
 
 
 def join_equal(t: TileColumns, key: Ints) -> tuple[TileColumns, Ints]:
-    """Tiles of one key, which lie together, as one tile where the band around them holds not one pair more."""
+    """Tiles of one key, which lie together, as one tile where the band around them holds not one pair more.
+
+    Returns:
+        The tiles, and for each the number of the tile (the first of those joined) that stood in its place.
+    """
     first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else np.zeros(0, np.int64)
     counts = np.diff(np.r_[first, len(key)])
     if not (counts > 1).any():
-        return t, key
+        return t, np.arange(len(key))
     q0, k0 = np.minimum.reduceat(t.q0, first), np.minimum.reduceat(t.k0, first)
     shift = (t.k0 - t.q0) - np.repeat(k0 - q0, counts)
     around = TileColumns(
@@ -134,12 +145,14 @@ def join_equal(t: TileColumns, key: Ints) -> tuple[TileColumns, Ints]:
         np.maximum.reduceat(t.hi + shift, first),
     )
     exact = areas(around) == np.add.reduceat(areas(t), first)
-    keep = ~np.repeat(exact, counts)
-    keep[first] = True
-    joined = TileColumns(*(column.copy() for column in t))
+    alone = ~np.repeat(exact, counts)
+    alone[first] = True
+    kept = np.flatnonzero(alone)
+    joined = t.take(kept)
+    place = np.searchsorted(kept, first[exact])
     for column, new in zip(joined, around, strict=True):
-        column[first[exact]] = new[exact]
-    return joined.take(keep), key[keep]
+        column[place] = new[exact]
+    return joined, kept
 
 
 def windows(t: TileColumns) -> tuple[Ints, Ints]:

@@ -62,6 +62,17 @@ class Regions:
             found.setdefault(region.doc, []).append((number, region))
         return found
 
+    def bands(self, regions: Ints) -> tuple[Ints | int, Ints | int]:
+        """lo and hi of these regions, by number; one pair of numbers where all regions have the same."""
+        if self._one_band is not None:
+            return self._one_band
+        return self.lo[regions], self.hi[regions]
+
+    @cached_property
+    def _one_band(self) -> tuple[int, int] | None:
+        same = len(self) and (self.lo == self.lo[0]).all() and (self.hi == self.hi[0]).all()
+        return (int(self.lo[0]), int(self.hi[0])) if same else None
+
     @property
     def lower_edge(self) -> bool:
         """Whether some region hides keys for being too far back, which only kernels with windows can compute."""

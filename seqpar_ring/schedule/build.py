@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from seqpar_ring.geometry import count
 from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
 from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric, Visit
@@ -82,7 +83,9 @@ def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tupl
 
 def rows_sent(traffic: Traffic) -> int:
     """Rows of the travelling side that all ranks together send in the pass."""
-    return sum([b - a for move in traffic.kv for a, b in move.block.rows])  # a list, for speed
+    blocks = {id(move.block): move.block for move in traffic.kv}  # what is passed on is one object, counted once
+    size = {key: count(block.rows) for key, block in blocks.items()}
+    return sum([size[id(move.block)] for move in traffic.kv])
 
 
 Sent = list[tuple[Visit, Block, bool]]

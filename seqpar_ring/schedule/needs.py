@@ -135,9 +135,7 @@ class Needs:
             q = np.repeat(first[a:b], of_part) + ramp(of_part)
             apart = rank[q] != self._piece[k] // self.pieces
             k, q = k[apart], q[apart]
-            region = home.doc[q]
-            lo, hi = self._regions.lo[region], self._regions.hi[region]
-            tiles, some = tiles_between(home.take(q), self._cargo.take(k), lo, hi)
+            tiles, some = tiles_between(home, self._cargo, (q, k), self._regions.bands(home.doc[q]))
             found.append(np.stack([rank[q[some]], self._piece[k[some]], tiles.k0, tiles.k1]))
         rank, piece, begin, end = np.concatenate(found, axis=1)
         return rank, piece, begin, end

@@ -132,17 +132,24 @@ def _tiles(
     counts = np.searchsorted(mine.doc, theirs.doc, "right") - first
     t = np.repeat(np.arange(len(counts)), counts)
     m = np.repeat(first, counts) + ramp(counts)
-    own, other = mine.take(m), theirs.take(t)
-    q, k = (other, own) if queries_travel else (own, other)
-    tiles, some = tiles_between(q, k, regions.lo[own.doc], regions.hi[own.doc])
-    group, region, run = group[t[some]], own.doc[some], m[some]
+    bands = regions.bands(mine.doc[m])
+    if queries_travel:
+        tiles, some = tiles_between(theirs, mine, (t, m), bands)
+    else:
+        tiles, some = tiles_between(mine, theirs, (m, t), bands)
+    group, run = group[t[some]], m[some]
+    region = mine.doc[run]
     by_region = group * len(regions) + region
-    by_run = by_region * (len(mine.n) + 1) + run
-    if (by_run[1:] < by_run[:-1]).any():
-        order = np.argsort(by_run, kind="stable")
-        tiles, group, by_region, by_run = tiles.take(order), group[order], by_region[order], by_run[order]
-    tiles, by_run = join_equal(tiles, by_run)
-    tiles, by_region = join_equal(tiles, by_run // (len(mine.n) + 1))
+    if (by_region[1:] < by_region[:-1]).any():
+        order = np.argsort(by_region, kind="stable")
+        tiles, by_region, run = tiles.take(order), by_region[order], run[order]
+    tiles, kept = join_equal(tiles, by_region)
+    by_region, run = by_region[kept], run[kept]
+    if (by_region[1:] == by_region[:-1]).any():  # what is not one tile as a whole may still be one for each own run
+        order = np.lexsort((run, by_region))
+        tiles, by_region, run = tiles.take(order), by_region[order], run[order]
+        tiles, kept = join_equal(tiles, by_region * len(mine.n) + run)
+        by_region = by_region[kept]
     return tiles, by_region // max(1, len(regions))
 
 

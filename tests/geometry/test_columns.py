@@ -53,9 +53,10 @@ def columns_of(runs: list[Run]) -> RunColumns:
 def test_tiles_their_areas_and_windows_are_those_of_the_single_forms(problem: list[tuple[Run, Run, Band]]) -> None:
     q, k, drawn = zip(*problem, strict=True)
     lo, hi = np.array(drawn, dtype=np.int64).T
-    found, some = tiles_between(columns_of(list(q)), columns_of(list(k)), lo, hi)
+    each = np.arange(len(problem))
+    found, some = tiles_between(columns_of(list(q)), columns_of(list(k)), (each, each), (lo, hi))
     expected = [tile(*one) for one in problem]
-    assert some.tolist() == [t is not None for t in expected]
+    assert some.tolist() == [i for i, t in enumerate(expected) if t is not None]
     there = [t for t in expected if t is not None]
     assert [Tile(*row) for row in zip(*(column.tolist() for column in found), strict=True)] == there
     assert areas(found).tolist() == [area(t) for t in there]
@@ -67,7 +68,8 @@ def test_tiles_of_one_key_are_joined_as_one_list_would_be(groups: list[list[tupl
     tiles = [[t for one in group if (t := tile(*one))] for group in groups]
     rows = np.array([t for group in tiles for t in group], dtype=np.int64).reshape(-1, 6)
     key = np.repeat(np.arange(len(tiles)), [len(group) for group in tiles])
-    joined, keys = join_equal(TileColumns(*rows.T), key)
+    joined, kept = join_equal(TileColumns(*rows.T), key)
+    keys = key[kept]
     found = [Tile(*row) for row in zip(*(column.tolist() for column in joined), strict=True)]
     expected = [(i, t) for i, group in enumerate(tiles) for t in join(group)]
     assert list(zip(keys.tolist(), found, strict=True)) == expected
