@@ -76,13 +76,6 @@ class Documents:
         placed: layouts.Layout | None = None,
     ) -> None:
         self.lengths, self.kv_lengths, self.settings, self.sequence = lengths, kv_lengths, settings, sequence
-        if kv_lengths is not None and len(kv_lengths) != len(lengths):
-            raise PlanError(
-                "queries and keys are of different numbers of documents",
-                fix="Give one number of keys for each document; 0 where it has none.",
-                lengths=lengths,
-                kv_lengths=kv_lengths,
-            )
         heads = settings.heads
         self.ring: Messenger = sequence
         self.members: Messenger | None = None

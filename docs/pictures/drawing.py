@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from seqpar_ring.geometry import Tile
 
@@ -48,9 +50,11 @@ def draw_pairs(
 
 
 def save(fig: Figure, path: Path) -> None:
-    """Write a figure as PNG and forget it."""
-    fig.savefig(path, dpi=100, bbox_inches="tight", facecolor="white", pil_kwargs={"optimize": True})
+    """Write a figure as PNG and forget it. With a palette: less than half the bytes, and no difference to see."""
+    drawn = BytesIO()
+    fig.savefig(drawn, format="png", dpi=100, bbox_inches="tight", facecolor="white")
     plt.close(fig)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def target(name: str) -> Path:

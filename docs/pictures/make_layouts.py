@@ -18,13 +18,13 @@ from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import tiles
 
 WORLD = 4
-LENGTHS = [26, 9, 9, 7, 7, 6, 6, 5, 5]
-LOOSE = Balance(1.1, 1.35)  # eighty tokens cannot be as even as eighty thousand
+LENGTHS = [52, 18, 18, 14, 14, 12, 12, 10, 10]
+LOOSE = Balance(1.1, 1.35)  # so few tokens cannot be as even as a hundred thousand
 ORDER = ("contiguous", "zigzag", "striped", "packed")
 SAYS = {
     "contiguous": "a plain cut: simple, and uneven under a causal mask",
-    "zigzag": "2W chunks of each document, r and 2W - 1 - r for rank r: equal work",
-    "striped": "every W-th token: equal work, and tokens even to one",
+    "zigzag": "2W chunks of each document, r and 2W - 1 - r for rank r: nearly equal work",
+    "striped": "every W-th token: nearly equal work, and tokens even to one",
     "packed": "short documents whole (never sent), long ones zigzag over 2, 4, .. ranks",
 }
 
@@ -37,7 +37,7 @@ def everywhere(length: int) -> tuple[Run, ...]:
 def draw_layouts(path: Path) -> None:
     """A strip of all tokens for each layout, documents apart, and each rank's tokens and work beside it."""
     fig, ax = plt.subplots(figsize=(12, 5.2))
-    cell, gap = 0.115, 0.16
+    cell, gap = 0.058, 0.14
     regions = Mask().regions(LENGTHS)
     for line, name in enumerate(ORDER):
         placed = layouts.make(name, LENGTHS, WORLD, LOOSE)
@@ -48,7 +48,7 @@ def draw_layouts(path: Path) -> None:
         for doc, length in enumerate(LENGTHS):
             for position in range(length):
                 colour = COLOURS[owner[doc, position]]
-                ax.add_patch(Rectangle((x, y), cell, 0.3, facecolor=colour, edgecolor="white", linewidth=0.6))
+                ax.add_patch(Rectangle((x, y), cell, 0.3, facecolor=colour, edgecolor="white", linewidth=0.35))
                 x += cell
             x += gap
         keys = [run for runs in placed for run in runs]
@@ -56,11 +56,11 @@ def draw_layouts(path: Path) -> None:
         for rank in range(WORLD):
             share = work[rank] * WORLD / sum(work)
             says = f"{placed.sizes[rank]} tokens\nwork {share:.2f}"
-            ax.text(x + 0.1 + 1.1 * rank, y + 0.02, says, fontsize=9, color=COLOURS[rank], linespacing=1.3)
+            ax.text(x + 0.2 + 1.3 * rank, y + 0.02, says, fontsize=9, color=COLOURS[rank], linespacing=1.3)
     lengths = ", ".join(map(str, LENGTHS))
     head = f"Documents of {lengths} tokens over {WORLD} ranks, each a colour. Work: allowed pairs, 1 is the mean."
     ax.text(0, 0.95, head, fontsize=10.5, color=INK)
-    ax.set_xlim(-0.05, x + 4.5)
+    ax.set_xlim(-0.05, x + 5.2)
     ax.set_ylim(-1.15 * (len(ORDER) - 1) - 0.15, 1.2)
     ax.axis("off")
     save(fig, path)

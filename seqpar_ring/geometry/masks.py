@@ -149,6 +149,13 @@ class Mask:
                 fix="Give causal=False, and no window, chunk or prefix, with kv_lengths.",
                 mask=str(self),
             )
+        if kv_lengths is not None and len(kv_lengths) != len(lengths):
+            raise PlanError(
+                "queries and keys are of different numbers of documents",
+                fix="Give one number of keys for each document; 0 where it has none.",
+                lengths=tuple(lengths),
+                kv_lengths=tuple(kv_lengths),
+            )
         if self.chunk is not None:
             return self._chunked(lengths)
         if self.prefix is not None:

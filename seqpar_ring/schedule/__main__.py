@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, SeqparError, did_you_mean
-from seqpar_ring.geometry import Mask, area
+from seqpar_ring.geometry import INF, Mask, area
 from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import (
     BUILDERS,
@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them") from None
 
 
 def _report(asked: argparse.Namespace) -> list[str]:
@@ -87,7 +90,7 @@ def _report(asked: argparse.Namespace) -> list[str]:
     regions = mask.regions(asked.lengths, asked.kv_lengths)
     balance = Balance(settings.balance_tokens, settings.balance_area)
     q = k = layouts.make(settings.layout, asked.lengths, settings.size, balance)
-    if asked.kv_lengths:
+    if asked.kv_lengths is not None:
         k = layouts.make(settings.layout, asked.kv_lengths, settings.size, balance, least=0)
     sides = Sides(q, k, regions)
     traffic, why = _traffic(asked, settings, sides)
@@ -105,7 +108,8 @@ def _report(asked: argparse.Namespace) -> list[str]:
 
 def _settings(asked: argparse.Namespace) -> Settings:
     block = {"size": asked.size, "layout": asked.layout, "schedule": asked.schedule, "node": asked.node}
-    settings = Settings.parse({**block, "block_tokens": asked.block_tokens or "auto"}, "the command line")
+    block_tokens = "auto" if asked.block_tokens is None else asked.block_tokens
+    settings = Settings.parse({**block, "block_tokens": block_tokens}, "the command line")
     if settings.schedule not in BUILDERS:
         fix = did_you_mean(settings.schedule, BUILDERS)
         raise ConfigError("unknown schedule", fix=fix, schedule=settings.schedule)
@@ -117,7 +121,7 @@ def _settings(asked: argparse.Namespace) -> Settings:
 def _traffic(asked: argparse.Namespace, settings: Settings, sides: Sides) -> tuple[Traffic, str]:
     q, k, regions = sides
     home, cargo, mask = (k, q, regions.transposed()) if asked.queries else (q, k, regions)
-    size = Granularity.of(asked.block_tokens, max(cargo.sizes), settings.size)
+    size = Granularity.of(asked.block_tokens, max(k.sizes), settings.size)  # by the keys in both passes, as a plan does
     fabric = Fabric(settings.size, settings.node or settings.size, size.hops)
     needs = Needs(home, cargo, mask, size.pieces)
     traffic, why = choose(settings.schedule, needs, fabric, "q" if asked.queries else "kv")
@@ -131,10 +135,12 @@ def _summary(asked: argparse.Namespace, sides: Sides, traffic: Traffic, mask: Ma
     even = max(worked) * world / max(1, sum(worked))
     ring = (world - 1) * total
     share = f"{rows_sent(traffic) / ring:.2f} of what a full ring sends" if ring else "nothing to send"
+    calls = max((len(done.calls) for rank in range(world) for done in work(traffic, rank, sides).values()), default=0)
     documents = f"{len(asked.lengths)} document" + "s" * (len(asked.lengths) > 1)
     return [
         f"{documents}, {sum(asked.lengths)} tokens over {world} ranks, {mask}, {asked.layout}",
-        f"tokens of a rank: {min(sides.q.sizes)} to {max(sides.q.sizes)}; its work: {even:.3f} of the mean at most",
+        f"tokens of a rank: {min(sides.q.sizes)} to {max(sides.q.sizes)}; at most {even:.3f} of the mean work; "
+        f"at most {calls} kernel call" + "s" * (calls != 1) + " a step",
         f"{asked.schedule}: {share} ({why})",
     ]
 
@@ -146,7 +152,7 @@ def _calls(asked: argparse.Namespace, steps: dict[int, Work]) -> list[str]:
         for call in done.calls:
             segments = list(zip(call.cu_q, call.cu_q[1:], call.cu_k, call.cu_k[1:], strict=False))
             empty = sum(a == b or c == d for a, b, c, d in segments)
-            left, right = ("all" if edge >= 1 << 60 else str(edge) for edge in (call.left, call.right))
+            left, right = ("all" if edge >= INF else str(edge) for edge in (call.left, call.right))
             lines.append(
                 f"  step {step}, blocks of {owners}: q {call.q0}:{call.q1}, k {call.k0}:{call.k1}, "
                 f"window ({left}, {right}), {len(segments)} segments, {empty} of them empty"
