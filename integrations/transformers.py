@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from seqpar_ring.batch import PLAN_KEY
 from seqpar_ring.errors import BatchError, SeqparError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
+from seqpar_ring.remat import Kept, choose
 
 try:
     import transformers
@@ -118,20 +120,23 @@ class _Adapter:
         if PLAN_KEY not in batch:
             batch = self.sp.shard_batch(batch)
         rules.check_shares(batch[PLAN_KEY])
-        return (), {**batch, "use_cache": False, CALLS_KEY: Calls()}
+        # Whether a layer is checkpointed is not asked: a result that its graph holds anyway costs nothing to keep.
+        kept = Kept(self.sp.settings.offload) if torch.is_grad_enabled() else None
+        return (), {**batch, "use_cache": False, CALLS_KEY: Calls(kept=kept)}
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: at the first forward, and the first with labels, see that attention and loss were ours."""
-        labelled = kwargs.get("labels") is not None
+        labelled, calls = kwargs.get("labels") is not None, kwargs[CALLS_KEY]
+        if calls.kept is not None:
+            calls.kept.close()
         if labelled in self._checked:
             return
-        calls: Calls = kwargs[CALLS_KEY]
         problem: SeqparError | None = None
         try:
             rules.check_calls(model, calls, labelled)
         except SeqparError as found:
             problem = found
-        self.sp.agree("the first forward", vars(calls), problem)
+        self.sp.agree("the first forward", calls.tally(), problem)
         self._checked.add(labelled)
 
     def loss(self, logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:
@@ -180,9 +185,18 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
     # transformers' window counts the query's own key, as ours does. One that nothing reaches past is none.
     plan = plan.masked(causal=True, window=None if window is None or window >= max(plan.lengths) else window)
     q_BSHD, k_BSGD, v_BSGE = (x.transpose(1, 2) for x in (query, key, value))
-    out_BSHE = ring_attention(q_BSHD, k_BSGD, v_BSGE, plan, scale=scaling, softcap=softcap, sinks=sinks)
+    with _kept_for_recompute(calls, module, plan):
+        out_BSHE = ring_attention(q_BSHD, k_BSGD, v_BSGE, plan, scale=scaling, softcap=softcap, sinks=sinks)
     assert isinstance(out_BSHE, Tensor)  # with return_lse it would be a pair
     return out_BSHE, None
+
+
+def _kept_for_recompute(calls: Calls | None, module: nn.Module, plan: Plan) -> AbstractContextManager[object]:
+    """Around a layer's attention: kept if the settings say so, or by its own plan, which has the layer's window."""
+    if calls is None or calls.kept is None:
+        return nullcontext()
+    wanted = choose(plan.documents.settings.remat, plan.keys_per_query).value == "attention"
+    return calls.kept.around(module) if wanted else nullcontext()
 
 
 def _mask(*_: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **__: Any) -> None:

@@ -20,6 +20,7 @@ from seqpar_ring.errors import BatchError, ConfigError, PlanError, UnsupportedEr
 from seqpar_ring.geometry import Mask
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
+from seqpar_ring.remat import Kept
 
 HARMLESS = frozenset(
     {
@@ -60,11 +61,16 @@ DECODE = (
 
 @dataclass
 class Calls:
-    """What one forward did: calls of attention, those of them with a window, calls of the loss."""
+    """What one forward did: calls of attention, those of them with a window, calls of the loss; and what it keeps."""
 
     attention: int = 0
     windowed: int = 0
     loss: int = 0
+    kept: Kept | None = None
+
+    def tally(self) -> dict[str, object]:
+        """The counts, by name."""
+        return {"attention": self.attention, "windowed": self.windowed, "loss": self.loss}
 
 
 # ---------------------------------------------------------------------------------------------------- the model

@@ -30,6 +30,9 @@ class Settings(BaseModel):
         balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
         balance_area: the same for attention work.
         kernel: block attention kernel: "auto" (by capability, with a reason), "cpu" or "reference".
+        remat: what becomes of attention in a checkpointed layer of a transformers model: its result is kept
+            ("attention"), it runs again ("none"), or that is chosen by the length of the documents ("auto").
+        offload: whether results that are kept wait in the host's memory instead of the device's.
         timeout: seconds after which a rank that waits for another gives up with an error.
     """
 
@@ -45,6 +48,8 @@ class Settings(BaseModel):
     balance_tokens: float = Field(default=1.01, gt=1)
     balance_area: float = Field(default=1.03, gt=1)
     kernel: str = "auto"
+    remat: Literal["auto", "attention", "none"] = "auto"
+    offload: bool = False
     timeout: float = Field(default=600.0, gt=0)
 
     @classmethod
@@ -134,5 +139,7 @@ def _expected(key: str) -> str:
         "balance_tokens": "a factor above 1, e.g. 1.01",
         "balance_area": "a factor above 1, e.g. 1.03",
         "block_tokens": 'a whole number of tokens, or "auto"',
+        "remat": '"auto", "attention" or "none"',
+        "offload": "true or false",
         "timeout": "a positive number of seconds",
     }.get(key, "a name as a string")

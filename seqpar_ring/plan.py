@@ -228,6 +228,11 @@ class Plan:
         """The plan of the same documents in the same layout under another mask, for a layer that differs. Cached."""
         return self.documents.plan(Mask.make(causal, window, chunk))
 
+    @cached_property
+    def keys_per_query(self) -> float:
+        """Keys that a query sees, on average."""
+        return self.sides.regions.pairs() / self.tokens
+
     def explain(self) -> str:
         """The choices of the plan with their reasons, a line each."""
         documents = f"{len(self.lengths)} document" + "s" * (len(self.lengths) > 1)

@@ -1,50 +1,198 @@
 """Activation checkpointing that never runs the ring twice.
 
-Attention is one operator that returns (out, lse); both are kept and everything else is recomputed, so the recompute
-costs the projections and not one byte of communication. It plugs into torch's own non-reentrant checkpointing and
-whatever is built on it; it is no checkpointing of its own. torch's selective checkpointing would do the same, but
-refuses a recompute whose other operators differ from the forward's, and under ZeRO-3 they may: which parameters are
-gathered and freed inside a layer depends on what is still there. What it costs: one hidden state and one fp32 number
-per head and token, kept for each layer. A checkpointed layer must not change attention's output in place.
+Attention is one operator that returns (out, lse). A `Kept` keeps both when a checkpointed layer first runs and hands
+them back when it is recomputed, so that the recompute costs the projections and not one byte of communication. It is no
+checkpointing of its own: it works under any that runs a function again, torch's (reentrant or not), transformers',
+DeepSpeed's. torch's selective checkpointing would do the same in one of these, but refuses a recompute whose other
+operators differ from the forward's, and under ZeRO-3 they may: which parameters are gathered and freed inside a layer
+depends on what is still there. What it costs: one hidden state and one fp32 number per head and token, for each layer,
+in device memory or (`offload`) in the host's. A checkpointed layer must not change attention's output in place.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.operator import OPERATOR
 
 Result = tuple[Tensor, ...]
 """What attention returned: out and lse."""
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+KEYS_WORTH_KEEPING = 512
+"""With fewer keys for each query than this, on average, "auto" runs attention again: see `choose`."""
+
+
+class Choice(NamedTuple):
+    """What becomes of attention's results in a checkpointed layer, and why."""
+
+    value: Literal["attention", "none"]
+    reason: str
+
+
+def choose(asked: Literal["auto", "attention", "none"], keys_per_query: float) -> Choice:
+    """Whether to keep attention's results.
+
+    What is saved grows with the keys that a query sees, what is spent is one hidden state a layer, whatever the length.
+
+    Args:
+        asked: the setting `remat`.
+        keys_per_query: keys that a query sees, on average: area of the mask / tokens.
+    """
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    seen = f"{keys_per_query:.0f} keys a query on average, and {KEYS_WORTH_KEEPING} are worth keeping"
+    return Choice("attention" if keys_per_query >= KEYS_WORTH_KEEPING else "none", seen)
+
+
+class Shelf(Protocol):
+    """Where results lie between forward and backward."""
+
+    def put(self, key: Hashable, result: Result) -> None:
+        """Store a result."""
+
+    def take(self, key: Hashable) -> Result | None:
+        """Give a result back, once; None if there is none."""
+
+
+class InPlace:
+    """Results stay where they are."""
+
+    def __init__(self) -> None:
+        self._results: dict[Hashable, Result] = {}
+
+    def put(self, key: Hashable, result: Result) -> None:
+        """Store a result."""
+        self._results[key] = result
+
+    def take(self, key: Hashable) -> Result | None:
+        """Give a result back, once, so that its memory is free after it."""
+        return self._results.pop(key, None)
+
+
+class InHostMemory:
+    """Results go to the host's memory and come back, on a stream of their own beside the computation.
+
+    Backward wants them in the opposite order of forward: when one is taken, the one before it starts on its way. On a
+    device without streams (the CPU) the copies are plain ones.
+    """
+
+    def __init__(self) -> None:
+        self._away: dict[Hashable, tuple[torch.device, Result]] = {}
+        self._coming: dict[Hashable, Result] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def put(self, key: Hashable, result: Result) -> None:
+        """Start copying a result to pinned memory."""
+        device = result[0].device
+        with self._beside(device, result):
+            self._away[key] = device, tuple(_to_host(x) for x in result)
+
+    def take(self, key: Hashable) -> Result | None:
+        """Wait for a result to be back on its device, and start fetching the one that was put before it."""
+        self._fetch(key)
+        found = self._coming.pop(key, None)
+        if found is not None and self._away:
+            self._fetch(next(reversed(self._away)))
+        if found is not None and found[0].is_cuda:
+            now = torch.cuda.current_stream(found[0].device)
+            now.wait_stream(self._streams[found[0].device])
+            for x in found:
+                x.record_stream(now)
+        return found
+
+    def _fetch(self, key: Hashable) -> None:
+        if key in self._away:
+            device, host = self._away.pop(key)
+            with self._beside(device, ()):
+                self._coming[key] = tuple(x.to(device, non_blocking=True, copy=True) for x in host)
+
+    @contextmanager
+    def _beside(self, device: torch.device, used: Result) -> Iterator[None]:
+        """On the copying stream of a device, after what its computing stream has been asked to do so far."""
+        if device.type != "cuda":
+            yield
+            return
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream.wait_stream(torch.cuda.current_stream(device))
+        for x in used:
+            x.record_stream(stream)
+        with torch.cuda.stream(stream):
+            yield
+
+
+def _to_host(x: Tensor) -> Tensor:
+    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+    return host.copy_(x, non_blocking=True)
+
+
+class Kept:
+    """Attention's results of one run of a model, or of a part of it, for the recompute in its backward.
+
+    While it is open, calls of attention are kept under the names that their callers give; once closed, a call of a
+    kept name gets the result back, once. A call of a name that is not kept (any more) runs: a second backward pass over
+    the same graph is right, and pays for the ring again.
+    """
+
+    def __init__(self, offload: bool = False) -> None:
+        self._shelf: Shelf = InHostMemory() if offload else InPlace()
+        self._closed = False
+
+    def close(self) -> None:
+        """The run is over; what comes now is its recompute."""
+        self._closed = True
+
+    def around(self, name: Hashable) -> AbstractContextManager[object]:
+        """A context for one call of attention (`ring_attention`), which keeps its result or reuses it."""
+        if self._closed:
+            result = self._shelf.take(name)
+            return nullcontext() if result is None else _AtAttention(lambda run: result)
+        return _AtAttention(lambda run: self._keep(name, run()))
+
+    def _keep(self, name: Hashable, result: Result) -> Result:
+        self._shelf.put(name, tuple(x.detach() for x in result))  # not into the graph that the result becomes part of
+        return result
+
+
+def keeping(function: Callable[P, R], offload: bool = False) -> Callable[P, R]:
+    """The function that a checkpoint is given, with attention kept: `checkpoint(keeping(layer), x)`.
+
+    For `torch.utils.checkpoint.checkpoint`, reentrant or not, `deepspeed.checkpointing.checkpoint`, and whatever else
+    runs a function once in forward and again in backward. Wrap it anew for each call.
+
+    Args:
+        function: calls `ring_attention` any number of times, in the same order each time.
+        offload: keep the results in the host's memory instead of the device's.
+    """
+    kept = Kept(offload)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _InOrder(kept):
+            out = function(*args, **kwargs)
+        kept.close()
+        return out
+
+    return run
+
 
 def context_fn() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The `context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.
+    """The `context_fn` for `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`, where only that can be given.
 
-    For transformers: `model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})`, which
-    older versions call `gradient_checkpointing_enable`.
+    Parallelized transformers models need none: they keep attention's results by themselves.
     """
-    kept: deque[Result] = deque()
-
-    def keep(attention: Callable[[], Result]) -> Result:
-        kept.append(attention())
-        return kept[-1]
-
-    def reuse(attention: Callable[[], Result]) -> Result:
-        if not kept:
-            raise UnsupportedError(
-                "a checkpointed layer is recomputed more often than it ran, or calls attention more often than before",
-                fix="Run backward once for each forward; for a second one checkpoint without this context_fn.",
-            )
-        return kept.popleft()  # once, so that memory is free after it
-
-    return _AtAttention(keep), _AtAttention(reuse)
+    kept = Kept()
+    return _InOrder(kept), _InOrder(kept, closing=True)
 
 
 class _AtAttention(TorchDispatchMode):
@@ -54,10 +202,33 @@ class _AtAttention(TorchDispatchMode):
         super().__init__()
         self._then = then
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         def run() -> Any:
             return func(*args, **(kwargs or {}))
 
         return self._then(run) if func is OPERATOR else run()
+
+
+class _InOrder(TorchDispatchMode):
+    """Around a function whose calls of attention come in the same order each time: their names are 0, 1, 2, ..
+
+    Each time it is entered the count begins anew; with `closing`, what comes then is the recompute.
+    """
+
+    def __init__(self, kept: Kept, closing: bool = False) -> None:
+        super().__init__()
+        self._kept, self._closing = kept, closing
+        self._count = itertools.count()
+
+    def __enter__(self) -> _InOrder:
+        self._count = itertools.count()
+        if self._closing:
+            self._kept.close()
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not OPERATOR:
+            return func(*args, **(kwargs or {}))
+        with self._kept.around(next(self._count)):
+            return func(*args, **(kwargs or {}))

@@ -27,6 +27,8 @@ def test_every_setting_can_be_given() -> None:
         "balance_tokens": 1.02,
         "balance_area": 1.1,
         "kernel": "cpu",
+        "remat": "attention",
+        "offload": True,
         "timeout": 5.0,
     }
     assert Settings.parse(block).model_dump() == block
@@ -44,6 +46,8 @@ def test_every_setting_can_be_given() -> None:
         ({"size": 0}, "at least 1"),
         ({"size": 2, "block_tokens": "many"}, 'or "auto"'),
         ({"size": 2, "block_tokens": 0}, "below 1"),
+        ({"size": 2, "remat": "all"}, 'Give "auto", "attention" or "none"'),
+        ({"size": 2, "offload": "yes"}, "Give true or false"),
         ({"size": 2, "timeout": -1.0}, "positive number of seconds"),
         ({"size": 2, "layout": 3}, "a name as a string"),
         ({"size": 6, "heads": 4}, "Give 1 or 2 or 3 or 6"),

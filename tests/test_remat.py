@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,19 +13,35 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from seqpar_ring import executor, remat, ring_attention
-from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.testing import run_lockstep
 
-MODES: dict[str, dict[str, Any] | None] = {
-    "none": None,
-    "recompute": {"use_reentrant": False},
-    "reentrant": {"use_reentrant": True},
-    "attention kept": {"use_reentrant": False, "context_fn": remat.context_fn},
+Mode = Callable[..., Any]
+"""How a layer is called: (layer, *tensors) -> its output."""
+
+
+def deepspeeds(function: Any, *args: Any) -> Any:
+    from deepspeed import checkpointing
+
+    return checkpointing.checkpoint(function, *args)
+
+
+MODES: dict[str, Mode] = {
+    "none": lambda layer, *args: layer(*args),
+    "recompute": partial(checkpoint, use_reentrant=False),
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "context": partial(checkpoint, use_reentrant=False, context_fn=remat.context_fn),
+    "kept": lambda layer, *args: checkpoint(remat.keeping(layer), *args, use_reentrant=False),
+    "kept, reentrant": lambda layer, *args: checkpoint(remat.keeping(layer), *args, use_reentrant=True),
+    "kept, DeepSpeed": lambda layer, *args: deepspeeds(remat.keeping(layer), *args),
+    "kept in host memory": lambda layer, *args: checkpoint(
+        remat.keeping(layer, offload=True), *args, use_reentrant=False
+    ),
 }
+KEPT = [mode for mode in MODES if "kept" in mode or mode == "context"]
 
 
-def train(sp: SequenceParallel, mode: dict[str, Any] | None) -> tuple[list[Tensor], dict[str, int]]:
+def train(sp: SequenceParallel, mode: Mode) -> tuple[list[Tensor], dict[str, int]]:
     """Three layers of projection, attention and a residual; the gradients of the weights, and the bytes sent."""
     plan = sp.plan([13, 6])
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +57,7 @@ def train(sp: SequenceParallel, mode: dict[str, Any] | None) -> tuple[list[Tenso
     sp.reset_report()
     h = x
     for weight in weights:
-        h = layer(h, weight) if mode is None else checkpoint(layer, h, weight, **mode)
+        h = mode(layer, h, weight)
     h.square().sum().backward()
     grads = [sp.groups.ring.all_reduce(w.grad) for w in weights if w.grad is not None]
     return grads, dict(sp.report().bytes_sent)
@@ -46,7 +65,7 @@ def train(sp: SequenceParallel, mode: dict[str, Any] | None) -> tuple[list[Tenso
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_the_same_in_every_mode(mode: str) -> None:
-    plain = run_lockstep(lambda sp: train(sp, None)[0], 3)[0]
+    plain = run_lockstep(lambda sp: train(sp, MODES["none"])[0], 3)[0]
     found = run_lockstep(lambda sp: train(sp, MODES[mode])[0], 3)[0]
     assert len(found) == 3
     for a, b in zip(found, plain, strict=True):
@@ -66,25 +85,78 @@ def test_the_ring_runs_once_a_layer_when_attention_is_kept(monkeypatch: pytest.M
         runs.clear()
         run_lockstep(lambda sp, how=how: train(sp, how), 2)  # type: ignore[misc]
         counts[mode] = len(runs)
-    assert counts == {"none": 2 * 3, "recompute": 2 * 6, "reentrant": 2 * 6, "attention kept": 2 * 3}
+    assert counts == {mode: 2 * (6 if mode in ("recompute", "reentrant") else 3) for mode in MODES}
 
 
 def test_keeping_attention_sends_as_much_as_no_checkpointing() -> None:
     sent = {mode: run_lockstep(lambda sp, how=how: train(sp, how)[1], 3)[1] for mode, how in MODES.items()}  # type: ignore[misc]
-    assert sent["attention kept"] == sent["none"]
+    assert all(sent[mode] == sent["none"] for mode in KEPT)
     assert sent["recompute"]["kv"] > sent["none"]["kv"]
 
 
-def test_a_second_backward_pass_is_refused_by_name() -> None:
-    def twice(sp: SequenceParallel) -> None:
-        plan = sp.plan(6)
-        x = torch.randn(1, 6, 2, 4, dtype=torch.float64, requires_grad=True)
-        loss = checkpoint(ring_attention, x, x, x, plan, **MODES["attention kept"]).square().sum()  # type: ignore[arg-type]
-        loss.backward(retain_graph=True)
-        with pytest.raises(UnsupportedError, match="Run backward once"):
-            loss.backward()
+@pytest.mark.parametrize("mode", ["context", "kept"])
+def test_a_second_backward_pass_is_right_and_runs_the_ring_again(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, runs = executor.forward, []
+    monkeypatch.setattr(executor, "forward", lambda *args: runs.append(1) or forward(*args))
 
-    run_lockstep(twice, 1)
+    def twice(sp: SequenceParallel) -> list[Tensor]:
+        plan = sp.plan(6)
+        x = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(1, 6, 2, 4)
+        x = plan.shard(x).requires_grad_()
+        loss = MODES[mode](lambda h: ring_attention(h, h, h, plan), x).square().sum()
+        grads = []
+        for again in (True, True, False):
+            x.grad = None
+            loss.backward(retain_graph=again)
+            assert x.grad is not None
+            grads.append(x.grad)
+        return grads
+
+    for first, second, third in run_lockstep(twice, 2):
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
+        torch.testing.assert_close(third, first, rtol=0, atol=0)
+    assert len(runs) == 2 * 3  # forward, and the recompute of the second and the third backward
+
+
+def test_results_in_host_memory_come_back_in_any_order_once_each() -> None:
+    shelf = remat.InHostMemory()
+    made = {name: (torch.randn(3), torch.randn(2, 2)) for name in range(4)}
+    for name, result in made.items():
+        shelf.put(name, result)
+    for name in (3, 1, 2, 0):
+        found = shelf.take(name)
+        assert found is not None
+        for a, b in zip(found, made[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            assert a.data_ptr() != b.data_ptr()
+        assert shelf.take(name) is None
+
+
+def test_a_kept_result_is_free_after_its_recompute() -> None:
+    def run(sp: SequenceParallel) -> None:
+        plan, held = sp.plan(6), []
+        x = torch.randn(1, 6, 2, 4, requires_grad=True)
+        keep = remat.InPlace.put
+
+        def watching(shelf: remat.InPlace, name: Hashable, result: remat.Result) -> None:
+            held.extend(weakref.ref(part) for part in result)
+            keep(shelf, name, result)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(remat.InPlace, "put", watching)
+            loss = MODES["kept"](lambda h: ring_attention(h, h, h, plan), x).sum()
+        assert all(part() is not None for part in held)
+        loss.backward()
+        assert [part() for part in held] == [None, None]
+
+    run_lockstep(run, 1)
+
+
+def test_auto_keeps_attention_from_the_length_on_where_it_pays() -> None:
+    value, reason = remat.choose("auto", 3.4)
+    assert (value, reason) == ("none", "3 keys a query on average, and 512 are worth keeping")
+    assert remat.choose("auto", 512.0).value == "attention"
+    assert remat.choose("none", 1e6) == ("none", "asked for")
 
 
 def test_what_else_a_layer_does_may_differ_in_the_recompute_as_under_zero_3() -> None:
@@ -100,7 +172,7 @@ def test_what_else_a_layer_does_may_differ_in_the_recompute_as_under_zero_3() ->
             assert isinstance(out, Tensor)
             return out
 
-        checkpoint(layer, x, **(MODES["attention kept"] or {})).square().sum().backward()
+        MODES["context"](layer, x).square().sum().backward()
         assert len(runs) == 2
         assert x.grad is not None
         return plan.gather(x.grad)

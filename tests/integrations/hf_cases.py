@@ -140,11 +140,12 @@ def ddp_step(sp: SequenceParallel, family: str, batch: Batch) -> Step:
 
 
 def turn_on(model: Any, checkpointing: str) -> None:
-    """Activation checkpointing: "" none, "plain" transformers' own, "kept" with attention's results kept."""
+    """transformers' activation checkpointing: "" none, "reentrant", "plain", "context" with our `context_fn`."""
     if checkpointing:
-        keep = {"context_fn": remat.context_fn} if checkpointing == "kept" else {}
+        keep = {"context_fn": remat.context_fn} if checkpointing == "context" else {}
         name = "activation_checkpointing_enable"  # before transformers 5.20 or so:
-        getattr(model, name, model.gradient_checkpointing_enable)({"use_reentrant": False, **keep})
+        enable = getattr(model, name, model.gradient_checkpointing_enable)
+        enable({"use_reentrant": checkpointing == "reentrant", **keep})
 
 
 def worst(found: Step, expected: Step) -> tuple[float, float, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import ds_cases
 
-from seqpar_ring import SequenceParallel, executor, remat
+from seqpar_ring import SequenceParallel, executor
 
 
 def step(sp: SequenceParallel, stage: int, mode: str) -> tuple[list[float], int]:
@@ -16,15 +16,14 @@ def step(sp: SequenceParallel, stage: int, mode: str) -> tuple[list[float], int]
 
     model = ds_cases.model()
     if mode != "none":
-        kept: dict[str, Any] = {"context_fn": remat.context_fn} if mode == "kept" else {}
-        model.activation_checkpointing_enable({"use_reentrant": False, **kept})
+        model.activation_checkpointing_enable({"use_reentrant": "reentrant" in mode})
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ds_cases.ACCUMULATION,
         "zero_optimization": {"stage": stage, **ds_cases.SMALL},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "seqpar_ring": {"size": sp.world_size},
+        "seqpar_ring": {"size": sp.world_size, "remat": "attention" if "kept" in mode else "none"},
     }
     optimizer = ds_cases.optimizer_of("sgd", model.parameters())
     engine = initialize(model=model, optimizer=optimizer, config=config)[0]

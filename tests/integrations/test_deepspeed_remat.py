@@ -9,12 +9,13 @@ import remat_cases
 from seqpar_ring.testing import RankPool
 
 LAYERS = 2
+MODES = ("none", "recompute", "kept", "kept, reentrant")
 PASSES = 2 * ds_cases.ACCUMULATION
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_ring_runs_once_a_layer_and_training_is_the_same(pool2: RankPool, stage: int) -> None:
-    found = {mode: pool2.run(remat_cases.step, stage, mode) for mode in ("none", "recompute", "kept")}
+    found = {mode: pool2.run(remat_cases.step, stage, mode) for mode in MODES}
     plain = found["none"][0][0]
     for mode, by_rank in found.items():
         for losses, runs in by_rank:

@@ -28,7 +28,7 @@ from seqpar_ring.integrations.transformers import NAME, parallelize, register
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from seqpar_ring import SequenceParallel, executor
+from seqpar_ring import SequenceParallel, executor, remat
 from seqpar_ring.testing import RankPool, run_lockstep
 
 GRAD, LOSS = 1e-5, 1e-6
@@ -144,10 +144,22 @@ def test_micro_batches_with_a_count_of_targets_make_one_step() -> None:
         assert_same_step(found, one_process(base, *batches), GRAD, LOSS)
 
 
-@pytest.mark.parametrize(("checkpointing", "runs"), [("", 1), ("kept", 1), ("plain", 2)])
+@pytest.mark.parametrize(
+    ("checkpointing", "setting", "runs"),
+    [
+        ("", "attention", 1),
+        ("plain", "attention", 1),
+        ("reentrant", "attention", 1),
+        ("context", "none", 1),
+        ("context", "attention", 1),
+        ("plain", "none", 2),
+        ("reentrant", "none", 2),
+        ("plain", "auto", 2),  # so short that keeping does not pay
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activation_checkpointing_keeps_the_step_and_with_our_context_the_ring_runs_once(
-    family: str, checkpointing: str, runs: int, monkeypatch: pytest.MonkeyPatch
+def test_activation_checkpointing_keeps_the_step_and_runs_the_ring_once_where_attention_is_kept(
+    family: str, checkpointing: str, setting: str, runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, batch, ran = build(family), BATCHES["packed documents"](), []
     forward = executor.forward
@@ -158,20 +170,69 @@ def test_activation_checkpointing_keeps_the_step_and_with_our_context_the_ring_r
         turn_on(model, checkpointing)
         return step(sp, model, batch)
 
-    for found in run_lockstep(run, 2):
+    for found in run_lockstep(run, 2, remat=setting, offload=family == "Qwen3"):
         assert_same_step(found, one_process(base, batch), GRAD, LOSS)
     assert len(ran) == 2 * base.config.num_hidden_layers * runs
 
 
-def test_with_our_context_recomputing_sends_nothing_over_gloo(pool2: RankPool) -> None:
+def test_every_other_layer_may_be_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, batch, ran = build("Llama"), BATCHES["one odd document"](), []
+    forward = executor.forward
+    monkeypatch.setattr(executor, "forward", lambda *args: ran.append(1) or forward(*args))
+
+    def run(sp: SequenceParallel) -> Step:
+        model = parallelize(copy.deepcopy(base), sp)
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
+        return step(sp, model, batch)
+
+    assert_same_step(run_lockstep(run, 2, remat="attention")[0], one_process(base, batch), GRAD, LOSS)
+    assert len(ran) == 2 * base.config.num_hidden_layers
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, of a checkpoint in evaluation
+def test_evaluation_without_gradients_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training mode too, where a reentrant checkpoint's first run is also without gradients."""
+    base, kept = build("Llama"), []
+    put = remat.InPlace.put
+    monkeypatch.setattr(remat.InPlace, "put", lambda *args: kept.append(1) or put(*args))
+
+    def run(sp: SequenceParallel) -> None:
+        model = parallelize(copy.deepcopy(base), sp)
+        turn_on(model, "reentrant")
+        with torch.no_grad():
+            model(**BATCHES["one odd document"]())
+        assert not kept
+        model(**BATCHES["one odd document"]())
+        assert len(kept) == base.config.num_hidden_layers
+
+    run_lockstep(run, 1, remat="attention")
+
+
+def test_two_batches_in_flight_each_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, batches = build("Llama"), [packed([19], seed=1), packed([5, 12], seed=2)]
+
+    def run(sp: SequenceParallel) -> Step:
+        model = parallelize(copy.deepcopy(base), sp)
+        turn_on(model, "plain")
+        items = sp.count_targets(batches)
+        losses = [model(**batch, num_items_in_batch=items).loss for batch in batches]
+        for loss in losses:  # the first batch's backward comes after the second's forward
+            loss.backward()
+        return sum(loss.item() for loss in losses), averaged(sp, model)
+
+    for found in run_lockstep(run, 2, remat="attention"):
+        assert_same_step(found, one_process(base, *batches), GRAD, LOSS)
+
+
+def test_with_attention_kept_recomputing_sends_nothing_over_gloo(pool2: RankPool) -> None:
     batch = BATCHES["one odd document"]()
     sent = {}
-    for checkpointing in ("", "kept", "plain"):
-        results = pool2.run(sharded_step, "Llama", batch, torch.float32, checkpointing)
+    for checkpointing, setting in (("", "none"), ("plain", "attention"), ("reentrant", "attention"), ("plain", "none")):
+        results = pool2.run(sharded_step, "Llama", batch, torch.float32, checkpointing, remat=setting)
         assert_same_step(results[0][:2], one_process(build("Llama"), batch), GRAD, LOSS)
-        sent[checkpointing] = [kv for _, _, kv in results]
-    assert sent["kept"] == sent[""]
-    assert all(more == 1.5 * kv > 0 for more, kv in zip(sent["plain"], sent[""], strict=True))
+        sent[checkpointing, setting] = [kv for _, _, kv in results]
+    assert sent["plain", "attention"] == sent["reentrant", "attention"] == sent["", "none"]
+    assert all(more == 1.5 * kv > 0 for more, kv in zip(sent["plain", "none"], sent["", "none"], strict=True))
 
 
 def test_a_batch_that_shard_batch_made_gives_the_same_numbers_as_the_whole_batch() -> None:
