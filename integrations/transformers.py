@@ -23,6 +23,7 @@ from seqpar_ring.errors import BatchError, SeqparError, UnsupportedError, Versio
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
 from seqpar_ring.remat import Kept, choose
+from seqpar_ring.tiling import set_tiles, tiles
 
 try:
     import transformers
@@ -34,6 +35,7 @@ except ImportError as error:
         error=str(error),
     ) from error
 
+from . import transformers_head as head
 from . import transformers_rules as rules
 from .transformers_rules import Calls
 
@@ -84,10 +86,11 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
             model=type(model).__name__,
             error=str(found),
         ) from found
-    adapter = _Adapter(sp)
+    adapter = _Adapter(sp, model)
     hf.loss_function = adapter.loss
     hf.register_forward_pre_hook(adapter.before, with_kwargs=True)
     hf.register_forward_hook(adapter.after, with_kwargs=True)
+    hf.base_model.register_forward_hook(adapter.see, with_kwargs=True)
     return model
 
 
@@ -100,9 +103,10 @@ def register() -> None:
 class _Adapter:
     """What one parallelized model holds: the sequence group, the two hooks and the loss."""
 
-    def __init__(self, sp: SequenceParallel) -> None:
+    def __init__(self, sp: SequenceParallel, model: nn.Module) -> None:
         self.sp = sp
-        self._checked: set[bool] = set()
+        self._checked: set[object] = set()
+        self._mlps = [] if sp.settings.mlp == "whole" else head.tile_mlps(model)
 
     def before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -121,14 +125,38 @@ class _Adapter:
             batch = self.sp.shard_batch(batch)
         rules.check_shares(batch[PLAN_KEY])
         # Whether a layer is checkpointed is not asked: a result that its graph holds anyway costs nothing to keep.
-        kept = Kept(self.sp.settings.offload) if torch.is_grad_enabled() else None
-        return (), {**batch, "use_cache": False, CALLS_KEY: Calls(kept=kept)}
+        calls = Calls(kept=Kept(self.sp.settings.offload) if torch.is_grad_enabled() else None)
+        batch = {**self._cut(model, batch, calls), "use_cache": False}
+        return (), {**batch, CALLS_KEY: calls}
+
+    def _cut(self, model: nn.Module, batch: dict[str, Any], calls: Calls) -> dict[str, Any]:
+        """Settle in how many tiles MLPs and head compute: as many on every rank, as tiles may gather parameters."""
+        settings, tokens = self.sp.settings, max(batch[PLAN_KEY].documents.sizes) * batch["position_ids"].shape[0]
+        if not self._mlps and (batch.get("labels") is None or settings.logits == "whole"):
+            return batch
+        most = self.sp.most(tokens)
+        for module in self._mlps:
+            set_tiles(module, tiles(most, 0, settings.mlp).number)
+        if batch.get("labels") is not None:
+            calls.tiles = head.choose(model, most, settings.logits).number
+        if calls.tiles == 1:
+            return batch
+        calls.head = head.Cut(model)
+        return {**batch, "logits_to_keep": 1}
+
+    def see(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook of the base model: where the head runs in tiles, what it is given."""
+        calls = kwargs.get(CALLS_KEY)
+        if calls is not None and calls.head is not None:
+            calls.head.hidden_BSC = output[0]
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: at the first forward, and the first with labels, see that attention and loss were ours."""
         labelled, calls = kwargs.get("labels") is not None, kwargs[CALLS_KEY]
         if calls.kept is not None:
             calls.kept.close()
+        if calls.tiles > 1:
+            output.logits = None  # of one token: better none than a few
         if labelled in self._checked:
             return
         problem: SeqparError | None = None
@@ -151,7 +179,14 @@ class _Adapter:
             )
         calls.loss += 1
         items = kwargs.get("num_items_in_batch")
-        return self.sp.loss(logits, shifted.to(logits.device), plan, num_items=None if items is None else int(items))
+        num_items, shifted = None if items is None else int(items), shifted.to(logits.device)
+        if calls.tiles == 1:
+            return self.sp.loss(logits, shifted, plan, num_items=num_items)
+        cut, calls.head = calls.head, None
+        if "head" not in self._checked:
+            self.sp.agree("the head in tiles", {}, cut.difference(logits))
+            self._checked.add("head")
+        return self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, tiles=calls.tiles, num_items=num_items)
 
 
 def _attend(  # noqa: PLR0913 - the signature that transformers calls

@@ -61,12 +61,15 @@ DECODE = (
 
 @dataclass
 class Calls:
-    """What one forward did: calls of attention, those of them with a window, calls of the loss; and what it keeps."""
+    """What one forward did: calls of attention, those of them with a window, calls of the loss. And what it keeps:
+    attention's results, the number of tiles of its head, and that head where there are more than one."""
 
     attention: int = 0
     windowed: int = 0
     loss: int = 0
     kept: Kept | None = None
+    tiles: int = 1
+    head: Any = None
 
     def tally(self) -> dict[str, object]:
         """The counts, by name."""

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seqpar_ring.errors import ConfigError, did_you_mean
 
+TOKEN_COUNTS = {"block_tokens": "auto", "logits": "whole", "mlp": "whole"}
+"""Settings that are a number of tokens, and what stands for all of a rank's."""
+
 
 class Settings(BaseModel):
     """What the user asks for. Every field has a default but `size`.
@@ -33,6 +36,9 @@ class Settings(BaseModel):
         remat: what becomes of attention in a checkpointed layer of a transformers model: its result is kept
             ("attention"), it runs again ("none"), or that is chosen by the length of the documents ("auto").
         offload: whether results that are kept wait in the host's memory instead of the device's.
+        logits: tokens whose logits exist at a time in the loss of a transformers model: all of a rank's ("whole"), so
+            many, or as few as keep them small ("auto").
+        mlp: tokens that the MLPs of a transformers model work on at a time; "whole": all of a rank's.
         timeout: seconds after which a rank that waits for another gives up with an error.
     """
 
@@ -50,6 +56,8 @@ class Settings(BaseModel):
     kernel: str = "auto"
     remat: Literal["auto", "attention", "none"] = "auto"
     offload: bool = False
+    logits: int | Literal["auto", "whole"] = "auto"
+    mlp: int | Literal["whole"] = "whole"
     timeout: float = Field(default=600.0, gt=0)
 
     @classmethod
@@ -78,12 +86,11 @@ class Settings(BaseModel):
             settings = cls(**block)
         except ValidationError as error:
             raise _readable(error, block, where) from None
-        if isinstance(settings.block_tokens, int) and settings.block_tokens < 1:
-            raise ConfigError(
-                f"{where} has a block_tokens below 1",
-                fix='Give a positive number of tokens, or "auto" for a whole rank\'s block in one message.',
-                block_tokens=settings.block_tokens,
-            )
+        for key, otherwise in TOKEN_COUNTS.items():
+            value = getattr(settings, key)
+            if isinstance(value, int) and value < 1:
+                fix = f'Give a positive number of tokens, or "{otherwise}" for all of a rank\'s.'
+                raise ConfigError(f"{where} has a {key} below 1", fix=fix, **{key: value})
         settings._check_degrees(where)
         return settings
 
@@ -141,5 +148,7 @@ def _expected(key: str) -> str:
         "block_tokens": 'a whole number of tokens, or "auto"',
         "remat": '"auto", "attention" or "none"',
         "offload": "true or false",
+        "logits": 'a whole number of tokens, "auto" or "whole"',
+        "mlp": 'a whole number of tokens, or "whole"',
         "timeout": "a positive number of seconds",
     }.get(key, "a name as a string")

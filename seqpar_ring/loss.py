@@ -3,7 +3,7 @@
 A mean of per-rank means is wrong as soon as ranks hold unequal numbers of targets, and with sharded documents they
 do. Here the sum over all ranks is divided by the count over all ranks, and the backward is scaled so that averaging
 gradients over all ranks of the world, as DDP and ZeRO do, gives the very gradient of one device. Reduction and
-scaling only; the model's head and its memory are not handled here.
+scaling only; the model's head and its memory are `tiling`'s.
 """
 
 from __future__ import annotations
@@ -52,17 +52,32 @@ def token_mean(
             logits=tuple(logits_BSV.shape),
             labels=tuple(labels_BS.shape),
         )
+    wide = logits_BSV if logits_BSV.dtype is torch.float64 else logits_BSV.float()
+    flat = labels_BS.reshape(-1)
+    by_token = wide.reshape(flat.numel(), wide.shape[-1])
+    local = functional.cross_entropy(by_token, flat, ignore_index=IGNORED, reduction="sum")
+    return mean_of_sums(local, labels_BS, everyone, num_items=num_items, accumulation=accumulation)
+
+
+def mean_of_sums(
+    local: Tensor, labels_BS: Tensor, everyone: Transport, *, num_items: int | None = None, accumulation: int = 1
+) -> Tensor:
+    """The same of a sum that is computed already, for instance in tiles. Collective over the world.
+
+    Args:
+        local: cross entropy summed over this rank's targets; a scalar in fp32 or fp64.
+        labels_BS: this rank's targets, of which those are counted that are not -100.
+        everyone, num_items, accumulation: as in `token_mean`.
+
+    Returns, Raises: as `token_mean`.
+    """
     if accumulation != 1 and num_items is None:
         raise PlanError(
             "accumulation without num_items has nothing to weigh by",
             fix="Give num_items, the targets of the whole optimizer step (count_targets), or leave accumulation out.",
             accumulation=accumulation,
         )
-    wide = logits_BSV if logits_BSV.dtype is torch.float64 else logits_BSV.float()
-    flat = labels_BS.reshape(-1)
-    by_token = wide.reshape(flat.numel(), wide.shape[-1])
-    local = functional.cross_entropy(by_token, flat, ignore_index=IGNORED, reduction="sum")
-    targets = (flat != IGNORED).sum()
+    targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
     count = int(seen) if num_items is None else int(num_items)
     if count < 1:

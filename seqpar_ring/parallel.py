@@ -6,7 +6,7 @@ current plan, and decides nothing about attention: that is the plan's and the ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from seqpar_ring import batch as edge
 from seqpar_ring import groups as process_groups
 from seqpar_ring import kernels
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import BatchError, ConfigError, SeqparError, did_you_mean
+from seqpar_ring.errors import BatchError, ConfigError, PlanError, SeqparError, did_you_mean
 from seqpar_ring.geometry import Mask
 from seqpar_ring.groups import Groups
 from seqpar_ring.layout import LAYOUTS
-from seqpar_ring.loss import token_mean
+from seqpar_ring.loss import mean_of_sums, token_mean
 from seqpar_ring.plan import Documents, Plan
 from seqpar_ring.schedule import BUILDERS
+from seqpar_ring.tiling import summed_cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -208,6 +209,43 @@ class SequenceParallel:
         return token_mean(
             logits_BSV, labels_BS, self.groups.everyone, num_items=num_items, accumulation=accumulation
         )
+
+    def tiled_loss(
+        self,
+        hidden_BSC: Tensor,
+        head: Callable[[Tensor], Tensor],
+        labels_BS: Tensor,
+        *,
+        tiles: int,
+        num_items: int | None = None,
+        accumulation: int = 1,
+    ) -> Tensor:
+        """The same loss without the logits of all of a rank's tokens: they are made tile by tile, again in backward.
+
+        Args:
+            hidden_BSC: what the head is given, this rank's tokens.
+            head: from hidden states (1, n, C) to logits (1, n, V); a module, say. n may be 0.
+            labels_BS, num_items, accumulation: as for `loss`.
+            tiles: number of tiles, the same on all ranks: `seqpar_ring.tiling.tiles(self.most(tokens), V).number`.
+        """
+        if hidden_BSC.shape[:-1] != labels_BS.shape:
+            raise PlanError(
+                "hidden states and labels differ in shape",
+                fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
+                hidden=tuple(hidden_BSC.shape),
+                labels=tuple(labels_BS.shape),
+            )
+        local = summed_cross_entropy(hidden_BSC, labels_BS, head, tiles, edge.IGNORED)
+        return mean_of_sums(local, labels_BS, self.groups.everyone, num_items=num_items, accumulation=accumulation)
+
+    def most(self, tokens: int) -> int:
+        """The largest of a number over all ranks, where that is the same within a sequence group. Collective."""
+        if self.data_size == 1:
+            return tokens
+        everyone = self.groups.everyone
+        mine = torch.zeros(everyone.world, dtype=torch.int64)
+        mine[everyone.rank] = tokens
+        return int(everyone.all_reduce(mine).max())
 
     def count_targets(self, batches: Iterable[Mapping[str, Any]]) -> int:
         """Targets in these whole micro-batches over all data ranks: `num_items` of their optimizer step. Collective.

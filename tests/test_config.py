@@ -29,6 +29,8 @@ def test_every_setting_can_be_given() -> None:
         "kernel": "cpu",
         "remat": "attention",
         "offload": True,
+        "logits": 1024,
+        "mlp": "whole",
         "timeout": 5.0,
     }
     assert Settings.parse(block).model_dump() == block
@@ -48,6 +50,8 @@ def test_every_setting_can_be_given() -> None:
         ({"size": 2, "block_tokens": 0}, "below 1"),
         ({"size": 2, "remat": "all"}, 'Give "auto", "attention" or "none"'),
         ({"size": 2, "offload": "yes"}, "Give true or false"),
+        ({"size": 2, "logits": "few"}, 'Give a whole number of tokens, "auto" or "whole"'),
+        ({"size": 2, "mlp": 0}, "mlp below 1"),
         ({"size": 2, "timeout": -1.0}, "positive number of seconds"),
         ({"size": 2, "layout": 3}, "a name as a string"),
         ({"size": 6, "heads": 4}, "Give 1 or 2 or 3 or 6"),
