@@ -15,7 +15,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         raise _unknown_version("deepspeed lacks arguments of initialize, or functions, that are needed here", missing)
     given = signature.bind(*args, **kwargs).arguments
     config = _config(given)
+    ready = _group_of(given.get("model"))
+    if ready is not None and config is not None:
+        return _with_group(ready, given, config, original)
     if config is None or BLOCK not in config:
         _refuse_misspelt(config or {})
         _forget_earlier_engine()
@@ -142,11 +145,41 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         from .transformers import parallelize
 
         parallelize(given["model"], sp)
+    return _engine(sp, given, original)
+
+
+def _engine(sp: SequenceParallel, given: dict[str, Any], original: Callable[..., Any]) -> tuple[Any, Any, Any, Any]:
+    """The engine, to which the sequence group is hidden."""
     alone = [dist.new_group([rank]) for rank in range(sp.world_size)][sp.groups.global_rank]
     given["mpu"] = HiddenSequenceGroup(sp, alone)
     engine, *rest = original(**given)
     engine.seqpar_ring = sp
     return (engine, *rest)
+
+
+def _with_group(
+    sp: SequenceParallel, given: dict[str, Any], config: dict[str, Any], original: Callable[..., Any]
+) -> tuple[Any, Any, Any, Any]:
+    """The engine of a model that is parallelized already, as Trainer's is; a block must say the same."""
+    block = {key: value for key, value in config.items() if key != BLOCK}
+    if BLOCK in config and Settings.parse(config[BLOCK]) != sp.settings:
+        raise ConfigError(
+            f'the model was parallelized with other settings than the "{BLOCK}" block says',
+            fix="Leave the block out, or parallelize the model with its settings.",
+            block=config[BLOCK],
+            model=sp.settings,
+        )
+    _refuse_other_splits(given, config)
+    sizes = [config.get(key) for key in BATCH_KEYS]
+    name = "config_params" if given.get("config_params") is not None else "config"
+    if name == "config_params" and all(isinstance(size, int) for size in sizes):
+        # accelerate, which alone still uses this argument, takes every rank for a data rank when it fills in "auto"
+        total, *others = (int(size or 0) for size in sizes)
+        if total == math.prod(others) * sp.world_size:
+            block[BATCH_KEYS[0]] = math.prod(others) * sp.data_size
+    given[name] = block
+    sp.groups.everyone.agree("the DeepSpeed config", {}, _wrong_batch_sizes(block, sp))
+    return _engine(sp, given, original)
 
 
 def install() -> None:
@@ -255,6 +288,15 @@ def _wrong_batch_sizes(config: Mapping[str, Any], sp: SequenceParallel) -> Seqpa
         data_ranks=sp.data_size,
         world=sp.world_size,
     )
+
+
+def _group_of(model: Any) -> SequenceParallel | None:
+    """The sequence group that a transformers model was parallelized with before."""
+    if not _holds_transformers(model):
+        return None
+    from .transformers import group_of
+
+    return group_of(model)
 
 
 def _holds_transformers(model: Any) -> bool:

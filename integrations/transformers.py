@@ -70,12 +70,12 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
         DisagreementError: the ranks hold different models.
     """
     problem: SeqparError | None = None
-    hf: Any = model
+    hf: Any = _bare(model)
     try:
-        rules.check_model(model, already=_adapted(model))
+        rules.check_model(hf, already=_adapted(hf))
     except SeqparError as found:
         problem = found
-    sp.groups.everyone.agree("parallelize", _record(model), problem)
+    sp.groups.everyone.agree("parallelize", _record(hf), problem)
     register()
     try:
         hf.set_attn_implementation(NAME)
@@ -83,15 +83,22 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
         raise UnsupportedError(
             "the model does not take another attention implementation",
             fix="Use a family whose attention goes through transformers' AttentionInterface.",
-            model=type(model).__name__,
+            model=type(hf).__name__,
             error=str(found),
         ) from found
-    adapter = _Adapter(sp, model)
+    adapter = _Adapter(sp, hf)
     hf.loss_function = adapter.loss
     hf.register_forward_pre_hook(adapter.before, with_kwargs=True)
     hf.register_forward_hook(adapter.after, with_kwargs=True)
     hf.base_model.register_forward_hook(adapter.see, with_kwargs=True)
     return model
+
+
+def group_of(model: Any) -> SequenceParallel | None:
+    """The sequence group that a model, or one inside it, was parallelized with; None if it was not."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    adapters = (getattr(getattr(one, "loss_function", None), "__self__", None) for one in modules)
+    return next((adapter.sp for adapter in adapters if isinstance(adapter, _Adapter)), None)
 
 
 def register() -> None:
@@ -276,6 +283,26 @@ def _expect_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
             "To evaluate, call model.eval() or use torch.no_grad().",
             keys=sorted(batch),
         )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, which calls it as any other caller does; else the model itself.
+
+    Raises:
+        UnsupportedError: PEFT prepends trained tokens or keys to the sequence.
+    """
+    bare = getattr(model, "get_base_model", None)
+    configs = getattr(model, "peft_config", None)
+    if bare is None or not isinstance(configs, Mapping):
+        return model
+    if any(getattr(one, "is_prompt_learning", False) for one in configs.values()):
+        raise UnsupportedError(
+            "PEFT's prompt learning adds tokens or keys that are in no batch, so they cannot be sharded",
+            fix="Use LoRA or another method that changes layers only.",
+            peft_type=sorted(str(one.peft_type) for one in configs.values()),
+        )
+    found: nn.Module = bare()
+    return found
 
 
 def _adapted(model: nn.Module) -> bool:

@@ -1,0 +1,295 @@
+"""transformers' Trainer and TRL's SFTTrainer over sequence groups: `ring(Trainer, size=4)` is a Trainer class.
+
+What is overridden, and why: the data loaders, so that the ranks of a group get the same batch; the count of targets, so
+that it is theirs and not the world's; the loss, since the model's is the mean over the world already; the gathering of
+evaluation losses, once for each group; and the size of the batch as Trainer reports it. The model is parallelized after
+Trainer has taken it (and PEFT has wrapped it). Private names are few, stand in `NEEDED`, and are looked for when the
+class is made. No training loop of its own; no metrics that need the logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import BatchError, ConfigError, UnsupportedError, VersionError
+from seqpar_ring.parallel import SequenceParallel
+
+from .transformers import parallelize
+
+try:
+    import transformers
+    from accelerate.data_loader import prepare_data_loader
+except ImportError as error:
+    raise VersionError(
+        "accelerate is missing, or too old", fix='Install it: pip install "seqpar-ring[trainer]".', error=str(error)
+    ) from error
+
+NEEDED = (
+    *("__init__", "create_accelerator_and_postprocess", "compute_loss", "prediction_step", "get_cp_size"),
+    *("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader", "_get_num_items_in_batch"),
+)
+"""Methods of a Trainer that are overridden here."""
+
+REFUSED = {
+    "model_init": "makes models that nobody could parallelize. Give the model itself.",
+    "compute_loss_func": "would see the logits of a rank's tokens only. Leave it out: the loss is the token mean.",
+    "compute_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out: there is the loss.",
+    "preprocess_logits_for_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out.",
+}
+"""Arguments of a Trainer that could not be exact, and why."""
+
+T = TypeVar("T", bound=type)
+
+
+def ring(trainer: T, size: int | None = None, **settings: Any) -> T:
+    """A Trainer class that trains over sequence groups: use it as the one it is made of.
+
+    Args:
+        trainer: transformers' Trainer, TRL's SFTTrainer, or a class derived from them.
+        size: ranks that share a sequence; if not given, the "seqpar_ring" block of the DeepSpeed config says it.
+        **settings: as for `seqpar_ring.Settings`.
+
+    Returns:
+        A class derived from `trainer`. Its instances have `seqpar`, the SequenceParallel.
+
+    Raises:
+        ConfigError: an unknown or wrong setting.
+        VersionError: a transformers without what is overridden here.
+        When an instance is made: UnsupportedError for arguments that cannot be exact.
+    """
+    missing = [name for name in NEEDED if not hasattr(trainer, name)]
+    if missing or not isinstance(trainer, type):
+        raise VersionError(
+            "the class lacks methods of transformers' Trainer that are needed here",
+            fix="Give Trainer or SFTTrainer; this was tested with transformers 5.23 and TRL 1.16.",
+            given=getattr(trainer, "__name__", trainer),
+            missing=missing,
+            transformers=transformers.__version__,
+        )
+    if size is None and settings:
+        raise ConfigError("settings without a size", fix="Give size: the ranks that share a sequence.", **settings)
+    asked = None if size is None else Settings.parse({"size": size, **settings})
+    body = {"_seqpar_settings": asked, "__doc__": trainer.__doc__}
+    made: Any = type(f"Ring{trainer.__name__}", (_Ring, trainer), body)
+    return made  # type: ignore[no-any-return]
+
+
+def data_loader(loader: DataLoader[Any], sp: SequenceParallel, device: torch.device | str | None = None) -> Any:
+    """A data loader for a plain loop with accelerate: the ranks of a group get the same batches, data ranks others.
+
+    Use it in place of `accelerator.prepare(loader)`.
+    """
+    where = torch.device(device) if device is not None else None
+    put = where is not None
+    return prepare_data_loader(loader, where, sp.data_size, sp.data_rank, put_on_device=put, dispatch_batches=False)
+
+
+@dataclass(frozen=True)
+class _DataRanks:
+    """What accelerate reads of a device mesh to deal out batches: `size` ranks of a group get the same ones.
+
+    For that it knows the names "tp" and "dp_replicate", whatever is parallel there.
+    """
+
+    sizes: Mapping[str, int]
+
+    @property
+    def mesh_dim_names(self) -> tuple[str, ...]:
+        return tuple(self.sizes)
+
+    def __getitem__(self, name: str) -> _DataRanks:
+        return _DataRanks({name: self.sizes[name]})
+
+    def size(self) -> int:
+        (number,) = self.sizes.values()
+        return number
+
+
+class _Ring:
+    """Mixed into a Trainer class by `ring`."""
+
+    _seqpar_settings: Settings | None = None
+    seqpar: SequenceParallel
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super().__init__
+        given = inspect.signature(own).bind_partial(*args, **kwargs).arguments
+        _check(given)
+        own(*args, **kwargs)
+        me: Any = self
+        if self.seqpar.world_size != me.args.world_size:
+            raise ConfigError("Trainer and torch.distributed differ in the world", fix="Start it with torchrun.")
+        parallelize(me.model, self.seqpar)
+        me.model_accepts_loss_kwargs = True
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer does; then the sequence groups, on the ranks that accelerate has set up."""
+        me: Any = self
+        block = _block(me.args)
+        asked = self._seqpar_settings or block
+        if asked is None:
+            raise ConfigError(
+                "nobody says how many ranks share a sequence",
+                fix='Give ring(Trainer, size=..), or a "seqpar_ring" block in the DeepSpeed config.',
+            )
+        if block is not None and block != asked:
+            raise ConfigError(
+                'ring(..) and the "seqpar_ring" block of the DeepSpeed config differ',
+                fix="Say it in one place.",
+                arguments=asked,
+                block=block,
+            )
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self.seqpar = SequenceParallel(**asked.model_dump())
+        me.gather_function = self._gather_of_data_ranks
+        if me.is_deepspeed_enabled:
+            from .deepspeed import install
+
+            install()  # the engine is made by accelerate, through deepspeed.initialize
+
+    def get_cp_size(self) -> int:
+        """Ranks that share a batch, as Trainer counts them for the size of the whole batch."""
+        return self.seqpar.size
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's; the ranks of a group get the same batches."""
+        with self._dealt_to_groups():
+            return super().get_train_dataloader()  # type: ignore[misc]
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the ranks of a group get the same batches."""
+        with self._dealt_to_groups():
+            return super().get_eval_dataloader(*args, **kwargs)  # type: ignore[misc]
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the ranks of a group get the same batches."""
+        with self._dealt_to_groups():
+            return super().get_test_dataloader(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> int | None:
+        """Targets of the whole optimizer step over all data ranks, none of them across the border of two documents.
+
+        Raises:
+            DisagreementError: a data rank has fewer micro-batches than another; on every rank.
+        """
+        everyone = self.seqpar.groups.everyone
+        labelled = all("labels" in batch for batch in batch_samples)
+        record = {"micro-batches of this step": len(batch_samples), "labels": labelled}
+        everyone.agree("the data loaders", record)
+        return self.seqpar.count_targets(batch_samples) if batch_samples and labelled else None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss, which is the token mean over the world already: nothing is scaled again."""
+        weigh = {} if num_items_in_batch is None else {"num_items_in_batch": int(num_items_in_batch)}
+        outputs = model(**inputs, **weigh)
+        if outputs.loss is None:
+            raise BatchError("a batch has no labels to compute a loss of", fix="Give labels.", keys=sorted(inputs))
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of an evaluation batch.
+
+        Raises:
+            UnsupportedError: logits are wanted.
+        """
+        if not prediction_loss_only:
+            raise UnsupportedError(
+                "predictions need the logits of whole sequences, which no rank holds",
+                fix="Use evaluate() for the loss, or save the model and predict in one process.",
+            )
+        me: Any = self
+        with torch.no_grad(), me.compute_loss_context_manager():
+            loss = self.compute_loss(model, me._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    @contextmanager
+    def _dealt_to_groups(self) -> Iterator[None]:
+        """While a data loader is made, accelerate takes the ranks of a group for one."""
+        me: Any = self
+        state = me.accelerator.state
+        before = getattr(state, "device_mesh", None)
+        state.device_mesh = _DataRanks({"dp_replicate": self.seqpar.data_size, "tp": self.seqpar.size})
+        try:
+            yield
+        finally:
+            state.device_mesh = before
+
+    def _gather_of_data_ranks(self, losses: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Evaluation losses of all data ranks, once each; without the samples that fill up the last batch."""
+        me: Any = self
+        every = me.accelerator.gather(losses).reshape(self.seqpar.world_size, -1)
+        found: Tensor = every[:: self.seqpar.size].flatten()
+        left = me.accelerator.gradient_state.remainder
+        last = me.accelerator.gradient_state.end_of_dataloader
+        return found[:left] if last and left > 0 else found
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a Trainer that could not be exact, before it has done any work.
+
+    Raises:
+        UnsupportedError, ConfigError: with the argument's name and what to do.
+    """
+    for name, why in REFUSED.items():
+        if given.get(name) is not None:
+            raise UnsupportedError(f"{name} {why.split('. ')[0]}", fix=why.split(". ", 1)[1], **{name: given[name]})
+    args = given.get("args")
+    parallelism = getattr(args, "parallelism_config", None)
+    sizes = {name: getattr(parallelism, name, 1) for name in ("cp_size", "sp_size", "tp_size")}
+    if max(sizes.values()) > 1:
+        raise UnsupportedError(
+            "sequences would be split twice, by ring(..) and by accelerate",
+            fix="Leave cp_size, sp_size and tp_size of the ParallelismConfig out.",
+            **sizes,
+        )
+    sampling = str(getattr(args, "train_sampling_strategy", "random"))
+    if "batch_rebalance" in sampling:
+        raise UnsupportedError(
+            "this sampling strategy deals batches to ranks by itself, others to each rank of a sequence group",
+            fix='Use "random", "sequential" or "group_by_length"; layout="packed" balances documents over ranks.',
+            train_sampling_strategy=sampling,
+        )
+    if getattr(args, "label_smoothing_factor", 0):
+        raise UnsupportedError(
+            "label smoothing needs logits that no rank holds whole",
+            fix="Set label_smoothing_factor to 0.",
+            label_smoothing_factor=args.label_smoothing_factor,  # type: ignore[union-attr]
+        )
+    _check_streams(args, given)
+
+
+def _check_streams(args: Any, given: Mapping[str, Any]) -> None:
+    """Streams are read by every rank; read by one and dealt out, each rank of a group would get another sample."""
+    streams = [name for name in ("train_dataset", "eval_dataset") if isinstance(given.get(name), IterableDataset)]
+    config = getattr(args, "accelerator_config", None)
+    if not streams or config is None:
+        return
+    if config.dispatch_batches:
+        raise UnsupportedError(
+            "dispatch_batches deals the batches of a stream to all ranks, others to each rank of a sequence group",
+            fix="Leave dispatch_batches out of the accelerator_config.",
+            streams=streams,
+        )
+    config.dispatch_batches = False
+
+
+def _block(args: Any) -> Settings | None:
+    """The settings in the DeepSpeed config of a TrainingArguments, if it has any."""
+    config = getattr(getattr(args, "hf_deepspeed_config", None), "config", None)
+    if not isinstance(config, Mapping) or "seqpar_ring" not in config:
+        return None
+    return Settings.parse(config["seqpar_ring"], 'the "seqpar_ring" block of the DeepSpeed config')
+
