@@ -39,6 +39,9 @@ NEEDED = (
 )
 """Methods of a Trainer that are overridden here."""
 
+PREPARED = "_is_accelerate_prepared"
+"""accelerate's mark of a model that it has wrapped, or evaluated."""
+
 REFUSED = {
     "model_init": "makes models that nobody could parallelize. Give the model itself.",
     "compute_loss_func": "would see the logits of a rank's tokens only. Leave it out: the loss is the token mean.",
@@ -155,6 +158,33 @@ class _Ring:
             from .deepspeed import install
 
             install()  # the engine is made by accelerate, through deepspeed.initialize
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, also after an evaluation.
+
+        An evaluation before training marks the model as prepared, and accelerate then leaves out what averages the
+        gradients (seen in accelerate 1.15): every rank would train a model of its own, and no loss would show it.
+        """
+        me: Any = self
+        if me.model_wrapped is me.model:
+            vars(me.model).pop(PREPARED, None)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, if something averages the gradients over all ranks.
+
+        Raises:
+            UnsupportedError: the model is not wrapped.
+        """
+        me: Any = self
+        if not (self.seqpar.world_size == 1 or me.is_deepspeed_enabled or me.is_fsdp_enabled or _is_ddp(model)):
+            raise UnsupportedError(
+                "nothing averages the gradients over the ranks: the model is not wrapped",
+                fix="Train with DDP (Trainer's default under torchrun), FSDP or DeepSpeed.",
+                model=type(model).__name__,
+                world=self.seqpar.world_size,
+            )
+        return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
 
     def get_cp_size(self) -> int:
         """Ranks that share a batch, as Trainer counts them for the size of the whole batch."""
@@ -284,6 +314,11 @@ def _check_streams(args: Any, given: Mapping[str, Any]) -> None:
             streams=streams,
         )
     config.dispatch_batches = False
+
+
+def _is_ddp(model: nn.Module) -> bool:
+    """Wrapped by torch's DistributedDataParallel, perhaps under a compiled module."""
+    return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
 
 
 def _block(args: Any) -> Settings | None:

@@ -1,4 +1,4 @@
-"""Trainer over sequence groups: the losses of one process, step by step."""
+"""Trainer, a loop with accelerate and FSDP2 over sequence groups: the losses of one process, step by step."""
 
 from __future__ import annotations
 
@@ -6,18 +6,190 @@ from pathlib import Path
 
 import pytest
 import trainer_cases as cases
+from seqpar_ring.integrations import trainer as integration
 from trainer_cases import Run
 
+from seqpar_ring.errors import ConfigError, VersionError
 from seqpar_ring.testing import RankPool
 
 NEAR = 1e-5
 """Relative error of a loss, in fp32, after up to 20 steps of Adam."""
 
+LAYERS = 2
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", "padded", "masked"])
 def test_twenty_steps_are_those_of_one_process(pool2: RankPool, tmp_path: Path, kind: str) -> None:
-    run = Run(size=2, kind=kind)
+    run = Run(size=2, kind=kind, rows=2 if kind == "padded" else 1)
     expected = cases.one_process(run, 1)
-    for losses, _, _ in pool2.run(cases.train, run, str(tmp_path)):
+    for losses, _, ran in pool2.run(cases.train, run, str(tmp_path)):
         assert losses == pytest.approx(expected, rel=NEAR)
+        assert ran == LAYERS * run.steps * run.accumulation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["packed", "padded", "masked"])
+def test_two_groups_train_on_two_batches(pool4: RankPool, tmp_path: Path, kind: str) -> None:
+    run = Run(size=2, kind=kind, steps=8)
+    expected = cases.one_process(run, 2)
+    for losses, _, _ in pool4.run(cases.train, run, str(tmp_path)):
+        assert losses == pytest.approx(expected, rel=NEAR)
+
+
+def test_with_checkpointing_the_ring_runs_once_a_layer(pool2: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, steps=4, checkpointing=True, settings=(("remat", "attention"), ("logits", 7), ("mlp", 9)))
+    for losses, _, ran in pool2.run(cases.train, run, str(tmp_path)):
+        assert losses == pytest.approx(cases.one_process(run, 1), rel=NEAR)
+        assert ran == LAYERS * run.steps * run.accumulation
+
+
+def test_lora_trains_its_matrices_alone(pool2: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, steps=8, lora=True, checkpointing=True, settings=(("remat", "attention"),))
+    for losses, _, ran in pool2.run(cases.train, run, str(tmp_path)):
+        assert losses == pytest.approx(cases.one_process(run, 1), rel=NEAR)
+        assert ran == LAYERS * run.steps * run.accumulation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kind"), [(0, "packed"), (1, "padded"), (2, "masked"), (3, "packed"), (3, "padded")])
+def test_deepspeed_comes_with_its_block_in_the_trainers_config(
+    pool2: RankPool, tmp_path: Path, stage: int, kind: str
+) -> None:
+    run = Run(size=2, kind=kind, deepspeed=stage, checkpointing=True, settings=(("remat", "attention"), ("logits", 7)))
+    for losses, _, ran in pool2.run(cases.train, run, str(tmp_path)):
+        assert losses == pytest.approx(cases.one_process(run, 1), rel=NEAR)
+        assert ran == LAYERS * run.steps * run.accumulation
+
+
+@pytest.mark.slow
+def test_deepspeed_has_data_ranks_too(pool4: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, deepspeed=3, steps=6)
+    for losses, _, _ in pool4.run(cases.train, run, str(tmp_path)):
+        assert losses == pytest.approx(cases.one_process(run, 2), rel=NEAR)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_evaluation_loss_is_that_of_one_process(pool2: RankPool, tmp_path: Path, rows: int) -> None:
+    run = Run(size=2, kind="padded", rows=rows)  # 8 rows: with 3 in a batch the last has 2
+    expected = cases.eval_loss(run, rows)
+    assert pool2.run(cases.evaluate, run, str(tmp_path)) == pytest.approx([expected] * 2, rel=NEAR)
+
+
+def test_data_ranks_evaluate_each_row_once(pool4: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, kind="padded", rows=2)
+    expected = cases.eval_loss(run, 4)
+    assert pool4.run(cases.evaluate, run, str(tmp_path)) == pytest.approx([expected] * 4, rel=NEAR)
+
+
+def test_gradients_are_averaged_after_an_evaluation_too(pool2: RankPool, tmp_path: Path) -> None:
+    """accelerate would not wrap the model then; the second run is the seeded fault, which is refused."""
+    run = Run(size=2, steps=4)
+    for losses in pool2.run(cases.train_after_evaluation, run, str(tmp_path)):
+        assert losses == pytest.approx(cases.one_process(run, 1), rel=NEAR)
+    for message in pool2.run(cases.train_after_evaluation, Run(size=2, steps=4, fault="mark stays"), str(tmp_path)):
+        assert "nothing averages the gradients" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (4, 1)])
+def test_a_checkpoint_goes_on_at_another_size(pool4: RankPool, tmp_path: Path, before: int, after: int) -> None:
+    """The rows of a step stay the same: fewer ranks a sequence, more data ranks, less accumulation."""
+    runs = [Run(size=size, steps=8, accumulation=size) for size in (before, after)]
+    expected = cases.one_process(Run(size=1, steps=8, accumulation=4), 1)
+    for losses in pool4.run(cases.resume, *runs, str(tmp_path), 4):
+        assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_stream_is_read_by_every_rank(pool4: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, steps=4)
+    for losses in pool4.run(cases.stream, run, str(tmp_path)):
+        assert losses == pytest.approx(cases.one_process(run, 2), rel=NEAR)
+
+
+def test_samples_may_be_grouped_by_length(pool4: RankPool, tmp_path: Path) -> None:
+    assert pool4.run(cases.by_length, Run(size=2, steps=4), str(tmp_path)) == [4] * 4
+
+
+def test_a_plain_loop_with_accelerate_is_exact(pool4: RankPool) -> None:
+    run = Run(size=2, steps=4, accumulation=1)
+    for losses in pool4.run(cases.plain_loop, run, size=2):
+        assert losses == pytest.approx(cases.one_process(run, 2), rel=NEAR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["packed", "padded", "masked"])
+def test_fsdp2_is_exact_and_runs_the_ring_once_a_layer(pool4: RankPool, kind: str) -> None:
+    run = Run(size=2, kind=kind, accumulation=1, checkpointing=True)
+    expected = cases.one_process(run, 2)
+    for losses, ran in pool4.run(cases.fully_sharded, run, size=2, remat="attention", logits=7):
+        assert losses == pytest.approx(expected, rel=NEAR)
+        assert ran == LAYERS * run.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_trls_sfttrainer_is_exact_packed_and_with_lora(
+    pool2: RankPool, tmp_path: Path, packing: bool, lora: bool
+) -> None:
+    settings = (("remat", "attention"), ("logits", 11))
+    rows = 1 if packing else 2
+    run = Run(size=2, steps=6, rows=rows, lora=lora, checkpointing=True, settings=settings)
+    (losses, _, seen, ran), (others, _, same, _) = pool2.run(cases.sft, run, str(tmp_path), packing)
+    assert losses == others == pytest.approx(cases.one_process_on(run, seen), rel=NEAR)
+    assert ran == LAYERS * run.steps * run.accumulation
+    assert len(seen) == run.steps * run.accumulation
+    assert ("position_ids" in seen[0]) == packing
+    if packing:
+        assert any((batch["position_ids"] == 0).sum() > 1 for batch in seen)
+    for one, two in zip(seen, same, strict=True):
+        assert all((one[key] == two[key]).all() for key in one)
+
+
+REFUSALS = {
+    "metrics": ("UnsupportedError", "compute_metrics needs the logits"),
+    "loss function": ("UnsupportedError", "compute_loss_func would see"),
+    "smoothing": ("UnsupportedError", "label_smoothing_factor=0.1"),
+    "rebalance": ("UnsupportedError", "batch_rebalance"),
+    "cp_size": ("UnsupportedError", "split twice"),
+    "other rows": ("DisagreementError", "input_ids (checksum)"),
+    "empty rows": ("BatchError", "leave out empty batches"),
+    "all masked": ("BatchError", "no token of the batch has a target"),
+    "size not dividing": ("GroupError", "3"),
+    "no size": ("ConfigError", "how many ranks share a sequence"),
+    "wrapped": ("UnsupportedError", "wrapped already"),
+    "predict": ("UnsupportedError", "predictions need the logits"),
+    "prompt tuning": ("UnsupportedError", "prompt learning"),
+    "dropout in LoRA": ("UnsupportedError", "dropout above 0"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_cannot_be_exact_is_refused_on_every_rank(pool2: RankPool, tmp_path: Path, what: str) -> None:
+    kind, text = REFUSALS[what]
+    for message in pool2.run(cases.refused, Run(size=2, steps=2), str(tmp_path), what):
+        assert message.startswith(f"{kind}: "), message
+        assert text in message
+        assert "Fix: " in message
+
+
+def test_data_ranks_whose_streams_end_at_different_times_are_told_so(pool4: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, steps=20)
+    for message in pool4.run(cases.refused, run, str(tmp_path), "unequal streams"):
+        assert "DisagreementError" in message
+        assert "micro-batches of this step" in message
+
+
+def test_a_class_that_is_no_trainer_is_refused() -> None:
+    with pytest.raises(VersionError, match="lacks methods of transformers' Trainer"):
+        integration.ring(dict, size=2)
+
+
+def test_settings_without_a_size_are_refused() -> None:
+    from transformers import Trainer
+
+    with pytest.raises(ConfigError, match="settings without a size"):
+        integration.ring(Trainer, layout="packed")
+    with pytest.raises(ConfigError, match='Did you mean "layout"'):
+        integration.ring(Trainer, size=2, layuot="packed")
