@@ -35,9 +35,11 @@ except ImportError as error:
         error=str(error),
     ) from error
 
+from . import transformers_calls as allowed
 from . import transformers_head as head
+from . import transformers_positions as positions
 from . import transformers_rules as rules
-from .transformers_rules import Calls
+from .transformers_calls import Calls
 
 NAME = "seqpar_ring"
 """The attn_implementation under which the ring is registered."""
@@ -91,6 +93,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
     hf.register_forward_pre_hook(adapter.before, with_kwargs=True)
     hf.register_forward_hook(adapter.after, with_kwargs=True)
     hf.base_model.register_forward_hook(adapter.see, with_kwargs=True)
+    positions.follow(hf, CALLS_KEY)
     return model
 
 
@@ -120,20 +123,21 @@ class _Adapter:
     ) -> tuple[tuple[()], dict[str, Any]]:
         """Forward pre-hook: check the call, shard the batch, let the plan and an empty tally go with it."""
         batch = _named(model, args, kwargs)
-        rules.refuse_decoding(batch)
+        allowed.refuse_decoding(batch)
         problem: SeqparError | None = None
         try:
-            rules.check_call(batch, self.sp)
+            allowed.check_call(batch, self.sp)
             _expect_labels(model, batch)
         except SeqparError as found:
             problem = found
         self.sp.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
         if PLAN_KEY not in batch:
             batch = self.sp.shard_batch(batch)
-        rules.check_shares(batch[PLAN_KEY])
+        allowed.check_shares(batch[PLAN_KEY])
         # Whether a layer is checkpointed is not asked: a result that its graph holds anyway costs nothing to keep.
         calls = Calls(kept=Kept(self.sp.settings.offload) if torch.is_grad_enabled() else None)
         batch = {**self._cut(model, batch, calls), "use_cache": False}
+        batch["position_ids"] = positions.carrying(batch["position_ids"], batch[PLAN_KEY], calls)
         return (), {**batch, CALLS_KEY: calls}
 
     def _cut(self, model: nn.Module, batch: dict[str, Any], calls: Calls) -> dict[str, Any]:
@@ -168,7 +172,7 @@ class _Adapter:
             return
         problem: SeqparError | None = None
         try:
-            rules.check_calls(model, calls, labelled)
+            allowed.check_calls(model, calls, labelled)
         except SeqparError as found:
             problem = found
         self.sp.agree("the first forward", calls.tally(), problem)
@@ -181,7 +185,7 @@ class _Adapter:
         if plan is None or calls is None or shifted is None:
             raise UnsupportedError(
                 "the model does not hand its keyword arguments to its loss, which needs the plan",
-                fix=rules.OWN_LOSS,
+                fix=allowed.OWN_LOSS,
                 keywords=sorted(kwargs),
             )
         calls.loss += 1
@@ -218,14 +222,18 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
         )
     window, softcap, sinks = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     try:
-        rules.check_attention(module, attention_mask, dropout, kwargs)
+        allowed.check_attention(module, attention_mask, dropout, kwargs)
     except SeqparError as problem:
         plan.sequence.agree("attention", {}, problem)
     if calls is not None:
         calls.attention += 1
         calls.windowed += window is not None
+    factor = positions.query_factor(module, plan, query.device)
+    query = query if factor is None else (query * factor).to(query.dtype)
     # transformers' window counts the query's own key, as ours does. One that nothing reaches past is none.
-    plan = plan.masked(causal=True, window=None if window is None or window >= max(plan.lengths) else window)
+    longest, chunk = max(plan.lengths), positions.chunk_of(module)
+    window, chunk = (None if size is None or size >= longest else size for size in (window, chunk))
+    plan = plan.masked(causal=True, window=window, chunk=chunk)
     q_BSHD, k_BSGD, v_BSGE = (x.transpose(1, 2) for x in (query, key, value))
     with _kept_for_recompute(calls, module, plan):
         out_BSHE = ring_attention(q_BSHD, k_BSGD, v_BSGE, plan, scale=scaling, softcap=softcap, sinks=sinks)

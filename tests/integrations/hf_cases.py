@@ -43,7 +43,7 @@ Act = Callable[[SequenceParallel], object]
 def build(family: str, dtype: torch.dtype = torch.float32, suffix: str = "ForCausalLM", **changes: Any) -> Any:
     """A tiny model of a family in training mode, the same weights every time."""
     shape = {**SHAPE, **FAMILIES.get(family, {}), **changes}
-    config = getattr(transformers, f"{family}Config")(**shape)
+    config = getattr(transformers, shape.pop("config", f"{family}Config"))(**shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = getattr(transformers, f"{family}{suffix}")(config)

@@ -44,10 +44,6 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     ),
     "recurrent layers": (lambda: build("Jamba"), ("layers other than plain attention", "linear_attention")),
     "no position_ids": (lambda: build("Bloom", hidden_dropout=0.0, n_head=6, n_layer=2), ("takes no position_ids",)),
-    "dynamic rotary embedding": (
-        lambda: build("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        ("length of the sequence", "'dynamic'", "yarn"),
-    ),
     "positions within the shard": (
         lambda: build("Llama", attn_temperature_tuning=True),
         ("attn_temperature_tuning", "place in the shard"),
@@ -97,12 +93,6 @@ def test_a_family_that_never_calls_the_attention_interface_is_refused_by_its_fir
     base = build("Falcon", num_kv_heads=3, new_decoder_architecture=True)
     found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**packed([21])))
     assert_refused(found, UnsupportedError, "attention interface", "FalconForCausalLM", "attention_calls=0", "layers=3")
-
-
-def test_a_family_that_keeps_keywords_from_attention_is_refused() -> None:
-    base = build("StableLm")
-    found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**packed([21])))
-    assert_refused(found, UnsupportedError, "without a plan", "StableLmAttention")
 
 
 def test_a_layer_that_makes_a_mask_of_its_own_is_refused() -> None:
