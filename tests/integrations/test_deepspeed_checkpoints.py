@@ -1,0 +1,74 @@
+"""A run that is saved by some ranks goes on with others, as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import ds_cases
+import pytest
+from ds_cases import ACCUMULATION, Run
+
+from seqpar_ring.testing import RankPool
+
+BEFORE, STEPS = 4, 8
+NEAR = 1e-6
+"""Relative error of a loss against the run that never stopped, in one process."""
+
+
+@pytest.fixture(scope="module")
+def pool1() -> Iterator[RankPool]:
+    """One rank as a process."""
+    with RankPool(1, timeout=100) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2, 3])
+def saved(request: pytest.FixtureRequest, pool4: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+    """The stage, and the folder of a checkpoint saved by four ranks of one sequence."""
+    folder = str(tmp_path_factory.mktemp(f"stage{request.param}"))
+    pool4.run(ds_cases.saved_after, folder, Run(request.param, 4, "adamw", BEFORE))
+    return request.param, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "size"), [(4, 2), (2, 2), (2, 1), (1, 1)])
+def test_the_loss_goes_on_at_another_size(
+    saved: tuple[int, str], ranks: int, size: int, request: pytest.FixtureRequest
+) -> None:
+    stage, folder = saved
+    pool: RankPool = request.getfixturevalue(f"pool{ranks}")
+    expected = ds_cases.one_process(Run(stage, 1, "adamw", STEPS))[0][BEFORE * ACCUMULATION :]
+    for losses, state in pool.run(ds_cases.gone_on, folder, Run(stage, size, "adamw", STEPS), BEFORE):
+        assert losses == pytest.approx(expected, rel=NEAR)
+        assert state["rows seen"] == 7
+
+
+@pytest.mark.slow
+def test_a_save_that_is_cut_off_leaves_the_one_before(pool2: RankPool, tmp_path: Path) -> None:
+    run = Run(2, 2, "adamw", BEFORE)
+    pool2.run(ds_cases.saved_after, str(tmp_path), run, True)
+    assert (tmp_path / f"global_step{BEFORE + 1}").exists()
+    expected = ds_cases.one_process(Run(2, 1, "adamw", STEPS))[0][BEFORE * ACCUMULATION :]
+    for losses, _ in pool2.run(ds_cases.gone_on, str(tmp_path), Run(2, 2, "adamw", STEPS), BEFORE):
+        assert losses == pytest.approx(expected, rel=NEAR)
+
+
+@pytest.mark.parametrize(
+    ("what", "texts"),
+    [
+        ("vocabulary", ("another vocabulary", "checkpoint=97", "model=100")),
+        ("tag", ("no such checkpoint", "global_step99", f"global_step{BEFORE}")),
+        ("overwritten", ("would be overwritten", "Give another tag")),
+        ("no sequence group", ("no sequence group",)),
+    ],
+)
+def test_what_cannot_go_on_is_refused_before_anything_is_loaded(
+    pool2: RankPool, tmp_path_factory: pytest.TempPathFactory, what: str, texts: tuple[str, ...]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "refused"
+    run = Run(1, 2, "adamw", BEFORE)
+    if not folder.exists():
+        pool2.run(ds_cases.saved_after, str(folder), run)
+    for message in pool2.run(ds_cases.not_loaded, str(folder), run, what):
+        assert all(text in message for text in texts), message
