@@ -1,9 +1,9 @@
-"""DeepSpeed checkpoints that go on at another size: `save(engine, folder)`, and `load(engine, folder)` in any other run.
+"""DeepSpeed checkpoints that go on at another size: `save(engine, folder)`, then `load(engine, folder)` elsewhere.
 
 DeepSpeed loads a checkpoint of ZeRO 1 to 3 only with as many ranks as saved it, else it must be converted to a
-universal one first: `load` sees to that, once, beside the checkpoint. It compares what was saved with the model before DeepSpeed
-touches either. Sequence groups leave no trace in weights or optimizer states, so size, layout and schedule may differ.
-Files of checkpoints are DeepSpeed's; only a small record is added. Every rank must see the same folder.
+universal one first: `load` sees to that, once, beside the checkpoint. It compares what was saved with the model before
+DeepSpeed touches either. Sequence groups leave no trace in weights or optimizer states, so size, layout and schedule
+may differ. Files of checkpoints are DeepSpeed's; only a small record is added. Every rank must see the same folder.
 """
 
 from __future__ import annotations
