@@ -130,7 +130,12 @@ class _Ring:
         own(*args, **kwargs)
         me: Any = self
         if self.seqpar.world_size != me.args.world_size:
-            raise ConfigError("Trainer and torch.distributed differ in the world", fix="Start it with torchrun.")
+            raise ConfigError(
+                "Trainer and torch.distributed count different numbers of processes",
+                fix="Start it with torchrun or accelerate launch; without a GPU set use_cpu=True in TrainingArguments.",
+                trainer=me.args.world_size,
+                world=self.seqpar.world_size,
+            )
         parallelize(me.model, self.seqpar)
         me.model_accepts_loss_kwargs = True
 

@@ -1,0 +1,87 @@
+"""The short examples as their first lines say to run them, each with its shipped config."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seqpar_ring import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ("plain_loop", "deepspeed_zero3", "trainer", "sft_lora", "resume", "tiny")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+DEEPSPEED = (str(Path(sys.executable).parent / "deepspeed"), "--master_port")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def run(folder: Path, *command: object) -> str:
+    """What it prints, run in a folder of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "examples")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(text: str) -> list[float]:
+    return [float(found) for found in re.findall(r"step \d.*loss ([\d.]+)", text)]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_example_is_short(name: str) -> None:
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "trainer", "sft_lora"])
+def test_the_settings_of_a_shipped_config_are_settings(name: str) -> None:
+    assert Settings.parse(yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["ring"]).size == 2
+
+
+def test_the_plain_loop_learns_and_gives_the_same_with_and_without_a_ring(tmp_path: Path) -> None:
+    shipped = ROOT / "configs" / "plain_loop.yaml"
+    ring = losses(run(tmp_path, *TORCHRUN, 2, ROOT / "examples" / "plain_loop.py", "--config", shipped))
+    single = tmp_path / "single.yaml"
+    single.write_text(shipped.read_text().replace("size: 2 ", "size: 1 "))
+    alone = losses(run(tmp_path, *TORCHRUN, 1, ROOT / "examples" / "plain_loop.py", "--config", single))
+    assert len(ring) == 6
+    assert ring == pytest.approx(alone, abs=2e-4)
+    assert ring[-1] < ring[0] - 1
+
+
+def test_deepspeed_trains_the_same_under_torchrun_and_its_own_launcher(tmp_path: Path) -> None:
+    script = (ROOT / "examples" / "deepspeed_zero3.py", "--config", ROOT / "configs" / "deepspeed_zero3.json")
+    found = losses(run(tmp_path, *TORCHRUN, 2, *script, "--steps", 2))
+    port = 20_000 + os.getpid() % 20_000
+    launched = run(tmp_path, *DEEPSPEED, port, "--num_accelerators", 2, *script, "--steps", 2)
+    assert len(found) == 2
+    assert losses(launched) == found
+
+
+def test_trainer_learns(tmp_path: Path) -> None:
+    text = run(tmp_path, *TORCHRUN, 2, ROOT / "examples" / "trainer.py", "--config", ROOT / "configs" / "trainer.yaml")
+    before, after = map(float, re.findall(r"evaluation loss ([\d.]+) -> ([\d.]+)", text)[0])
+    assert after < before - 1
+
+
+def test_sfttrainer_learns_and_saves_its_adapter(tmp_path: Path) -> None:
+    shipped = ROOT / "configs" / "sft_lora.yaml"
+    text = run(tmp_path, *TORCHRUN, 2, ROOT / "examples" / "sft_lora.py", "--config", shipped)
+    before, after = map(float, re.findall(r"\nloss ([\d.]+) -> ([\d.]+)", text)[0])
+    assert after < before - 0.2
+    assert (tmp_path / "runs" / "sft_lora" / "adapter_model.safetensors").exists()
+
+
+def test_a_stopped_run_goes_on_at_another_size(tmp_path: Path) -> None:
+    script = (ROOT / "examples" / "resume.py", "--config", ROOT / "configs" / "resume.json", "--tokens", 256)
+    four = run(tmp_path, *TORCHRUN, 4, *script, "--size", 4, "--until", 2)
+    two = run(tmp_path, *TORCHRUN, 2, *script, "--size", 2, "--until", 4)
+    alone = losses(run(tmp_path, *TORCHRUN, 1, *script, "--size", 1, "--until", 4, "--folder", tmp_path / "alone"))
+    assert losses(four) + losses(two) == pytest.approx(alone, rel=1e-6)
