@@ -4,7 +4,7 @@ from seqpar_ring.kernels.base import Capabilities, Kept, Kernel, Request, Scores
 from seqpar_ring.kernels.cpu import CpuKernel
 from seqpar_ring.kernels.merge import merge_
 from seqpar_ring.kernels.reference import ReferenceKernel
-from seqpar_ring.kernels.registry import Choice, names, refuse_impossible, register, select, unregister
+from seqpar_ring.kernels.registry import Choice, names, refuse_impossible, register, registered, select, unregister
 
 register(CpuKernel())
 register(ReferenceKernel())
@@ -23,6 +23,7 @@ __all__ = [
     "names",
     "refuse_impossible",
     "register",
+    "registered",
     "request_of",
     "select",
     "unregister",

@@ -53,6 +53,11 @@ def names() -> tuple[str, ...]:
     return tuple(kernel.name for kernel in _preferred())
 
 
+def registered() -> tuple[Kernel, ...]:
+    """All registered kernels, in the order "auto" prefers them."""
+    return tuple(_preferred())
+
+
 def select(request: Request, name: str = AUTO) -> Choice:
     """The kernel for a request: the named one, or with "auto" the preferred one of those that lack nothing.
 
