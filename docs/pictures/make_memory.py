@@ -24,7 +24,7 @@ def main() -> None:
         right.plot(lengths, [by[size, n] / by[1, n] for n in lengths], "o-", color=colour, label=name)
         right.axhline(1 / size, color=colour, linewidth=0.8, linestyle=":")
     left.set_ylabel("MiB that a step adds on a rank")
-    right.set_ylabel("share of what one rank needs (dotted: 1 / ranks)")
+    right.set_ylabel("share of one rank's (dotted: 1 / ranks)")
     right.set_ylim(0, 1.1)
     for ax in (left, right):
         ax.set_xlabel("tokens of the sequence")
