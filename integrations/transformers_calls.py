@@ -179,6 +179,14 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
             calls_with_window=calls.windowed,
             layer_types=types,
         )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not types and window and not calls.windowed:
+        raise UnsupportedError(
+            "the config has a sliding window and no layer hands one to attention, so it may stand in a mask only",
+            fix="Set config.sliding_window to None if the model allows it, else use another family.",
+            model=name,
+            sliding_window=window,
+        )
     if labelled and model.base_model is not model and calls.loss != 1:
         raise UnsupportedError(
             "the model computes a loss of its own, which is a mean over this rank's tokens",

@@ -117,6 +117,17 @@ def _has_positions_that_stay(model: Any, config: Any) -> None:
         )
 
 
+def _counts_positions_from_zero(model: Any, config: Any) -> None:
+    own = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")})
+    if own:
+        raise UnsupportedError(
+            "the model counts positions from the id of its padding token on, not from 0 as packed and sharded batches do",
+            fix="Use a family that counts from 0.",
+            model=type(model).__name__,
+            modules=own,
+        )
+
+
 def _draws_nothing_at_random(model: Any, config: Any) -> None:
     found = {
         name: value
@@ -136,6 +147,7 @@ RULES: tuple[Callable[[Any, Any], None], ...] = (
     _is_a_causal_decoder,
     _has_attention_layers_only,
     _has_positions_that_stay,
+    _counts_positions_from_zero,
     _draws_nothing_at_random,
 )
 """What a model must be: each is called with the model and the config of its text part, and raises."""
