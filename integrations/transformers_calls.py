@@ -61,6 +61,14 @@ class Calls:
         return {"attention": self.attention, "windowed": self.windowed, "loss": self.loss}
 
 
+def said(config: Any, name: str) -> Any:
+    """What a config says for all layers alike; None where it says nothing, or where layers have values of their own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, which has no public name
+        return None
+
+
 # ----------------------------------------------------------------------------------------------- a call of the model
 
 
@@ -179,8 +187,8 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
             calls_with_window=calls.windowed,
             layer_types=types,
         )
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if not types and window and not calls.windowed:
+    window = said(config, "sliding_window")
+    if not types and window and said(config, "use_sliding_window") is not False and not calls.windowed:
         raise UnsupportedError(
             "the config has a sliding window and no layer hands one to attention, so it may stand in a mask only",
             fix="Set config.sliding_window to None if the model allows it, else use another family.",

@@ -76,6 +76,16 @@ def test_a_model_that_would_be_inexact_is_refused(what: str) -> None:
     assert_refused(errors(lambda sp: parallelize(copy.deepcopy(base), sp)), UnsupportedError, *texts)
 
 
+def test_a_model_whose_layers_differ_in_heads_is_judged_like_any_other() -> None:
+    """transformers raises where such a config is asked for the heads of all layers."""
+    sizes = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    base = build("Dots3Note", config="Dots3NoteTextConfig", num_key_value_heads=6, pad_token_id=0, **sizes)
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        assert base.config.num_attention_heads
+    found = errors(lambda sp: parallelize(copy.deepcopy(base), sp))
+    assert_refused(found, UnsupportedError, "layers other than plain attention", "indexed_attention")
+
+
 def test_a_refused_model_is_left_as_it_was() -> None:
     model = build("Llama", attention_dropout=0.1).eval()
     errors(lambda sp: parallelize(model, sp), world=1)
