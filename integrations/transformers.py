@@ -336,5 +336,5 @@ def _record(model: nn.Module) -> dict[str, object]:
     """What the ranks' models must have in common; of the config only what is cheap to say."""
     config = getattr(model, "config", None)
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    values = {name: getattr(config, name, None) for name in names}
+    values = {name: allowed.said(config, name) for name in names}
     return {"model": type(model).__name__, **values, "transformers": transformers.__version__}

@@ -62,6 +62,14 @@ class Calls:
         return {"attention": self.attention, "windowed": self.windowed, "loss": self.loss}
 
 
+def said(config: Any, name: str) -> Any:
+    """What a config says for all layers alike; None where it says nothing, or where layers have values of their own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, which has no public name
+        return None
+
+
 # ----------------------------------------------------------------------------------------------- a call of the model
 
 
@@ -179,6 +187,14 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
             model=name,
             calls_with_window=calls.windowed,
             layer_types=types,
+        )
+    window = said(config, "sliding_window")
+    if not types and window and said(config, "use_sliding_window") is not False and not calls.windowed:
+        raise UnsupportedError(
+            "the config has a sliding window and no layer hands one to attention, so it may stand in a mask only",
+            fix="Set config.sliding_window to None if the model allows it, else use another family.",
+            model=name,
+            sliding_window=window,
         )
     if labelled and model.base_model is not model and calls.loss != 1:
         raise UnsupportedError(

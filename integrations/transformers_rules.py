@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from seqpar_ring.errors import ConfigError, UnsupportedError
 
-from .transformers_calls import NOT_OF_A_SHARD, bidirectional, dropout_above_zero
+from .transformers_calls import NOT_OF_A_SHARD, bidirectional, dropout_above_zero, said
 from .transformers_positions import FOLLOW_LENGTH
 
 EXACT_ROPE = ("default", "linear", "llama3", "proportional", "yarn", *FOLLOW_LENGTH)
@@ -95,7 +95,7 @@ def _has_attention_layers_only(model: Any, config: Any) -> None:
             layer_types=others,
         )
     for name, why in {**({} if followed else LOCAL_POSITIONS), **NOT_OF_A_SHARD}.items():
-        if getattr(config, name, None):
+        if said(config, name):
             raise UnsupportedError(
                 f"the config's {name} {why}",
                 fix=f"Set config.{name} to False or None if the model allows it, else use another.",
@@ -114,6 +114,17 @@ def _has_positions_that_stay(model: Any, config: Any) -> None:
             fix=f"Use a rope_type of {EXACT_ROPE}.",
             model=type(model).__name__,
             rope_type=types,
+        )
+
+
+def _counts_positions_from_zero(model: Any, config: Any) -> None:
+    own = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")})
+    if own:
+        raise UnsupportedError(
+            "the model counts positions from the id of its padding token on, not from 0 as sharded batches do",
+            fix="Use a family that counts from 0.",
+            model=type(model).__name__,
+            modules=own,
         )
 
 
@@ -136,6 +147,7 @@ RULES: tuple[Callable[[Any, Any], None], ...] = (
     _is_a_causal_decoder,
     _has_attention_layers_only,
     _has_positions_that_stay,
+    _counts_positions_from_zero,
     _draws_nothing_at_random,
 )
 """What a model must be: each is called with the model and the config of its text part, and raises."""

@@ -52,6 +52,12 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: build("Mixtral", num_local_experts=2, output_router_logits=True),
         ("output_router_logits", "no sum over tokens"),
     ),
+    "positions that start at the padding token's id": (
+        lambda: build(
+            "Roberta", is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=1
+        ),
+        ("not from 0", "RobertaEmbeddings", "counts from 0"),
+    ),
     "attention weights": (lambda: build("Llama", attn_implementation="eager", output_attentions=True), ("weights",)),
     "no transformers model": (lambda: nn.Linear(2, 2), ("not a transformers model", "Linear")),
     "a wrapped model": (lambda: nn.Sequential(build("Llama")), ("wrapped already", "LlamaForCausalLM before")),
@@ -68,6 +74,16 @@ def test_a_model_that_would_be_inexact_is_refused(what: str) -> None:
     make, texts = MODELS[what]
     base = make()
     assert_refused(errors(lambda sp: parallelize(copy.deepcopy(base), sp)), UnsupportedError, *texts)
+
+
+def test_a_model_whose_layers_differ_in_heads_is_judged_like_any_other() -> None:
+    """transformers raises where such a config is asked for the heads of all layers."""
+    sizes = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    base = build("Dots3Note", config="Dots3NoteTextConfig", num_key_value_heads=6, pad_token_id=0, **sizes)
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        assert base.config.num_attention_heads
+    found = errors(lambda sp: parallelize(copy.deepcopy(base), sp))
+    assert_refused(found, UnsupportedError, "layers other than plain attention", "indexed_attention")
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:
@@ -118,6 +134,12 @@ def test_a_layer_type_that_is_not_what_the_layer_does_is_refused() -> None:
     base = build("Llama", layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=5)
     found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**packed([21])))
     assert_refused(found, UnsupportedError, "sliding window", "calls_with_window=0")
+
+
+def test_a_window_that_stands_in_a_mask_only_is_refused() -> None:
+    base = build("Phimoe", num_local_experts=4, router_jitter_noise=0.0, sliding_window=7)
+    found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**packed([21])))
+    assert_refused(found, UnsupportedError, "no layer hands one", "PhimoeForCausalLM", "sliding_window=7", "to None")
 
 
 def test_a_model_that_computes_a_loss_of_its_own_is_refused() -> None:
