@@ -26,11 +26,13 @@ the tests (`tests/integrations/test_model_families.py`).
 
 A tiny model of each family, with random weights, takes one training step in one process of plain transformers and over
 2 and 3 ranks: once with one document of {one} tokens, once with four packed documents of {packed} tokens. The figure is
-the largest relative L2 error of any parameter's gradient; the bound is 1e-5 in fp32 and 1e-12 in fp64. A gradient that is
-nothing but rounding, below a millionth of all gradients together, is compared with all of them.
+the largest relative L2 error of any parameter's gradient; the bound is 1e-5 in fp32 and 1e-12 in fp64. A gradient that
+is nothing but rounding, below a millionth of all gradients together, is compared with all of them.
 
 Windows are 7 or 9 tokens and chunks 8, shorter than the documents; rotary embeddings that follow the length change at
-16. The comparison sees faults that are put in on purpose: {faults}.
+16. Faults that are put in on purpose, which the comparison must see:
+
+{faults}
 
 | Family | Class | What is special | dtype | 2 ranks | 3 ranks |
 |---|---|---|---|---|---|
@@ -64,7 +66,7 @@ def main() -> None:
         torch=torch.__version__.split("+")[0],
         one=lengths["one document"][0],
         packed=packed,
-        faults=", ".join(f"{fault} ({case[0]})" for fault, case in matrix.FAULTS.items()),
+        faults="\n".join(f"- {fault} ({case[0]})" for fault, case in matrix.FAULTS.items()),
     )
     for name, family in families.TABLE.items():
         errors = [max(matrix.compare(name, batch, world)[1] for batch in lengths.values()) for world in (2, 3)]

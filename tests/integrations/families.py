@@ -146,7 +146,6 @@ TABLE = {
         fp64=True,
     ),
     "Seed-OSS": Family("SeedOss", "", {"head_dim": 8, "residual_dropout": 0.0}),
-    "Apertus": Family("Apertus", "norm of q and k", {"pad_token_id": 0}, fp64=True),
     "Arcee": Family("Arcee"),
     "BERT as a decoder": Family(
         "Bert",
