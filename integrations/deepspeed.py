@@ -138,6 +138,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         return result
     settings = Settings.parse(config[BLOCK], f'the "{BLOCK}" block of the DeepSpeed config')
     _refuse_other_splits(given, config)
+    _refuse_cpu_checkpointing(config)
     _start_torch_distributed(given)
     sp = SequenceParallel(**settings.model_dump())
     sp.groups.everyone.agree("the DeepSpeed config", settings.model_dump(), _wrong_batch_sizes(config, sp))
@@ -170,6 +171,7 @@ def _with_group(
             model=sp.settings,
         )
     _refuse_other_splits(given, config)
+    _refuse_cpu_checkpointing(config)
     sizes = [config.get(key) for key in BATCH_KEYS]
     name = "config_params" if given.get("config_params") is not None else "config"
     if name == "config_params" and all(isinstance(size, int) for size in sizes):
@@ -251,6 +253,17 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
                 fix=f"Leave out {name}: the block alone arranges all ranks, as sequence groups and data ranks.",
                 value=value,
             )
+
+
+def _refuse_cpu_checkpointing(config: Mapping[str, Any]) -> None:
+    """DeepSpeed's way to keep layers' inputs in host memory fails on its CPU accelerator with an IndexError."""
+    asked = (config.get("activation_checkpointing") or {}).get("cpu_checkpointing")
+    if asked and get_accelerator().device_name() == "cpu":
+        raise UnsupportedError(
+            "cpu_checkpointing does not work on a CPU: there is no other memory to move activations to",
+            fix="Leave it out of activation_checkpointing.",
+            cpu_checkpointing=asked,
+        )
 
 
 def _forget_earlier_engine() -> None:

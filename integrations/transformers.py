@@ -10,6 +10,7 @@ and no generation: a sharded model has no KV cache.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -43,6 +44,9 @@ from .transformers_calls import Calls
 
 NAME = "seqpar_ring"
 """The attn_implementation under which the ring is registered."""
+
+LOG = logging.getLogger(__name__)
+"""Says at INFO, once for each model, what was chosen and why."""
 
 CALLS_KEY = "seqpar_calls"
 """Under this key one forward's tally travels beside the plan."""
@@ -149,7 +153,7 @@ class _Adapter:
         for module in self._mlps:
             set_tiles(module, tiles(most, 0, settings.mlp).number)
         if batch.get("labels") is not None:
-            calls.tiles = head.choose(model, most, settings.logits).number
+            calls.tiles, calls.why_tiles = head.choose(model, most, settings.logits)
         if calls.tiles == 1:
             return batch
         calls.head = head.Cut(model)
@@ -166,10 +170,12 @@ class _Adapter:
         labelled, calls = kwargs.get("labels") is not None, kwargs[CALLS_KEY]
         if calls.kept is not None:
             calls.kept.close()
-        if calls.tiles > 1:
+        if calls.tiles > 1 and hasattr(output, "logits"):
             output.logits = None  # of one token: better none than a few
         if labelled in self._checked:
             return
+        if not self._checked and self.sp.groups.global_rank == 0:
+            LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls))
         problem: SeqparError | None = None
         try:
             allowed.check_calls(model, calls, labelled)
@@ -234,11 +240,20 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
     longest, chunk = max(plan.lengths), positions.chunk_of(module)
     window, chunk = (None if size is None or size >= longest else size for size in (window, chunk))
     plan = plan.masked(causal=True, window=window, chunk=chunk)
+    if torch.is_autocast_enabled(query.device.type):  # which torch's own attention honours: rotated queries are fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     q_BSHD, k_BSGD, v_BSGE = (x.transpose(1, 2) for x in (query, key, value))
     with _kept_for_recompute(calls, module, plan):
         out_BSHE = ring_attention(q_BSHD, k_BSGD, v_BSGE, plan, scale=scaling, softcap=softcap, sinks=sinks)
     assert isinstance(out_BSHE, Tensor)  # with return_lse it would be a pair
     return out_BSHE, None
+
+
+def _explanation(plan: Plan, calls: Calls) -> str:
+    """The choices of the first forward with their reasons, a line each."""
+    kept, why = choose(plan.documents.settings.remat, plan.keys_per_query)
+    head_in = "whole" if calls.tiles == 1 else f"{calls.tiles} tiles"
+    return f"{plan.explain()}\n  remat: {kept} ({why})\n  logits: {head_in} ({calls.why_tiles})"
 
 
 def _kept_for_recompute(calls: Calls | None, module: nn.Module, plan: Plan) -> AbstractContextManager[object]:

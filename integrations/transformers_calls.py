@@ -54,6 +54,7 @@ class Calls:
     loss: int = 0
     kept: Kept | None = None
     tiles: int = 1
+    why_tiles: str = "asked for, or no labels"
     head: Any = None
 
     def tally(self) -> dict[str, object]:

@@ -100,7 +100,9 @@ def _parity(out: Console, model: Path, asked: tuple[Any, ...]) -> dict[str, Any]
     if found.together is None:
         out.print(f"  bounds: loss {checks.LOSS:.0e}, gradients {checks.GRADIENT:.0e}")
     else:
-        out.print(f"  all gradients against fp32: {found.together:.2e}; one bf16 process allows {found.allowed:.2e}")
+        wider = "fp64" if dtype == "float32" else "fp32"
+        allowed = f"{found.allowed:.2e} is allowed, {checks.AS_GOOD_AS} times what one process is off by"
+        out.print(f"  all gradients against {wider}: off by {found.together:.2e}; {allowed}")
     verdict = "the same" if found.good else f"NOT THE SAME, worst in {found.worst[0].parameter}"
     out.print(f"  {verdict} ({found.seconds:.0f} s)")
     worst = [row._asdict() for row in found.worst[:SHOWN]]

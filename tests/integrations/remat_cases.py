@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import ds_cases
+import torch
+from torch import Tensor
 
-from seqpar_ring import SequenceParallel, executor
+from seqpar_ring import SequenceParallel, executor, remat, ring_attention
 
 
 def step(sp: SequenceParallel, stage: int, mode: str) -> tuple[list[float], int]:
@@ -45,3 +48,56 @@ def step(sp: SequenceParallel, stage: int, mode: str) -> tuple[list[float], int]
         executor.forward = forward
         engine.destroy()
     return losses, len(runs)
+
+
+def partitioned(sp: SequenceParallel, partition: bool, keep: bool) -> tuple[list[Tensor], int]:
+    """Gradients through layers under DeepSpeed's own checkpointing, with its inputs split over the hidden mpu's ranks,
+    or without any; and forward runs of the ring."""
+    deepspeed = ds_cases.quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import HiddenSequenceGroup, _start_torch_distributed
+
+    _start_torch_distributed({})
+    alone = [torch.distributed.new_group([rank]) for rank in range(sp.world_size)][sp.groups.global_rank]
+    deepspeed.checkpointing.configure(HiddenSequenceGroup(sp, alone), partition_activations=True)
+    plan, generator = sp.plan([13, 6]), torch.Generator().manual_seed(0)
+    weights = [torch.randn(8, 24, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
+    h = plan.shard(torch.randn(1, 19, 8, dtype=torch.float64, generator=generator)).requires_grad_()
+    h = h * 1  # DeepSpeed replaces the data of what it splits, which a leaf does not survive
+
+    def layer(weight: Tensor, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 4)) for part in (x @ weight).chunk(3, -1))
+        out = ring_attention(q, k, v, plan)
+        assert isinstance(out, Tensor)
+        return x + out.flatten(2)
+
+    forward, ran = executor.forward, []
+    executor.forward = lambda *args: ran.append(1) or forward(*args)  # type: ignore[func-returns-value]
+    try:
+        for weight in weights:
+            one = partial(layer, weight)  # weights are no activations: only h is an argument
+            how = remat.keeping(one) if keep else one
+            h = deepspeed.checkpointing.checkpoint(how, h) if partition else one(h)
+        h.square().sum().backward()
+    finally:
+        executor.forward = forward
+        deepspeed.checkpointing.configure(None, partition_activations=False)
+    return [sp.groups.ring.all_reduce(w.grad) for w in weights], len(ran)
+
+
+def refused(sp: SequenceParallel) -> str:
+    """What is said of cpu_checkpointing on a CPU."""
+    ds_cases.quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    from seqpar_ring.errors import UnsupportedError
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "activation_checkpointing": {"cpu_checkpointing": True},
+        "seqpar_ring": {"size": sp.world_size},
+    }
+    try:
+        initialize(model=ds_cases.model(), config=config)
+    except UnsupportedError as error:
+        return str(error)
+    return "not refused"

@@ -35,7 +35,7 @@ def test_a_model_is_the_same_over_a_ring(saved: dict[str, str]) -> None:
     assert found.good
     assert found.loss_error < 1e-6
     assert 0 < found.worst[0].error < 1e-5
-    assert said == ["one process, fp32", "3 ranks"]
+    assert said == ["one process, float32", "3 ranks"]
 
 
 def test_in_bf16_it_is_as_good_as_one_process(saved: dict[str, str]) -> None:

@@ -208,6 +208,21 @@ def test_evaluation_without_gradients_keeps_nothing(monkeypatch: pytest.MonkeyPa
     run_lockstep(run, 1, remat="attention")
 
 
+def test_the_first_forward_says_what_was_chosen_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    base = build("Llama")
+
+    def run(sp: SequenceParallel) -> None:
+        model = parallelize(copy.deepcopy(base), sp)
+        for _ in range(2):
+            model(**BATCHES["one odd document"]())
+
+    with caplog.at_level("INFO", logger="seqpar_ring"):
+        run_lockstep(run, 2)
+    (said,) = [record.getMessage() for record in caplog.records if "remat" in record.getMessage()]
+    remat_says = "remat: none (22 keys a query on average, and 512 are worth keeping)"
+    assert all(text in said for text in ("layout: zigzag", remat_says, "logits: whole ("))
+
+
 def test_two_batches_in_flight_each_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     base, batches = build("Llama"), [packed([19], seed=1), packed([5, 12], seed=2)]
 

@@ -39,6 +39,8 @@ class Run:
     checkpointing: bool = False
     lora: bool = False
     deepspeed: int | None = None  # ZeRO stage
+    offload: bool = False  # of optimizer states, and in stage 3 of parameters
+    bf16: bool = False
     fault: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
 
@@ -138,6 +140,7 @@ def arguments(run: Run, folder: str, **others: Any) -> dict[str, Any]:
         **{"optim": run.optimizer, "train_sampling_strategy": "sequential", "logging_steps": 1, "report_to": []},
         **{"save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False},
         **{"gradient_checkpointing": run.checkpointing, "per_device_eval_batch_size": run.rows},
+        "bf16": run.bf16,
     }
     if run.deepspeed is not None:
         given["deepspeed"] = deepspeed_config(run)
@@ -148,9 +151,15 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     from ds_cases import SMALL
 
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    to_cpu: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}} if run.offload else {}
+    if run.offload and run.deepspeed == 3:
+        to_cpu["offload_param"] = {"device": "cpu"}
+    # torch's own AdamW, since DeepSpeed's for the CPU would have to be compiled
+    parameters = {"lr": 3e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
     return {
         **dict.fromkeys(sizes, "auto"),
-        "zero_optimization": {"stage": run.deepspeed, **SMALL},
+        **({"optimizer": {"type": "AdamW", "params": parameters}} if run.offload else {}),
+        "zero_optimization": {"stage": run.deepspeed, **SMALL, **to_cpu},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "seqpar_ring": {"size": run.size, **dict(run.settings)},
