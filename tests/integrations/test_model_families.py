@@ -9,11 +9,25 @@ from typing import Any
 import pytest
 import torch
 from families import REFUSED, TABLE, Family
-from hf_cases import Batch, Step, build, one_process, packed, step, worst
+from hf_cases import (
+    Batch,
+    Step,
+    assert_refused,
+    assert_same_step,
+    build,
+    errors,
+    one_process,
+    packed,
+    padded,
+    step,
+    turn_on,
+    worst,
+)
 from seqpar_ring.integrations import transformers_positions as positions
 from seqpar_ring.integrations.transformers import parallelize
 
-from seqpar_ring import SequenceParallel
+from seqpar_ring import SequenceParallel, ring_attention
+from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.plan import Plan
 from seqpar_ring.testing import run_lockstep
 
@@ -64,6 +78,51 @@ def test_a_family_takes_the_step_of_one_process(name: str, batch: str, world: in
     assert grad_error <= GRAD[dtype], f"gradient of {parameter}: {grad_error:.1e}"
 
 
+UNUSUAL = ("StableLM", "Nemotron", "Llama, dynamic RoPE", "Phi-3, longrope", "Llama 4", "gpt-oss", "DeepSeek-V3")
+"""Families for which a hook, another mask than the causal one or another width has to reach attention."""
+
+
+@pytest.mark.parametrize("checkpointing", ["plain", "reentrant"])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_recomputed_layers_see_what_is_special_about_their_family(name: str, checkpointing: str) -> None:
+    family, batch = TABLE[name], packed([43])
+    base = build(family.name, **family.changes)
+
+    def run(sp: SequenceParallel) -> Step:
+        model = parallelize(copy.deepcopy(base), sp)
+        turn_on(model, checkpointing)
+        return step(sp, model, batch)
+
+    for found in run_lockstep(run, 2, remat="none"):
+        assert_same_step(found, one_process(base, batch), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_rows_padded_at_the_right_are_those_of_one_process(name: str) -> None:
+    family, batch = TABLE[name], padded([31, 18], 31)
+    base = build(family.name, **family.changes)
+    for found in run_lockstep(lambda sp: step(sp, parallelize(copy.deepcopy(base), sp), batch), 3):
+        assert_same_step(found, one_process(base, batch), 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, family in TABLE.items() if family.row_sets_length])
+def test_a_rotary_embedding_grows_and_shrinks_from_batch_to_batch_as_in_one_process(name: str) -> None:
+    """`dynamic` stays as long as the longest sequence so far, until one is shorter than the model's own length."""
+    base = build(TABLE[name].name, **TABLE[name].changes).eval()
+    rows = [packed([n], seed=n)["input_ids"] for n in (43, 20, 9, 31, 43)]
+    alone = copy.deepcopy(base)
+    expected = [alone(ids).logits for ids in rows]
+
+    def run(sp: SequenceParallel) -> list[torch.Tensor]:
+        model = parallelize(copy.deepcopy(base), sp)
+        with torch.no_grad():
+            return [sp.plan(ids.shape[1]).gather(model(input_ids=ids).logits) for ids in rows]
+
+    for found in run_lockstep(run, 3, layout="contiguous"):
+        for logits, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(logits, right, rtol=1e-5, atol=1e-5)
+
+
 def masked_without(what: str) -> Any:
     """The plan of a layer without its window or its chunk."""
     masked = Plan.masked
@@ -74,26 +133,33 @@ def masked_without(what: str) -> Any:
     return changed
 
 
+def attention_without(what: str) -> Any:
+    """Attention that ignores one of its arguments."""
+    return lambda *args, **kwargs: ring_attention(*args, **{**kwargs, what: None})
+
+
 FAULTS: dict[str, tuple[str, str, Any]] = {
-    "window": ("Mistral", "seqpar_ring.plan.Plan.masked", masked_without("window")),
-    "windows in some layers": ("Gemma 3", "seqpar_ring.plan.Plan.masked", masked_without("window")),
-    "chunk": ("Llama 4", "seqpar_ring.plan.Plan.masked", masked_without("chunk")),
-    "query scale": (
+    "the usual scale": ("Granite", "seqpar_ring.integrations.transformers.ring_attention", attention_without("scale")),
+    "no softcap": ("Gemma 2", "seqpar_ring.integrations.transformers.ring_attention", attention_without("softcap")),
+    "no window": ("Mistral", "seqpar_ring.plan.Plan.masked", masked_without("window")),
+    "no windows in some layers": ("Gemma 3", "seqpar_ring.plan.Plan.masked", masked_without("window")),
+    "no chunks": ("Llama 4", "seqpar_ring.plan.Plan.masked", masked_without("chunk")),
+    "queries scaled by place": (
         "Llama 4",
         "seqpar_ring.integrations.transformers_positions.query_factor",
         lambda *_: None,
     ),
-    "dynamic": (
+    "angles of a shard's length": (
         "Llama, dynamic RoPE",
         "seqpar_ring.integrations.transformers_positions._follows_length",
         lambda _: False,
     ),
-    "longrope": (
+    "factors of a shard's length": (
         "Phi-3, longrope",
         "seqpar_ring.integrations.transformers_positions._follows_length",
         lambda _: False,
     ),
-    "sinks": ("gpt-oss", "seqpar_ring.operator._drain", lambda out, lse, _: (out, lse)),
+    "no sinks": ("gpt-oss", "seqpar_ring.operator._drain", lambda out, lse, _: (out, lse)),
 }
 
 
@@ -103,6 +169,15 @@ def test_what_is_special_about_a_family_would_be_missed(fault: str, monkeypatch:
     monkeypatch.setattr(where, wrong)
     _, grad_error, _ = compare(name, BATCHES["packed"], 3, layout="contiguous")
     assert grad_error > 100 * GRAD[dtype_of(TABLE[name])]
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_exact_is_refused_by_name(what: str) -> None:
+    refused = REFUSED[what]
+    base = build(refused.name, suffix=refused.suffix, **refused.changes)
+    assert_refused(
+        errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**packed([21]))), UnsupportedError, *refused.says
+    )
 
 
 def test_positions_that_a_model_makes_anew_are_missed_and_refused() -> None:
