@@ -165,6 +165,17 @@ def test_trls_sfttrainer_is_exact_packed_and_with_lora(
         assert all((one[key] == two[key]).all() for key in one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False])
+def test_sfttrainer_learns_completions_alone_where_there_are_prompts(
+    pool2: RankPool, tmp_path: Path, packing: bool
+) -> None:
+    run = Run(size=2, rows=1 if packing else 2, settings=(("logits", 11),))
+    (losses, _, seen, _), _ = pool2.run(cases.sft, run, str(tmp_path), packing, True)
+    assert losses == pytest.approx(cases.one_process_on(run, seen), rel=NEAR)
+    assert all((batch["labels"] == -100).any() for batch in seen)
+
+
 REFUSALS = {
     "metrics": ("UnsupportedError", "compute_metrics needs the logits"),
     "loss function": ("UnsupportedError", "compute_loss_func would see"),

@@ -363,15 +363,20 @@ def words() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w2", pad_token="w3")
 
 
-def texts() -> list[dict[str, str]]:
-    """Documents of unequal length, as text."""
+def texts(prompts: bool) -> list[dict[str, str]]:
+    """Documents of unequal length, as text, or as prompt and completion, of which the completion alone is learnt."""
     generator = torch.Generator().manual_seed(2)
     lengths = [9, 31, 4, 17, 24, 6, 28, 12, 20, 3, 33, 15, 8, 27, 5, 19]
     draw = [torch.randint(4, hf_cases.VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    return [{"text": " ".join(f"w{i}" for i in ids)} for ids in draw]
+    words_of = [[f"w{i}" for i in ids] for ids in draw]
+    if prompts:
+        return [{"prompt": " ".join(some[:2]) + " ", "completion": " ".join(some[2:])} for some in words_of]
+    return [{"text": " ".join(some)} for some in words_of]
 
 
-def sft(sp: SequenceParallel, run: Run, folder: str, packing: bool) -> tuple[list[float], float, list[Any], int]:
+def sft(
+    sp: SequenceParallel, run: Run, folder: str, packing: bool, prompts: bool = False
+) -> tuple[list[float], float, list[Any], int]:
     """SFTTrainer: losses, the evaluation loss before training, the batches it made, and ring forwards in training."""
     with as_torchrun(sp):
         from datasets import Dataset
@@ -383,8 +388,8 @@ def sft(sp: SequenceParallel, run: Run, folder: str, packing: bool) -> tuple[lis
             model=model(run),
             args=SFTConfig(**arguments(run, folder, **others, remove_unused_columns=True)),
             processing_class=words(),
-            train_dataset=Dataset.from_list(texts()),
-            eval_dataset=Dataset.from_list(texts()),
+            train_dataset=Dataset.from_list(texts(prompts)),
+            eval_dataset=Dataset.from_list(texts(prompts)),
         )
         before = float(trainer.evaluate()["eval_loss"])
         seen, forward, ran = [], executor.forward, []
