@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RANKS  ?= 2
+WORKERS ?= 2
 CONFIG ?= configs/quickstart.yaml
 # What to give pip first, to choose another build of torch: TORCH="torch==2.13.0 --index-url <the address pytorch.org gives>"
 TORCH  ?=
@@ -35,7 +36,7 @@ lint: $(DEV)  ## ruff, codespell, mypy, and the layering contract
 	$(BIN)/lint-imports
 
 pytest: $(DEV)  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 picture: $(DEV)  ## draw the pictures of docs/ again
 	for script in docs/pictures/make_*.py; do $(BIN)/python $$script || exit 1; done
