@@ -22,14 +22,12 @@ from seqpar_ring.kernels import Choice, Request, refuse_impossible, select
 from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import (
     Block,
-    Fabric,
-    Granularity,
-    Needs,
+    Route,
+    Row,
     Sides,
     Stage,
     Traffic,
     Work,
-    choose,
     program,
     transpose,
     view_runs,
@@ -142,17 +140,14 @@ class Plan:
 
     def __init__(self, documents: Documents, mask: Mask) -> None:
         self.documents, self.mask = documents, mask
-        settings, ring = documents.settings, documents.ring
+        settings = documents.settings
         regions = mask.regions(documents.lengths, documents.kv_lengths)
         self.sides = Sides(documents.q_side, documents.k_side, regions)
         self.windowed = regions.lower_edge
         refuse_impossible(self.windowed, settings.kernel)
-        asked = None if settings.block_tokens == "auto" else settings.block_tokens
-        self.granularity = Granularity.of(asked, max(documents.k_side.sizes), ring.world)
-        node = max(1, (settings.node or documents.sequence.world) // settings.heads)
-        self.fabric = Fabric(ring.world, min(node, ring.world), self.granularity.hops)
-        needs = Needs(documents.q_side, documents.k_side, regions, self.granularity.pieces)
-        self.schedule, why = choose(settings.schedule, needs, self.fabric)
+        self.route = Route.of(settings, self.sides)
+        self.fabric = self.route.fabric
+        self.schedule, why = self.route.forward()
         self.reasons = self._reasons(why)
         self.handle = intern(self)
         self._positions: dict[tuple[tuple[Block, ...], str], tuple[Tensor, Tensor]] = {}
@@ -247,10 +242,7 @@ class Plan:
     @cached_property
     def query_schedule(self) -> Traffic:
         """The backward traffic in which queries travel, and dq returns."""
-        q, k, regions = self.sides
-        needs = Needs(k, q, regions.transposed(), self.granularity.pieces)
-        forward, _ = choose(self.documents.settings.schedule, needs, self.fabric, travels="q")
-        return transpose(forward, self.fabric.node)
+        return self.route.backward("q")
 
     @cached_property
     def forward_pass(self) -> Pass:
@@ -279,21 +271,16 @@ class Plan:
         return self._positions[key]
 
     def backward_travels(self, request: Request) -> Reason:
-        """Which side travels in backward for tensors of this kind: by the bytes that each would send.
-
-        Keys and values go out in the inputs' dtype, and their gradients return in fp32 (fp64 for fp64). Queries go out
-        with dout, lse and delta, and dq returns: for widths D = E in bf16, 8 H D + 8 H bytes a token against 12 G D.
-        """
+        """Which side travels in backward for tensors of this kind: by the bytes that each would send. See `freight`."""
         assert request.dtype is not None
-        size, wide = request.dtype.itemsize, max(4, request.dtype.itemsize)
-        heads, groups, D, E = request.heads, request.kv_heads, request.head_dim, request.value_dim
-        q = heads * ((size + wide) * D + size * E + 2 * wide) * self.tokens
-        kv = groups * (size + wide) * (D + E) * sum(self.documents.kv_lengths or self.lengths)
+        widths = request.heads, request.kv_heads, request.head_dim, request.value_dim
+        row, keys = Row(*widths, request.dtype.itemsize), sum(self.documents.kv_lengths or self.lengths)
+        q, kv = row.both("q"), row.both("kv") * keys / self.tokens
         asked = self.documents.settings.backward
-        counted = f"queries {q / self.tokens:.0f} bytes a token, keys and values {kv / self.tokens:.0f}"
+        counted = f"queries {q} bytes a token, keys and values {kv:.0f}"
         if asked != "auto":
             return Reason("backward", TRAVELS[asked], f"asked for; {counted}")
-        return Reason("backward", TRAVELS["q" if q < kv else "kv"], counted)
+        return Reason("backward", TRAVELS[row.cheaper(self.tokens, keys)], counted)
 
     def kernel(self, request: Request) -> Choice:
         """The kernel for tensors of this kind, with the reason.
@@ -313,7 +300,7 @@ class Plan:
 
     def _reasons(self, why: str) -> tuple[Reason, ...]:
         settings, sizes = self.documents.settings, self.documents.sizes
-        pieces, hops = self.granularity
+        pieces, hops = self.route.granularity
         together = f"a rank's block in {pieces} pieces" if pieces > 1 else f"{hops} block(s)"
         reasons = [
             Reason("layout", settings.layout, f"{min(sizes)} to {max(sizes)} tokens a rank"),

@@ -3,8 +3,11 @@
 from seqpar_ring.schedule.build import Granularity, build, choose, rows_sent
 from seqpar_ring.schedule.calls import Call, coalesce, tiles
 from seqpar_ring.schedule.check import check
+from seqpar_ring.schedule.flows import Flows, MoveColumns, UseColumns, flows, return_flows
+from seqpar_ring.schedule.freight import Row
 from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.program import Stage, lives, peak, program
+from seqpar_ring.schedule.route import Route
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
 from seqpar_ring.schedule.transpose import transpose
 from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric, Visit
@@ -16,22 +19,29 @@ __all__ = [
     "Builder",
     "Call",
     "Fabric",
+    "Flows",
     "Granularity",
     "Move",
+    "MoveColumns",
     "Needs",
+    "Route",
+    "Row",
     "Sides",
     "Stage",
     "Traffic",
     "Use",
+    "UseColumns",
     "Visit",
     "Work",
     "build",
     "check",
     "choose",
     "coalesce",
+    "flows",
     "lives",
     "peak",
     "program",
+    "return_flows",
     "rows_sent",
     "tiles",
     "transpose",

@@ -1,0 +1,1 @@
+"""Ready files: settings for jobs, and descriptions of models and hardware. Installed as `seqpar_ring.data`."""
