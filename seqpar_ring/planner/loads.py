@@ -1,0 +1,121 @@
+"""Loads: what each rank computes at each step of a traffic, as columns: pairs, rows, kernel calls.
+
+The pairs are counted from layouts and mask exactly as `schedule.work` finds a rank's tiles, for all ranks at once; `work`
+is the oracle that the tests hold this to. No seconds here: those depend on the machine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqpar_ring.geometry import INF, Ints, Regions, RunColumns, TileColumns, areas, join_equal, ramp, restrict
+from seqpar_ring.geometry import tiles_between, windows
+from seqpar_ring.layout import Layout, cut
+from seqpar_ring.schedule import Flows, Sides
+
+Floats = NDArray[np.float64]
+
+AT_ONCE = 1 << 19
+"""Pairs of runs that are looked at together: bounds the memory of pricing."""
+
+
+class Loads(NamedTuple):
+    """Work by step and rank, arrays of (steps, world).
+
+    Attributes:
+        pairs: of a query and a key that the kernel computes.
+        home: rows of the rank's own side that its calls span: of queries, or of keys where queries travel.
+        cargo: rows of the blocks that its calls span.
+        calls: kernel calls.
+    """
+
+    pairs: Floats
+    home: Floats
+    cargo: Floats
+    calls: Floats
+
+
+def loads(flows: Flows, sides: Sides, pieces: int) -> Loads:
+    """The work of a traffic whose blocks travel in so many pieces."""
+    queries_travel = flows.travels == "q"
+    home, cargo = (sides.k, sides.q) if queries_travel else (sides.q, sides.k)
+    steps, uses = flows.steps + 1, flows.uses
+    found = Loads(*(np.zeros((steps, flows.world)) for _ in Loads._fields))
+    if not len(uses.step):
+        return found
+    mine, rank = restrict(home.runs, sides.regions, keys=queries_travel)
+    rank = home.rank[rank]
+    key = rank * len(sides.regions) + mine.doc
+    order = np.argsort(key, kind="stable")
+    mine, key = mine.take(order), key[order]
+    size = np.array(cargo.sizes, dtype=np.int64)[uses.owner]
+    part, parts = np.maximum(uses.piece, 0), np.where(uses.piece < 0, 1, pieces)
+    begin, end = size * part // parts, size * (part + 1) // parts
+    # Uses are looked at in slices of about AT_ONCE pairs of runs.
+    runs_of_rank = int(np.diff(home.bounds).max()) * max(1, int(np.diff(cargo.bounds).max()))
+    stride = max(1, AT_ONCE // max(1, runs_of_rank))
+    seen = _Seen(mine, key, cargo, sides.regions, queries_travel)
+    for a in range(0, len(uses.step), stride):
+        some = slice(a, a + stride)
+        seen.add(found, uses.step[some], uses.rank[some], (uses.owner[some], begin[some], end[some]))
+    if not sides.regions.lower_edge:
+        # Without windows the tiles of a step are one call, or a few for blocks that arrive together; priced as one.
+        found.calls[...] = found.pairs > 0
+    return found
+
+
+class _Seen(NamedTuple):
+    """The runs of all ranks, ordered by rank and region, and the blocks that visit them."""
+
+    mine: RunColumns
+    key: Ints
+    cargo: Layout
+    regions: Regions
+    queries_travel: bool
+
+    def add(self, found: Loads, step: Ints, rank: Ints, rows: tuple[Ints, Ints, Ints]) -> None:
+        """Count the work of some uses."""
+        theirs, use = cut(self.cargo, *rows)
+        theirs, source = restrict(theirs, self.regions, keys=not self.queries_travel)
+        use = use[source]
+        key = rank[use] * len(self.regions) + theirs.doc
+        first = np.searchsorted(self.key, key, "left")
+        counts = np.searchsorted(self.key, key, "right") - first
+        t = np.repeat(np.arange(len(counts)), counts)
+        m = np.repeat(first, counts) + ramp(counts)
+        bands = self.regions.bands(self.mine.doc[m])
+        if self.queries_travel:
+            tiles, some = tiles_between(theirs, self.mine, (t, m), bands)
+        else:
+            tiles, some = tiles_between(self.mine, theirs, (m, t), bands)
+        if not len(some):
+            return
+        of_use = use[t[some]]
+        q, k = (tiles.q0, tiles.q1), (tiles.k0, tiles.k1)
+        home, cargo = (k, q) if self.queries_travel else (q, k)
+        np.add.at(found.pairs, (step[of_use], rank[of_use]), areas(tiles))
+        for total, spans in ((found.home, home), (found.cargo, cargo)):
+            low = np.full(len(step), INF)
+            high = np.zeros(len(step), dtype=np.int64)
+            np.minimum.at(low, of_use, spans[0])
+            np.maximum.at(high, of_use, spans[1])
+            span = np.where(high > 0, high - low, 0)
+            # Blocks that arrive together meet the same rows of the rank's own, and each brings rows of its own.
+            (np.maximum if total is found.home else np.add).at(total, (step, rank), span)
+        if self.regions.lower_edge:
+            np.add.at(found.calls, *_windows(tiles, of_use, self.mine.doc[m[some]], (step, rank)))
+
+
+def _windows(tiles: TileColumns, use: Ints, region: Ints, at: tuple[Ints, Ints]) -> tuple[tuple[Ints, Ints], int]:
+    """Where to count a kernel call: one for each use and each window that its tiles have."""
+    order = np.lexsort((region, use))
+    key = (use * (int(region.max()) + 1) + region)[order]
+    joined, kept = join_equal(tiles.take(order), key)
+    of_use = use[order][kept]
+    left, right = windows(joined)
+    many = joined.q1 - joined.q0 > 1  # a tile of one row fits any window that is wide enough
+    distinct = np.unique(np.stack([of_use, np.where(many, left, INF), np.where(many, right, INF)]), axis=1)[0]
+    return (at[0][distinct], at[1][distinct]), 1

@@ -1,0 +1,191 @@
+"""Step: the seconds of a training step: attention as simulated, everything else by its FLOP and bytes.
+
+Products of matrices take FLOP / attained rate, norms and activations the bytes that they touch, the optimizer the bytes of
+its states, ZeRO's collectives the bytes that each rank sends, as far as computation does not hide them. Attention is
+priced by `cost.Ring`, once for all layers that see the same. Rates are the machine's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from seqpar_ring.geometry import Mask
+from seqpar_ring.planner.cost import Ring
+from seqpar_ring.planner.hardware import BACKWARD, Machine
+from seqpar_ring.planner.job import Choice, Workload
+from seqpar_ring.planner.model import Model, Span
+from seqpar_ring.schedule import Row
+
+TOUCHED_HIDDEN, TOUCHED_MLP = 14, 3
+"""Numbers of hidden and of intermediate width that norms, residuals, rotation and activation of a layer read or write
+for each token, forward; twice that backward. Estimated from the operations of a Llama layer, each reading its inputs
+and writing its outputs once; fused kernels touch less."""
+
+ADAM_BYTES = 30
+"""Bytes that an AdamW step touches for each parameter: gradient 4, fp32 weight, two moments read and written 24, weight 2."""
+
+
+class Step(NamedTuple):
+    """A training step, in seconds of the slowest rank.
+
+    Attributes:
+        forward, backward: attention of all layers.
+        exposed: of those, in which the ring computes nothing.
+        again: attention that a recomputed layer runs again.
+        dense: everything else in the layers, forward and backward.
+        recomputed: the same, run again.
+        head: logits and loss.
+        optimizer: the update, with what is offloaded.
+        collectives: of ZeRO, gathers and reductions, as far as computation does not hide them.
+        flop: of the model, of all ranks, without what is run again.
+        tokens: that all ranks together trained on.
+        mfu: flop / (ranks x peak x seconds).
+    """
+
+    forward: float
+    backward: float
+    exposed: float
+    again: float
+    dense: float
+    recomputed: float
+    head: float
+    optimizer: float
+    collectives: float
+    flop: float
+    tokens: int
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return (
+            self.forward + self.backward + self.again + self.dense + self.recomputed + self.head + self.optimizer
+            + self.collectives
+        )  # fmt: skip
+
+    @property
+    def tokens_a_second(self) -> float:
+        """Of all ranks together."""
+        return self.tokens / self.seconds
+
+
+class Prices:
+    """Rings of one workload on one machine, each priced once."""
+
+    def __init__(self, workload: Workload, machine: Machine) -> None:
+        self.workload, self.machine = workload, machine
+        self.row: Row = workload.model.row(workload.itemsize)
+        self._rings: dict[object, Ring] = {}
+
+    def ring(self, choice: Choice, span: Span) -> Ring:
+        """The attention of the layers of a span."""
+        s, asked = choice.settings, self.workload
+        key = (s.size, s.layout, s.schedule, s.heads, s.node, s.block_tokens, s.backward, span[1:])
+        if key not in self._rings:
+            mask = mask_of(span, asked)
+            self._rings[key] = Ring(asked.lengths, mask, s, self.row, (self.machine, asked.dtype))
+        return self._rings[key]
+
+
+def mask_of(span: Span, workload: Workload) -> Mask:
+    """What the queries of these layers see; a window longer than every document is none."""
+    longest = max(workload.lengths)
+    window = span.window if span.window is not None and span.window < longest else None
+    chunk = span.chunk if span.chunk is not None and span.chunk < longest else None
+    return Mask.make(workload.causal, window if workload.causal else None, chunk)
+
+
+def step(prices: Prices, choice: Choice) -> Step:
+    """The seconds of a step of this workload with this choice."""
+    workload, machine = prices.workload, prices.machine
+    model, batch = workload.model, workload.batch
+    forward = backward = exposed = again = 0.0
+    for span in model.spans:
+        ring = prices.ring(choice, span)
+        layers = span.layers * batch
+        forward += layers * ring.forward.seconds
+        backward += layers * ring.backward.seconds
+        exposed += layers * (ring.forward.exposed + ring.backward.exposed)
+    if choice.checkpointing and choice.settings.remat == "none":
+        again = forward
+    tokens = workload.tokens * batch / choice.settings.size
+    layers_once, head = _dense(model, workload.itemsize, machine, tokens)
+    offloaded = _offloaded(workload, choice, machine, tokens)
+    dense = 3 * layers_once
+    hiding = forward + backward + again + dense + head
+    flop = model_flop(workload) * choice.data
+    found = Step(
+        forward,
+        backward,
+        exposed,
+        again,
+        dense,
+        layers_once if choice.checkpointing else 0.0,
+        head,
+        _optimizer(workload, choice, machine),
+        max(0.0, _collectives(workload, choice, machine) + offloaded - hiding),
+        flop,
+        workload.tokens * batch * choice.data,
+        0.0,
+    )
+    return found._replace(mfu=flop / (choice.gpus * machine.device.peak * found.seconds))
+
+
+def model_flop(workload: Workload) -> float:
+    """FLOP of a step of one sequence group: 6 for each parameter that a token goes through, and attention's pairs.
+
+    The count of PaLM (arXiv 2204.02311, appendix B), but for causal attention, whose masked half is not counted.
+    """
+    model = workload.model
+    pairs = sum(s.layers * float(mask_of(s, workload).regions(workload.lengths).pairs()) for s in model.spans)
+    attention = (1 + BACKWARD) * 2 * model.heads * (model.head_dim + model.value_dim) * pairs
+    return workload.batch * (6.0 * model.active_parameters * workload.tokens + attention)
+
+
+def _dense(model: Model, itemsize: int, machine: Machine, tokens: float) -> tuple[float, float]:
+    """Seconds of all layers forward, but for attention; and of the head, forward and backward."""
+    head = model.vocabulary * model.hidden
+    flop = 2.0 * tokens * (model.active_parameters - head)
+    experts = model.experts
+    width = model.intermediate if experts is None else experts.active * experts.width + experts.shared
+    matrices = 3 if model.gated else 2
+    touched = model.layers * tokens * itemsize * (TOUCHED_HIDDEN * model.hidden + TOUCHED_MLP * matrices * width / 2)
+    layers = flop / machine.device.matmul + touched / machine.device.bandwidth
+    logits = 3 * 2.0 * tokens * head / machine.device.matmul + 4 * tokens * model.vocabulary * 4 / machine.device.bandwidth
+    return layers, logits
+
+
+def _trained(workload: Workload) -> int:
+    return workload.model.parameters if workload.trained is None else workload.trained
+
+
+def _optimizer(workload: Workload, choice: Choice, machine: Machine) -> float:
+    share = _trained(workload) / (choice.gpus if choice.zero else 1)
+    touched = ADAM_BYTES if workload.optimizer == "adamw" else 10
+    if not choice.offload_optimizer:
+        return share * touched / machine.device.bandwidth
+    # The host's cores update at about the rate at which the states cross its memory; gradients go there, weights back.
+    return share * (touched + 4 + workload.itemsize) / machine.device.host_bandwidth
+
+
+def _collectives(workload: Workload, choice: Choice, machine: Machine) -> float:
+    """Seconds of ZeRO's traffic: each byte is gathered or reduced over all ranks, so crosses the slowest link."""
+    gpus, model = choice.gpus, workload.model
+    if gpus == 1:
+        return 0.0
+    link = machine.inner if gpus <= machine.node else machine.outer
+    bandwidth = link.bandwidth / min(link.shared_by, machine.node)
+    weights, gradients = model.parameters * workload.itemsize, _trained(workload) * workload.itemsize
+    # All-reduce is a reduction and a gather; stage 3 gathers weights for forward and for backward instead.
+    sent = 2 * weights + gradients if choice.zero == 3 else 2 * gradients
+    return sent * (gpus - 1) / gpus / bandwidth
+
+
+def _offloaded(workload: Workload, choice: Choice, machine: Machine, tokens: float) -> float:
+    """Seconds between device and host, there and back."""
+    model, moved = workload.model, 0.0
+    if choice.offload_parameters:
+        moved += 2 * model.parameters * workload.itemsize / choice.gpus
+    if choice.settings.offload and choice.checkpointing and choice.settings.remat != "none":
+        moved += 2 * model.layers * tokens * model.heads * (model.value_dim * workload.itemsize + 4)
+    return moved / machine.device.host_bandwidth
