@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = {"accelerate", "deepspeed", "flash_attn", "flash_attn_interface", "megatron", "transformers"}
+PLANNER = sorted(f"planner.{p.stem}" for p in (ROOT / "seqpar_ring" / "planner").glob("*.py") if p.stem != "__init__")
 MODULES = sorted(p.stem for p in (ROOT / "seqpar_ring").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists())
 
 
@@ -43,6 +44,9 @@ def test_the_layering_contract_holds() -> None:
         ("batch.py", "import integrations.deepspeed", "Imports point down"),
         ("parallel.py", "import transformers", "The core imports no framework"),
         ("geometry/runs.py", "import torch", "Everything up to the schedule"),
+        ("planner/model.py", "import torch", "Everything up to the schedule, and the planner"),
+        ("planner/hardware.py", "import seqpar_ring.kernels", "Imports point down"),
+        ("planner/hardware.py", "import seqpar_ring.plan", "Imports point down"),
     ],
 )
 def test_the_contract_refuses_a_forbidden_import(tmp_path: Path, module: str, statement: str, broken: str) -> None:
@@ -71,7 +75,7 @@ def test_no_module_of_the_core_imports_a_framework() -> None:
     assert not imported_by(*(f"seqpar_ring.{name}" for name in MODULES)) & FRAMEWORKS
 
 
-@pytest.mark.parametrize("name", ["errors", "config", "geometry", "layout", "schedule"])
+@pytest.mark.parametrize("name", ["errors", "config", "geometry", "packing", "layout", "schedule", "planner", *PLANNER])
 def test_the_part_that_plans_imports_no_torch(name: str) -> None:
     assert "torch" not in imported_by(f"seqpar_ring.{name}")
 

@@ -48,9 +48,9 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_every_package_folder_is_declared_so_that_a_wheel_holds_it() -> None:
-    sources = [p for name in ("seqpar_ring", "integrations") for p in (ROOT / name).rglob("*.py")]
-    folders = {p.parent.relative_to(ROOT).parts for p in sources}
-    names = {".".join(parts if parts[0] == "seqpar_ring" else ("seqpar_ring", *parts)) for parts in folders}
+    homes = {"seqpar_ring": (), "integrations": ("seqpar_ring", "integrations"), "configs": ("seqpar_ring", "data")}
+    folders = {p.parent.relative_to(ROOT).parts for name in homes for p in (ROOT / name).rglob("*.py")}
+    names = {".".join((*(homes[first] or (first,)), *rest)) for first, *rest in folders}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == names
 
 

@@ -1,23 +1,34 @@
 """Data: the descriptions of models and hardware that come with the package, one YAML file each, by name.
 
-They stand in `configs/` at the top of the tree and are installed as `seqpar_ring.data`.
+They stand in `configs/` at the top of the tree and are installed as `seqpar_ring.data`; a checkout that is only on the
+path, and not installed, is read where it stands. It hands out what the files say and does not check it: `hardware` and
+`model` know what must be in them.
 """
 
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from seqpar_ring.errors import ConfigError, did_you_mean
 
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # not in Python 3.10, and wanted as a type only
+
 HOME = "seqpar_ring.data"
+
+WORDS = {"hardware": "devices and links", "models": "models"}
+"""The kinds, as a message calls them."""
+
+_EXAMPLES = {"hardware": "hardware", "model": "models"}
 
 
 def names(kind: str) -> list[str]:
-    """All names of a kind: "models", "devices" or "links"."""
-    return sorted(entry.name[:-5] for entry in files(HOME).joinpath(kind).iterdir() if entry.name.endswith(".yaml"))
+    """All names of a kind: "models" or "hardware"."""
+    return sorted(entry.name[:-5] for entry in _folder(kind).iterdir() if entry.name.endswith(".yaml"))
 
 
 def named(kind: str, name: str) -> Any:
@@ -27,5 +38,32 @@ def named(kind: str, name: str) -> Any:
         ConfigError: there is none.
     """
     if name not in names(kind):
-        raise ConfigError(f"{name!r} is not one of the {kind} that come with the package", fix=did_you_mean(name, names(kind)))
-    return yaml.safe_load(files(HOME).joinpath(kind, f"{name}.yaml").read_text())
+        fix = did_you_mean(name, names(kind))
+        raise ConfigError(f"there is no {name!r} among the {WORDS[kind]} that come with the package", fix=fix)
+    return yaml.safe_load(_folder(kind).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def read(path: Path, what: str) -> Any:
+    """The content of a YAML file of the user's; JSON is YAML too.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages: "hardware", "model".
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be read.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no such {what} file", fix="Check the path.", path=str(path))
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        says = " ".join(str(error).split())
+        raise ConfigError(f"{path} is no YAML", fix=f"See configs/{_EXAMPLES[what]} for examples.", says=says) from None
+
+
+def _folder(kind: str) -> Traversable:
+    try:
+        return files(HOME).joinpath(kind)
+    except ModuleNotFoundError:
+        return Path(__file__).resolve().parents[2] / "configs" / kind

@@ -21,7 +21,7 @@ BACKWARD = 2.5
 
 
 class _Described(BaseModel):
-    # Strict about keys and signs, not about types: YAML reads 1e9 as a string, and 8 as an integer.
+    # Strict about keys and signs, not about types: YAML 1.1 reads 989e12 as a string, and 8 as an integer.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -62,6 +62,7 @@ class Device(_Described):
         host_memory: bytes of the host's memory for each device, for what is offloaded.
         host_bandwidth: bytes per second between the device and that memory, in each direction.
         node: devices of one node.
+        links: what a name without a generation means with this device: {"nvlink": "nvlink4"}.
     """
 
     kind: Literal["device"] = "device"
@@ -75,13 +76,15 @@ class Device(_Described):
     host_memory: float = Field(default=0.0, ge=0)
     host_bandwidth: float = Field(default=25e9, gt=0)
     node: int = Field(default=8, ge=1)
+    links: dict[str, str] = Field(default_factory=dict)
 
     def paces(self, dtype: str) -> Attention:
-        """The paces of this dtype.
+        """The paces of this dtype; those of bf16 are fp16's too, if fp16 has none of its own.
 
         Raises:
             ConfigError: they are not known.
         """
+        dtype = "bf16" if dtype == "fp16" and dtype not in self.attention else dtype
         if dtype not in self.attention:
             fix = f"Give one of {', '.join(self.attention)}, or measure it: seqpar-ring probe --dtype {dtype}."
             raise ConfigError(f"{self.name} has no attention rates for this dtype", fix=fix, dtype=dtype)
@@ -207,7 +210,7 @@ def machine(hardware: str, fabric: str | None = None, node: int | None = None) -
         parts = [part.strip() for part in fabric.split("+")]
         if len(parts) > 2:
             raise ConfigError("a fabric has one link or two", fix="Write inner+outer, e.g. nvlink+ndr.", fabric=fabric)
-        inner, outer = (_link(part) for part in (parts[0], parts[-1]))
+        inner, outer = (_link(device.links.get(part.lower(), part)) for part in (parts[0], parts[-1]))
         return Machine(device=device, inner=inner, outer=outer)
     if isinstance(found, Machine):
         return found.model_copy(update={"device": device})
