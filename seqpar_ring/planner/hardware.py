@@ -1,20 +1,19 @@
 """Hardware: devices, links, and the machine that they make, as data with a source for each number.
 
-Presets stand in `configs/hardware`; a user's own file overrides them, and `seqpar-ring probe` writes one for the machine
-it runs on. All numbers are in bytes, seconds and FLOP per second. A product of matrices counts 2 FLOP for each
+Presets stand in `configs/hardware`; a user's own file goes first, and `seqpar-ring probe` writes one for the machine it
+runs on. All numbers are in bytes, seconds and FLOP per second. A product of matrices counts 2 FLOP for each
 multiplication, attention 2 (D + E) for each pair of a query and a key and each head, and 2.5 times that in backward.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from seqpar_ring.errors import ConfigError, did_you_mean
-from seqpar_ring.planner.data import named, names
+from seqpar_ring.planner.data import named, names, read
 
 BACKWARD = 2.5
 """FLOP of attention's backward for each of its forward: five products of matrices against two."""
@@ -23,6 +22,14 @@ BACKWARD = 2.5
 class _Described(BaseModel):
     # Strict about keys and signs, not about types: YAML 1.1 reads 989e12 as a string, and 8 as an integer.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: object) -> object:
+        # YAML reads yes and on as true, and true is 1: a bandwidth of one byte a second.
+        if isinstance(value, bool):
+            raise ValueError("Give a value, not yes or no")
+        return value
 
 
 class Pace(_Described):
@@ -142,49 +149,46 @@ class Entry(NamedTuple):
     description: Device | Link | Machine
 
 
-T = TypeVar("T", Device, Link, Machine)
 KINDS: dict[str, type[Device] | type[Link] | type[Machine]] = {"device": Device, "link": Link, "machine": Machine}
 
 
 def load(name: str) -> Entry:
-    """A description from a preset's name or a file.
+    """A description from a preset's name or a file. A file of this name goes first.
 
     Raises:
         ConfigError: no such preset or file, or one with a missing, unknown or impossible entry.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise ConfigError("there is no such hardware file", fix="Give a YAML file; seqpar-ring probe writes one.", path=name)
-        try:
-            block = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is no YAML", fix="See configs/hardware for examples.", says=str(error)) from None
-        return parse(block, str(path))
+    if is_file(name):
+        return parse(read(Path(name), "hardware"), name)
     return parse(named("hardware", name.lower()), name)
+
+
+def is_file(name: str) -> bool:
+    """Whether this names a YAML file, and not a preset."""
+    return Path(name).suffix.lower() in (".yaml", ".yml", ".json") or Path(name).is_file()
 
 
 def parse(block: object, where: str) -> Entry:
     """A checked description from a mapping.
 
+    Args:
+        block: what was read.
+        where: from where, for messages.
+
     Raises:
         ConfigError: it is none, or an entry is missing, unknown or impossible.
     """
-    kind = block.get("kind") if isinstance(block, dict) else None
-    if not isinstance(block, dict) or kind not in KINDS:
-        known = ", ".join(KINDS)
-        raise ConfigError(f"{where} describes no hardware", fix=f"Give a mapping with kind: {known}.", kind=kind)
+    if not isinstance(block, dict):
+        fix = f"Give a mapping with kind: {', '.join(KINDS)}; configs/hardware has examples."
+        raise ConfigError(f"{where} describes no hardware", fix=fix, holds=type(block).__name__)
+    kind = block.get("kind")
+    if kind not in KINDS:
+        fix = did_you_mean(str(kind), KINDS)
+        raise ConfigError(f"{where} does not say what kind of hardware it describes", fix=fix, kind=kind)
     try:
         return Entry(kind, KINDS[kind](**block))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing":
-            raise ConfigError(f"{where} lacks {key}", fix="Give it; configs/hardware has examples.", missing=key) from None
-        if first["type"] == "extra_forbidden":
-            fix = did_you_mean(str(first["loc"][-1]), KINDS[kind].model_fields)
-            raise ConfigError(f"{where} has an unknown entry", fix=fix, key=key) from None
-        raise ConfigError(f"{where} has a wrong {key}", fix=f"{first['msg']}.", value=first["input"]) from None
+        raise _refusal(KINDS[kind], error, where) from None
 
 
 def machine(hardware: str, fabric: str | None = None, node: int | None = None) -> Machine:
@@ -192,15 +196,20 @@ def machine(hardware: str, fabric: str | None = None, node: int | None = None) -
 
     Args:
         hardware: a device's preset or file, or the file of a whole machine, as a probe writes it.
-        fabric: links as "inner+outer" ("nvlink+ndr"), or one for both; overrides those of a whole machine.
+        fabric: links as "inner+outer" ("nvlink+ndr"), or one for both; overrides those of a whole machine. A name
+            without a generation is what the device says: "nvlink" is "nvlink5" with a B200.
         node: devices of a node; None: as the device says.
 
     Raises:
         ConfigError: no such preset or file, one of another kind, or no fabric where one is needed.
     """
-    kind, found = load(hardware)
+    if not is_file(hardware) and hardware.lower() not in presets("device") + presets("link"):
+        fix = did_you_mean(hardware, presets("device")) + " Or give the path of a YAML file."
+        raise ConfigError("there is no device of this name", fix=fix, hardware=hardware)
+    found = load(hardware).description
     if isinstance(found, Link):
-        raise ConfigError("--hardware names a link", fix=f"Devices: {', '.join(presets('device'))}.", hardware=hardware)
+        fix = f"Devices: {', '.join(presets('device'))}."
+        raise ConfigError("this hardware is a link, where a device is needed", fix=fix, hardware=hardware)
     device = found.device if isinstance(found, Machine) else found
     if node is not None:
         if node < 1:
@@ -210,11 +219,11 @@ def machine(hardware: str, fabric: str | None = None, node: int | None = None) -
         parts = [part.strip() for part in fabric.split("+")]
         if len(parts) > 2:
             raise ConfigError("a fabric has one link or two", fix="Write inner+outer, e.g. nvlink+ndr.", fabric=fabric)
-        inner, outer = (_link(device.links.get(part.lower(), part)) for part in (parts[0], parts[-1]))
+        inner, outer = (_link(part, device) for part in (parts[0], parts[-1]))
         return Machine(device=device, inner=inner, outer=outer)
     if isinstance(found, Machine):
         return found.model_copy(update={"device": device})
-    fix = f"Give --fabric inner+outer, e.g. nvlink+ndr. Links: {', '.join(presets('link'))}."
+    fix = f"Give a fabric as inner+outer, e.g. nvlink+ndr. Links: {', '.join(presets('link'))}."
     raise ConfigError("nothing says what joins the devices", fix=fix, hardware=hardware)
 
 
@@ -223,11 +232,36 @@ def presets(kind: str) -> list[str]:
     return [name for name in names("hardware") if named("hardware", name).get("kind") == kind]
 
 
-def _link(name: str) -> Link:
-    if not Path(name).is_file() and name.lower() not in presets("link"):
-        fix = did_you_mean(name.lower(), presets("link"))
-        raise ConfigError("there is no link of this name, nor such a file", fix=fix, link=name)
-    kind, found = load(name)
+def _link(name: str, device: Device) -> Link:
+    """The link of a name, as this device understands it."""
+    called = device.links.get(name.lower(), name)
+    known = presets("link")
+    if not is_file(called) and called.lower() not in known + presets("device"):
+        fix = did_you_mean(name, [*known, *device.links]) + " Or give the path of a YAML file."
+        raise ConfigError("there is no link of this name", fix=fix, link=name)
+    kind, found = load(called)
     if not isinstance(found, Link):
-        raise ConfigError("the fabric names no link", fix=f"Links: {', '.join(presets('link'))}.", name=name, kind=kind)
+        fix = f"Links: {', '.join(known)}."
+        raise ConfigError(f"the fabric names a {kind}, where a link is needed", fix=fix, link=name)
     return found
+
+
+def _refusal(model: type[BaseModel], error: ValidationError, where: str) -> ConfigError:
+    """What is wrong with a description, told of its first wrong entry."""
+    first = error.errors()[0]
+    key, says = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return ConfigError(f"{where} lacks {key}", fix="Give it; configs/hardware has examples.", missing=key)
+    if first["type"] == "extra_forbidden":
+        fix = did_you_mean(str(first["loc"][-1]), _entries(model, first["loc"]))
+        return ConfigError(f"{where} has an unknown entry", fix=fix, key=key)
+    return ConfigError(f"{where} has a wrong {key}", fix=f"{says}.", value=first["input"])
+
+
+def _entries(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The entries that are known where this one stands."""
+    for key in loc[:-1]:
+        if (field := model.model_fields.get(str(key))) is not None:  # else a name in a mapping, such as a dtype
+            inside = (*get_args(field.annotation), field.annotation)
+            model = next(m for m in inside if isinstance(m, type) and issubclass(m, BaseModel))
+    return list(model.model_fields)
