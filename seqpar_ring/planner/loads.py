@@ -1,7 +1,7 @@
 """Loads: what each rank computes at each step of a traffic, as columns: pairs, rows, kernel calls.
 
-The pairs are counted from layouts and mask exactly as `schedule.work` finds a rank's tiles, for all ranks at once; `work`
-is the oracle that the tests hold this to. No seconds here: those depend on the machine.
+The pairs are counted from layouts and mask exactly as `schedule.work` finds a rank's tiles, for all ranks at once;
+`work` is the oracle that the tests hold this to. No seconds here: those depend on the machine.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from seqpar_ring.geometry import INF, Ints, Regions, RunColumns, TileColumns, areas, join_equal, ramp, restrict
-from seqpar_ring.geometry import tiles_between, windows
+from seqpar_ring.geometry import (
+    INF,
+    Ints,
+    Regions,
+    RunColumns,
+    TileColumns,
+    areas,
+    join_equal,
+    ramp,
+    restrict,
+    tiles_between,
+    windows,
+)
 from seqpar_ring.layout import Layout, cut
 from seqpar_ring.schedule import Flows, Sides
 
@@ -57,10 +68,12 @@ def loads(flows: Flows, sides: Sides, pieces: int) -> Loads:
     # Uses are looked at in slices of about AT_ONCE pairs of runs.
     runs_of_rank = int(np.diff(home.bounds).max()) * max(1, int(np.diff(cargo.bounds).max()))
     stride = max(1, AT_ONCE // max(1, runs_of_rank))
-    seen = _Seen(mine, key, cargo, sides.regions, queries_travel)
+    first = np.full(found.home.shape, np.inf)
+    seen = _Seen(mine, key, cargo, sides.regions, queries_travel, first)
     for a in range(0, len(uses.step), stride):
         some = slice(a, a + stride)
         seen.add(found, uses.step[some], uses.rank[some], (uses.owner[some], begin[some], end[some]))
+    found.home[...] -= np.where(found.home > 0, first, 0)
     if not sides.regions.lower_edge:
         # Without windows the tiles of a step are one call, or a few for blocks that arrive together; priced as one.
         found.calls[...] = found.pairs > 0
@@ -68,13 +81,14 @@ def loads(flows: Flows, sides: Sides, pieces: int) -> Loads:
 
 
 class _Seen(NamedTuple):
-    """The runs of all ranks, ordered by rank and region, and the blocks that visit them."""
+    """The runs of all ranks, ordered by rank and region, and the blocks that visit them; `first`: of the rows met."""
 
     mine: RunColumns
     key: Ints
     cargo: Layout
     regions: Regions
     queries_travel: bool
+    first: Floats
 
     def add(self, found: Loads, step: Ints, rank: Ints, rows: tuple[Ints, Ints, Ints]) -> None:
         """Count the work of some uses."""
@@ -97,14 +111,14 @@ class _Seen(NamedTuple):
         q, k = (tiles.q0, tiles.q1), (tiles.k0, tiles.k1)
         home, cargo = (k, q) if self.queries_travel else (q, k)
         np.add.at(found.pairs, (step[of_use], rank[of_use]), areas(tiles))
-        for total, spans in ((found.home, home), (found.cargo, cargo)):
-            low = np.full(len(step), INF)
-            high = np.zeros(len(step), dtype=np.int64)
-            np.minimum.at(low, of_use, spans[0])
-            np.maximum.at(high, of_use, spans[1])
-            span = np.where(high > 0, high - low, 0)
-            # Blocks that arrive together meet the same rows of the rank's own, and each brings rows of its own.
-            (np.maximum if total is found.home else np.add).at(total, (step, rank), span)
+        # Blocks that arrive together meet the same rows of the rank's own, and each brings rows of its own.
+        at = (step[of_use], rank[of_use])
+        np.minimum.at(self.first, at, home[0])
+        np.maximum.at(found.home, at, home[1])
+        low, high = np.full(len(step), INF), np.zeros(len(step), dtype=np.int64)
+        np.minimum.at(low, of_use, cargo[0])
+        np.maximum.at(high, of_use, cargo[1])
+        np.add.at(found.cargo, (step, rank), np.where(high > 0, high - low, 0))
         if self.regions.lower_edge:
             np.add.at(found.calls, *_windows(tiles, of_use, self.mine.doc[m[some]], (step, rank)))
 

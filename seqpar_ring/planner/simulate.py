@@ -1,9 +1,10 @@
 """Simulate: a discrete-event simulation of one pass of a schedule on a machine, for all ranks at once.
 
-It replays what the executor does: at each step a rank waits for what is due, posts what is to be posted, computes what is
-to be used. Messages leave and arrive over resources that ranks have for themselves or share; those posted together share
-a resource evenly, later ones queue behind them. Time goes by steps, so ranks are columns and a ring of 1,024 takes a
-second. What a step's computation costs comes in as seconds; nothing here knows attention, layouts or bytes of a row.
+It replays what the executor does: at each step a rank waits for what is due, posts what is to be posted, computes
+what is to be used. Messages leave and arrive over resources that ranks have for themselves or share; those posted
+together share a resource evenly, later ones queue behind them. Time goes by steps, so ranks are columns and a ring of
+1,024 takes a second. What a step's computation costs comes in as seconds; nothing here knows attention, layouts or
+bytes of a row.
 """
 
 from __future__ import annotations

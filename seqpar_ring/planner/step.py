@@ -1,8 +1,8 @@
 """Step: the seconds of a training step: attention as simulated, everything else by its FLOP and bytes.
 
-Products of matrices take FLOP / attained rate, norms and activations the bytes that they touch, the optimizer the bytes of
-its states, ZeRO's collectives the bytes that each rank sends, as far as computation does not hide them. Attention is
-priced by `cost.Ring`, once for all layers that see the same. Rates are the machine's.
+Products of matrices take FLOP / attained rate, norms and activations the bytes that they touch, the optimizer the
+bytes of its states, ZeRO's collectives the bytes that each rank sends, as far as computation does not hide them.
+Attention is priced by `cost.Ring`, once for all layers that see the same. Rates are the machine's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ for each token, forward; twice that backward. Estimated from the operations of a
 and writing its outputs once; fused kernels touch less."""
 
 ADAM_BYTES = 30
-"""Bytes that an AdamW step touches for each parameter: gradient 4, fp32 weight, two moments read and written 24, weight 2."""
+"""Bytes that an AdamW step touches for each parameter: gradient 4, fp32 weight and two moments 24, weight 2."""
 
 
 class Step(NamedTuple):
@@ -110,6 +110,11 @@ def step(prices: Prices, choice: Choice) -> Step:
         again = forward
     tokens = workload.tokens * batch / choice.settings.size
     layers_once, head = _dense(model, workload.itemsize, machine, tokens)
+    recomputed = layers_once if choice.checkpointing else 0.0
+    if choice.settings.mlp != "whole":
+        recomputed += layers_once * _share_of_mlps(model)  # a tile is run again in its own backward
+    if choice.settings.logits != "whole":
+        head *= 4 / 3  # the same for a tile of logits
     offloaded = _offloaded(workload, choice, machine, tokens)
     dense = 3 * layers_once
     hiding = forward + backward + again + dense + head
@@ -120,7 +125,7 @@ def step(prices: Prices, choice: Choice) -> Step:
         exposed,
         again,
         dense,
-        layers_once if choice.checkpointing else 0.0,
+        recomputed,
         head,
         _optimizer(workload, choice, machine),
         max(0.0, _collectives(workload, choice, machine) + offloaded - hiding),
@@ -151,8 +156,16 @@ def _dense(model: Model, itemsize: int, machine: Machine, tokens: float) -> tupl
     matrices = 3 if model.gated else 2
     touched = model.layers * tokens * itemsize * (TOUCHED_HIDDEN * model.hidden + TOUCHED_MLP * matrices * width / 2)
     layers = flop / machine.device.matmul + touched / machine.device.bandwidth
-    logits = 3 * 2.0 * tokens * head / machine.device.matmul + 4 * tokens * model.vocabulary * 4 / machine.device.bandwidth
+    logits = (
+        3 * 2.0 * tokens * head / machine.device.matmul + 4 * tokens * model.vocabulary * 4 / machine.device.bandwidth
+    )
     return layers, logits
+
+
+def _share_of_mlps(model: Model) -> float:
+    """What part of the layers' parameters, those of a token, are in MLPs."""
+    layers = model.active_parameters - model.vocabulary * model.hidden
+    return max(0.0, 1 - model.layers * model.attention_parameters / layers)
 
 
 def _trained(workload: Workload) -> int:
