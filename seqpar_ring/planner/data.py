@@ -7,6 +7,7 @@ path, and not installed, is read where it stands. It hands out what the files sa
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def named(kind: str, name: str) -> Any:
 
 
 def read(path: Path, what: str) -> Any:
-    """The content of a YAML file of the user's; JSON is YAML too.
+    """The content of a YAML or JSON file of the user's.
 
     Args:
         path: the file.
@@ -55,11 +56,14 @@ def read(path: Path, what: str) -> Any:
     """
     if not path.is_file():
         raise ConfigError(f"there is no such {what} file", fix="Check the path.", path=str(path))
+    # JSON is YAML too, but for tabs and for numbers such as 1e-05.
+    form, parse = ("JSON", json.loads) if path.suffix.lower() == ".json" else ("YAML", yaml.safe_load)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        return parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:
         says = " ".join(str(error).split())
-        raise ConfigError(f"{path} is no YAML", fix=f"See configs/{_EXAMPLES[what]} for examples.", says=says) from None
+        fix = f"See configs/{_EXAMPLES[what]} for examples."
+        raise ConfigError(f"{path} is no {form}", fix=fix, says=says) from None
 
 
 def _folder(kind: str) -> Traversable:

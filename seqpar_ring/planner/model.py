@@ -6,16 +6,14 @@ matrix; windows are told layer by layer. It knows shapes only: no time, no bytes
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from seqpar_ring.errors import ConfigError, did_you_mean
-from seqpar_ring.planner.data import named, names
+from seqpar_ring.errors import ConfigError, UnsupportedError, did_you_mean
+from seqpar_ring.planner.data import named, names, read
+from seqpar_ring.planner.families import CHUNKED, FAMILIES, FULL, SLIDING, Biases, Family, family
 from seqpar_ring.schedule import Row
 
 ALIASES = {
@@ -23,20 +21,14 @@ ALIASES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "max_position_embeddings": ("n_positions", "n_ctx"),
+    "num_experts": ("n_routed_experts", "num_local_experts"),
+    "moe_intermediate_size": ("intermediate_size",),
 }
-"""Older names of the same things."""
+"""Other names of the same things."""
 
-PLAIN_MLP = ("gpt2", "gpt_neox", "gptj", "opt", "bloom", "starcoder2", "phi", "falcon", "nemotron", "gpt_bigcode")
-"""Families whose MLP has two matrices; all others gate, with three."""
-
-NORMS = {"gemma2": 4, "gemma3": 4, "gemma3_text": 4, "glm4": 4, "olmo2": 2, "cohere": 1, "cohere2": 1}
-"""Norms of width `hidden` in a layer, where they are not two."""
-
-QK_NORM = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "smollm3_qk")
-"""Families with a norm of width `head_dim` for queries and one for keys."""
-
-BIASED = {"qwen2": "qkv", "qwen2_moe": "qkv", "gpt_oss": "all", "gpt2": "all"}
-"""Families whose attention projections have biases although their configuration does not say so."""
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Fields without which nothing can be planned."""
 
 
 class Span(NamedTuple):
@@ -85,7 +77,8 @@ class Model(NamedTuple):
         tied: whether the head is the embedding.
         gated: whether an MLP has three matrices.
         spans: which layers see how far.
-        biased: which projections have biases: "", "qkv" or "all".
+        biases: which projections have some.
+        qk_norm: norms of queries and keys: "head", "row" or none, as a family says.
         experts: the mixture of experts, if any.
         latent: the compression of queries and keys, if any.
         positions: the most positions it was made for, if it says so.
@@ -104,10 +97,16 @@ class Model(NamedTuple):
     tied: bool = False
     gated: bool = True
     spans: tuple[Span, ...] = ()
-    biased: str = ""
+    biases: Biases = Biases()
+    qk_norm: str = ""
     experts: Experts | None = None
     latent: Latent | None = None
     positions: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether its parameters are counted exactly, and not as those of a model like Llama."""
+        return self.family in FAMILIES and family(self.family).exact
 
     def row(self, itemsize: int) -> Row:
         """The heads as attention gets them."""
@@ -115,24 +114,24 @@ class Model(NamedTuple):
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of one layer's projections."""
-        q, out = self.heads * self.head_dim, self.heads * self.value_dim
+        """Parameters of one layer's projections, with norms and sinks within attention."""
+        q, out, has = self.heads * self.head_dim, self.heads * self.value_dim, self.biases
+        closing = out * self.hidden + has.out * self.hidden
         if self.latent is not None:
             rank, kv_rank, rotary = self.latent
-            queries = self.hidden * q if rank is None else rank * (self.hidden + q + 1)
+            queries = self.hidden * q if rank is None else rank * (self.hidden + q + 1 + has.qkv)
             unrotated = self.heads * (self.head_dim - rotary + self.value_dim)
-            return queries + self.hidden * (kv_rank + rotary) + kv_rank * (1 + unrotated) + out * self.hidden
+            compressed = (self.hidden + has.qkv) * (kv_rank + rotary)
+            return queries + compressed + kv_rank * (1 + unrotated) + closing
         kv = self.kv_heads * (self.head_dim + self.value_dim)
-        biases = {"": 0, "qkv": q + kv, "all": q + kv + self.hidden}[self.biased]
-        norms = 2 * self.head_dim if self.family in QK_NORM else 0
+        norms = {"head": 2 * self.head_dim, "row": q + self.kv_heads * self.head_dim}.get(self.qk_norm, 0)
         sinks = self.heads if self.family == "gpt_oss" else 0
-        return self.hidden * (q + kv + out) + biases + norms + sinks
+        return (self.hidden + has.qkv) * (q + kv) + norms + sinks + closing
 
     def mlp_parameters(self, width: int) -> int:
         """Parameters of an MLP of this intermediate size."""
         matrices = 3 if self.gated else 2
-        biases = {"all": (matrices - 1) * width + self.hidden}.get(self.biased, 0)
-        return matrices * self.hidden * width + biases
+        return matrices * self.hidden * width + self.biases.mlp * ((matrices - 1) * width + self.hidden)
 
     @property
     def dense_layers(self) -> int:
@@ -142,13 +141,20 @@ class Model(NamedTuple):
     @property
     def layer_parameters(self) -> float:
         """Parameters of a layer, on average."""
-        return (self.parameters - self.embeddings - self.hidden) / self.layers
+        return (self.parameters - self.embeddings - self.norm_parameters) / self.layers
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm of the hidden width."""
+        return self.hidden * family(self.family).vectors
 
     @property
     def embeddings(self) -> int:
-        """Parameters of the embedding and, where it is not the same, of the head."""
-        positions = (self.positions or 0) * self.hidden if self.family in ("gpt2", "gpt_bigcode") else 0
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + positions
+        """Parameters of the embedding, of learned positions and, where it is not the same, of the head."""
+        has = family(self.family)
+        positions = (self.positions or 0) * self.hidden if has.learned else 0
+        biases = self.vocabulary if has.head_bias else 0
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + positions + biases
 
     @property
     def parameters(self) -> int:
@@ -162,135 +168,136 @@ class Model(NamedTuple):
         return self._parameters(active=True) - looked_up
 
     def _parameters(self, active: bool) -> int:
-        norm = self.hidden * (2 if self.family in ("gpt2", "gpt_bigcode", "starcoder2", "nemotron") else 1)
-        layer = self.attention_parameters + NORMS.get(self.family, 2) * norm
-        total = self.embeddings + norm + self.layers * layer + self.dense_layers * self.mlp_parameters(self.intermediate)
+        has, norm = family(self.family), self.norm_parameters
+        layer = self.attention_parameters + has.norms * norm
+        dense = self.dense_layers * self.mlp_parameters(self.intermediate)
+        total = self.embeddings + norm + self.layers * layer + dense
         if self.experts is not None:
             met = self.experts.active if active else self.experts.number
-            router = self.hidden * self.experts.number
-            router += self.experts.number if self.biased == "all" or self.latent is not None else 0
+            router = (self.hidden + has.router_bias) * self.experts.number + has.shared_gate * self.hidden
             shared = self.mlp_parameters(self.experts.shared) if self.experts.shared else 0
-            each = router + shared + met * self.mlp_parameters(self.experts.width)
-            total += self.experts.layers * each
+            total += self.experts.layers * (router + shared + met * self.mlp_parameters(self.experts.width))
         return total
 
 
 def load_model(name: str) -> Model:
-    """A model from a preset's name, a configuration file, or a folder that holds one.
+    """A model from a preset's name, a configuration file, or a folder that holds one. A file of this name goes first.
 
     Raises:
         ConfigError: no such preset and no such file, or a configuration that lacks what is needed.
+        UnsupportedError: its layers do something that is not attention to all keys, a window or chunks.
     """
     path = Path(name)
     if path.is_dir():
         path = path / "config.json"
-    if path.suffix in (".json", ".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise ConfigError("there is no such model configuration", fix="Give a config.json.", path=str(path))
-        try:
-            config = yaml.safe_load(path.read_text()) if path.suffix != ".json" else json.loads(path.read_text())
-        except (ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read", fix="Give a HuggingFace config.json.", says=str(error)) from None
-        return of_config(config, path.parent.name if path.name == "config.json" else path.stem)
+    if path.suffix.lower() in (".json", ".yaml", ".yml") or path.is_file():
+        return of_config(read(path, "model"), path.parent.name if path.stem == "config" else path.stem)
     if name.lower() not in names("models"):
-        raise ConfigError(
-            "there is no preset of this name, nor such a file",
-            fix=did_you_mean(name.lower(), names("models")) + " Or give the path of a config.json.",
-            model=name,
-        )
+        fix = did_you_mean(name, names("models")) + " Or give the path of a config.json."
+        raise ConfigError("there is no model of this name", fix=fix, model=name)
     return of_config(named("models", name.lower()), name.lower())
 
 
 def of_config(config: Mapping[str, Any], name: str) -> Model:
-    """A model from the fields of a HuggingFace configuration.
+    """A model from the fields of a HuggingFace configuration; of one with several parts, from its `text_config`.
 
     Raises:
         ConfigError: a field is missing, or is no positive number.
+        UnsupportedError: its layers do something that is not attention to all keys, a window or chunks.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(f"the configuration of {name} is no mapping", fix="Give a HuggingFace config.json.")
-    config = {**config, **config.get("text_config", {})}
-    read = _Reader(config, name)
-    family, heads, hidden = str(config.get("model_type", "llama")), read("num_attention_heads"), read("hidden_size")
-    layers = read("num_hidden_layers")
-    head_dim = read("head_dim", hidden // heads)
-    value_dim, kv_heads, latent = head_dim, read("num_key_value_heads", heads), None
-    if config.get("kv_lora_rank"):
-        rotary = read("qk_rope_head_dim")
-        latent = Latent(config.get("q_lora_rank"), read("kv_lora_rank"), rotary)
-        head_dim, value_dim, kv_heads = rotary + read("qk_nope_head_dim"), read("v_head_dim"), heads
-    biased = "qkv" if config.get("attention_bias") and family not in BIASED else BIASED.get(family, "")
-    if config.get("mlp_bias"):
-        biased = "all"
+    given = {**config, **(config.get("text_config") or {})}
+    model_type = str(given.get("model_type", "llama"))
+    has = family(model_type)
+    fields = _Fields({**has.defaults, **given}, name)
+    fields.require(*NEEDED)
+    heads, hidden, layers = fields("num_attention_heads"), fields("hidden_size"), fields("num_hidden_layers")
+    head_dim = fields("head_dim", max(1, hidden // heads))
+    value_dim, kv_heads, latent = head_dim, fields("num_key_value_heads", heads), None
+    if fields.get("kv_lora_rank"):
+        latent = Latent(fields.get("q_lora_rank"), fields("kv_lora_rank"), fields("qk_rope_head_dim"))
+        head_dim, value_dim, kv_heads = latent.rotary + fields("qk_nope_head_dim"), fields("v_head_dim"), heads
+    if heads % kv_heads:
+        fix = "Query heads share key heads in groups of one size."
+        raise ConfigError(f"the heads of {name} cannot be shared out", fix=fix, heads=heads, kv_heads=kv_heads)
     return Model(
         name,
-        family,
+        model_type,
         layers,
         hidden,
-        read("intermediate_size", 4 * hidden if family in PLAIN_MLP else None),
+        fields(has.dense, None if has.gated else 4 * hidden),
         heads,
         kv_heads,
         head_dim,
         value_dim,
-        read("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", family in ("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text"))),
-        gated=family not in PLAIN_MLP,
-        spans=_spans(config, layers, family),
-        biased=biased,
-        experts=_experts(config, read, layers),
+        fields("vocab_size"),
+        tied=bool(fields.get("tie_word_embeddings")),
+        gated=has.gated,
+        spans=_spans(fields, layers, has),
+        biases=has.biases(fields.config),
+        qk_norm=has.qk_norm if not has.qk_norm_if or fields.get(has.qk_norm_if) else "",
+        experts=_experts(fields, layers),
         latent=latent,
-        positions=config.get("max_position_embeddings") or config.get("n_positions"),
+        positions=fields.get("max_position_embeddings"),
     )
 
 
-class _Reader:
-    """Reads positive whole numbers under their name or an older one."""
+class _Fields:
+    """The fields of a configuration, under their names or others of the same meaning."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
-        self._config, self._name = config, name
+        self.config, self.name = config, name
+
+    def get(self, key: str) -> Any:
+        """What stands there, or None."""
+        found = (self.config.get(k) for k in (key, *ALIASES.get(key, ())))
+        return next((value for value in found if value is not None), None)
 
     def __call__(self, key: str, otherwise: int | None = None) -> int:
-        found = [self._config[k] for k in (key, *ALIASES.get(key, ())) if self._config.get(k) is not None]
-        value = found[0] if found else otherwise
+        """A positive whole number."""
+        value = self.get(key)
+        value = otherwise if value is None else value
         if value is None:
-            raise ConfigError(
-                f"the configuration of {self._name} lacks a field",
-                fix=f"Give {key}: the planner needs it.",
-                missing=key,
-                has=sorted(self._config)[:12],
-            )
+            self.require(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"the configuration of {self._name} has a wrong {key}",
-                fix="Give a positive whole number.",
-                **{key: value},
-            )
+            fix = "Give a positive whole number."
+            raise ConfigError(f"the configuration of {self.name} has a wrong {key}", fix=fix, **{key: value})
         return value
 
+    def require(self, *keys: str) -> None:
+        """Name all fields that are missing."""
+        missing = [key for key in keys if self.get(key) is None]
+        if missing:
+            fix = f"Give {', '.join(missing)}: the planner needs {'it' if len(missing) == 1 else 'them'}."
+            what = f"the configuration of {self.name} lacks {', '.join(missing)}"
+            raise ConfigError(what, fix=fix, has=sorted(self.config)[:12])
 
-def _spans(config: Mapping[str, Any], layers: int, family: str) -> tuple[Span, ...]:
+
+def _spans(fields: _Fields, layers: int, has: Family) -> tuple[Span, ...]:
     """How far each layer sees, layers that see the same together."""
-    window, chunk = config.get("sliding_window"), config.get("attention_chunk_size")
-    kinds = config.get("layer_types")
-    if kinds is None and window and family in ("gemma2", "gemma3", "gemma3_text", "gpt_oss"):
-        every = config.get("sliding_window_pattern", 2 if family != "gemma3" else 6)
-        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    if kinds is None and window and config.get("use_sliding_window", family in ("mistral", "mixtral", "phi3")):
-        first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
-        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    if kinds is None:
-        return (Span(layers),)
-    seen = {"sliding_attention": (window, None), "chunked_attention": (None, chunk)}
-    return tuple(Span(n, *sees) for sees, n in Counter(seen.get(kind, (None, None)) for kind in kinds).items())
+    asked = fields.get("use_sliding_window") is not False
+    window = fields("sliding_window") if asked and fields.get("sliding_window") else None
+    chunk = fields("attention_chunk_size") if fields.get("attention_chunk_size") else None
+    kinds = fields.get("layer_types") or has.kinds(fields.config, layers)
+    if len(kinds) != layers:
+        fix = "Give one kind for each layer."
+        raise ConfigError(f"layer_types of {fields.name} are not one a layer", fix=fix, types=len(kinds), layers=layers)
+    seen = {FULL: (None, None), SLIDING: (window, None), CHUNKED: (None, chunk)}
+    if unknown := sorted({str(kind) for kind in kinds if kind not in seen}):
+        fix = f"Plan for a model whose layers are {', '.join(seen)}."
+        raise UnsupportedError(f"not all layers of {fields.name} are attention of a known kind", fix=fix, kinds=unknown)
+    return tuple(Span(n, *sees) for sees, n in Counter(seen[kind] for kind in kinds).items())
 
 
-def _experts(config: Mapping[str, Any], read: _Reader, layers: int) -> Experts | None:
-    number = next((config[k] for k in ("n_routed_experts", "num_experts", "num_local_experts") if config.get(k)), None)
-    if number is None:
+def _experts(fields: _Fields, layers: int) -> Experts | None:
+    """The mixture of experts, if there is one."""
+    if not fields.get("num_experts"):
         return None
-    width = read("moe_intermediate_size", read("intermediate_size"))
-    dense = set(config.get("mlp_only_layers") or range(config.get("first_k_dense_replace") or 0))
-    every = config.get("decoder_sparse_step") or 1
-    sparse = [i for i in range(layers) if i not in dense and (i + 1) % every == 0]
-    shared = config.get("shared_expert_intermediate_size") or width * (config.get("n_shared_experts") or 0)
-    return Experts(len(sparse), number, read("num_experts_per_tok"), width, shared)
+    width, every = fields("moe_intermediate_size"), fields.get("decoder_sparse_step") or 1
+    dense = {*(fields.get("mlp_only_layers") or ()), *range(fields.get("first_k_dense_replace") or 0)}
+    step = fields.get("interleave_moe_layer_step") or 1
+    sparse = fields.get("moe_layers") or range(step - 1, layers, step)
+    sparse = [i for i in sparse if i not in dense and (i + 1) % every == 0]
+    shared = fields.get("shared_expert_intermediate_size") or width * (fields.get("n_shared_experts") or 0)
+    return Experts(len(sparse), fields("num_experts"), fields("num_experts_per_tok"), width, shared)
