@@ -1,64 +1,34 @@
-"""The command line: `seqpar-ring doctor | schedule`, one function a command.
+"""The command line: `seqpar-ring plan | timeline | schedule | probe | bench | doctor`.
 
-A command reads its arguments, calls the library and prints; what it prints is made elsewhere. Errors of the library are
-one message and exit code 2. Integrations are imported by the command that needs them, when it runs.
+Each command is a file of `commands`; here they get their names. Errors of the library are one message and exit code 2.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
-from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from seqpar_ring.environment import Finding, exchange_speed, findings
-from seqpar_ring.errors import ConfigError, SeqparError
-from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.commands import doctor, plan
+from seqpar_ring.errors import SeqparError
 from seqpar_ring.schedule import __main__ as schedules
-from seqpar_ring.testing import RankPool
+
+EPILOG = """\
+Exit codes of all commands: 0 fine; 1 a problem, or a difference; 2 the question makes no sense; 3 it fits nowhere.
+
+Completion: seqpar-ring --install-completion.
+"""
 
 app = typer.Typer(
-    help="Exact ring attention: what this machine has, and what a ring does.",
+    help="Exact ring attention: plan a job, look at its schedule, measure this machine.",
+    epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
-SHOWN = 5
-
-
-@app.command(help="What is installed here, what works, and, with --model, whether your model is exact over a ring.")
-def doctor(  # noqa: PLR0913 - options of a command line
-    model: Annotated[Path | None, typer.Option(help="A model's folder: compare one rank with --ranks.")] = None,
-    ranks: Annotated[int, typer.Option(help="Ranks that share the sequence.", min=1)] = 2,
-    tokens: Annotated[int, typer.Option(help="Tokens of one document.", min=2)] = 1024,
-    documents: Annotated[str, typer.Option(help="Lengths of packed documents instead: 700,1,323.")] = "",
-    layers: Annotated[int | None, typer.Option(help="Only so many of the model's first layers.", min=1)] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    setting: Annotated[list[str] | None, typer.Option(help="A setting of the ring: layout=packed. Repeatable.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
-    """Exit code 0: all is well; 1: a problem, or a difference; 2: it could not be asked."""
-    out = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
-    found = [*findings(), _link()]
-    report: dict[str, Any] = {"environment": [one._asdict() for one in found]}
-    wrong = any(one.level == "problem" for one in found)
-    if not as_json:
-        for one in found:
-            out.print(_line(one))
-    if model is not None:
-        lengths = _lengths(documents) or (tokens,)
-        result = _parity(out, model, (lengths, ranks, layers, dtype, _settings(setting or [])))
-        report["model"] = result
-        wrong = wrong or not result["good"]
-    if as_json:
-        print(json.dumps(report, indent=1))
-    raise typer.Exit(int(wrong))
+app.command("plan", help=plan.HELP, epilog=plan.EPILOG)(plan.plan)
+app.command("doctor", help=doctor.HELP, epilog=doctor.EPILOG)(doctor.doctor)
 
 
 @app.command(
@@ -80,74 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0
     return 0
-
-
-def _parity(out: Console, model: Path, asked: tuple[Any, ...]) -> dict[str, Any]:
-    """Compare, and print what was found; returns it as plain data."""
-    checks = import_module("seqpar_ring.integrations.doctor")
-    lengths, ranks, layers, dtype, settings = asked
-    case = checks.Case(str(model), lengths, ranks, layers, dtype, settings)
-    checks.check(case)
-    cut = "" if layers is None else f", its first {layers} layers"
-    kind = "" if case.weights else ", random weights (the folder holds none)"
-    documents = f"{len(lengths)} document" + "s" * (len(lengths) > 1)
-    out.print(f"\n{model}{cut}{kind}: {documents}, {sum(lengths)} tokens, {dtype}, one process against {ranks} ranks")
-    found = checks.parity(case, lambda text: out.print(f"  {text} ..."))
-    both = f"loss {found.alone:.6f} alone, {found.over:.6f} over the ring"
-    out.print(f"  {both}: relative difference {found.loss_error:.1e}")
-    for row in found.worst[:SHOWN]:
-        out.print(f"  gradient off by {row.error:.1e}: {row.parameter}")
-    if found.together is None:
-        out.print(f"  bounds: loss {checks.LOSS:.0e}, gradients {checks.GRADIENT:.0e}")
-    else:
-        wider = "fp64" if dtype == "float32" else "fp32"
-        allowed = f"{found.allowed:.2e} is allowed, {checks.AS_GOOD_AS} times what one process is off by"
-        out.print(f"  all gradients against {wider}: off by {found.together:.2e}; {allowed}")
-    verdict = "the same" if found.good else f"NOT THE SAME, worst in {found.worst[0].parameter}"
-    out.print(f"  {verdict} ({found.seconds:.0f} s)")
-    worst = [row._asdict() for row in found.worst[:SHOWN]]
-    plain = {"alone": found.alone, "over": found.over, "worst": worst, "seconds": round(found.seconds, 1)}
-    return {**plain, "loss_error": found.loss_error, "good": found.good}
-
-
-def _link() -> Finding:
-    """How fast two processes of this machine exchange tensors over gloo, which every set-up uses for control."""
-    try:
-        with RankPool(2, timeout=60.0) as pool:
-            speed = min(pool.run(_speed))
-    except SeqparError as error:
-        advice = "Two processes could not meet: see whether a firewall closes local ports."
-        return Finding("problem", "gloo", str(error), advice)
-    return Finding("ok", "gloo", f"{speed / 2**20:,.0f} MiB/s between two processes here")
-
-
-def _speed(sp: SequenceParallel) -> float:
-    return exchange_speed(sp.rank, 1 - sp.rank)
-
-
-def _line(one: Finding) -> str:
-    return f"{MARKS[one.level]} {one.what:<20} {one.found}" + (f"  -> {one.advice}" if one.advice else "")
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError("--documents is no list of lengths", fix="Write e.g. 700,1,323.", documents=text) from None
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Settings from "name=value", the value read as JSON where it is any."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError("--setting has no value", fix="Write e.g. layout=packed.", setting=pair)
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from seqpar_ring import cli, environment
+from seqpar_ring.commands import doctor
 from seqpar_ring.environment import Finding
 
 
@@ -42,7 +43,7 @@ def test_doctor_prints_json_alone_on_standard_output() -> None:
 
 def test_a_problem_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Finding("problem", "torch", "1.0", "Install another.")
-    monkeypatch.setattr(cli, "findings", lambda: iter([broken]))
+    monkeypatch.setattr(environment, "findings", lambda: iter([broken]))
     done = run("doctor")
     assert done.exit_code == 1
     assert "PROBLEM torch" in done.output
@@ -72,7 +73,7 @@ def test_what_cannot_be_asked_is_one_message_and_exit_code_2(
     arguments: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(cli, "_link", lambda: Finding("ok", "gloo", "not asked"))
+    monkeypatch.setattr(doctor, "_link", lambda: Finding("ok", "gloo", "not asked"))
     code = cli.main(["doctor", *(one.format(here=tmp_path) for one in arguments)])
     said = capsys.readouterr().err
     assert code == 2

@@ -11,6 +11,7 @@ from seqpar_ring.integrations import doctor
 from seqpar_ring.integrations.doctor import Case
 
 from seqpar_ring import cli
+from seqpar_ring.commands import doctor as command
 from seqpar_ring.environment import Finding
 from seqpar_ring.errors import ConfigError, UnsupportedError
 
@@ -69,7 +70,7 @@ def test_a_window_that_is_dropped_is_found_and_a_parameter_named(
         return model
 
     monkeypatch.setattr(doctor, "_load", windowless)
-    monkeypatch.setattr(cli, "_link", lambda: Finding("ok", "gloo", "not asked"))
+    monkeypatch.setattr(command, "_link", lambda: Finding("ok", "gloo", "not asked"))
     assert cli.main(["doctor", "--model", saved["Mistral"], "--documents", "30,1,52"]) == 1
     assert "NOT THE SAME, worst in model.layers." in capsys.readouterr().out
 

@@ -1,0 +1,186 @@
+"""Asked: a question to the planner, made from what a user writes: "1M" tokens, "8K,300" documents, a config, settings.
+
+It turns text and files into a workload, a machine and what is decided already, and refuses what makes no sense by name.
+It answers nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, cycle, takewhile
+from typing import Any, NamedTuple
+
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import ConfigError, did_you_mean
+from seqpar_ring.layout import LAYOUTS
+from seqpar_ring.planner.hardware import Machine, machine
+from seqpar_ring.planner.job import ITEMSIZE, Workload
+from seqpar_ring.planner.model import load_model
+from seqpar_ring.planner.search import Fixed
+from seqpar_ring.schedule import BUILDERS
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+"""Lengths are counted in powers of two, as context lengths are: 128K is 131,072 tokens, 1M is 1,048,576."""
+
+MOST_DOCUMENTS = 100_000
+
+
+class Given(NamedTuple):
+    """What a user wrote; empty or None: nothing.
+
+    Attributes:
+        model, hardware, fabric: names or files.
+        seq_len: tokens of a sequence, e.g. "1M".
+        documents: their lengths, e.g. "8K,300"; with `seq_len` repeated until that is full.
+        gpus, node: devices of the world, and of a node.
+        batch: sequences that a group holds at a time.
+        dtype: of weights and activations.
+        causal: whether a query sees only what is before it.
+        fixed: what is decided already.
+    """
+
+    model: str = ""
+    hardware: str = ""
+    fabric: str = ""
+    seq_len: str = ""
+    documents: str = ""
+    gpus: int | None = None
+    node: int | None = None
+    batch: int | None = None
+    dtype: str = ""
+    causal: bool | None = None
+    fixed: Fixed = Fixed()
+
+
+class Asked(NamedTuple):
+    """The question.
+
+    Attributes:
+        workload: what is to be trained.
+        machine: on what.
+        gpus: devices of the world.
+        fixed: what is decided already.
+        given: the same as the user wrote it.
+    """
+
+    workload: Workload
+    machine: Machine
+    gpus: int
+    fixed: Fixed
+    given: Given
+
+
+def asked(given: Given) -> Asked:
+    """The question that was written.
+
+    Raises:
+        ConfigError: something is missing, unknown, negative, or does not fit the rest.
+    """
+    for name, example in (("model", "llama-3.1-8b"), ("hardware", "h100")):
+        if not getattr(given, name):
+            raise ConfigError(f"nothing says which {name}", fix=f"Give --{name}, e.g. --{name} {example}.")
+    if given.gpus is None:
+        raise ConfigError("nothing says how many devices there are", fix="Give --gpus, e.g. --gpus 64.")
+    for name, value in (("gpus", given.gpus), ("node", given.node), ("batch", given.batch)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} is below 1", fix="Give 1 or more.", **{name: value})
+    dtype = given.dtype or "bf16"
+    if dtype not in ITEMSIZE:
+        raise ConfigError("unknown dtype", fix=did_you_mean(dtype, ITEMSIZE), dtype=dtype)
+    model = load_model(given.model)
+    on = machine(given.hardware, given.fabric or None, given.node)
+    if given.gpus > on.node and given.gpus % on.node:
+        fix = f"Give a multiple of {on.node}, or say with --node how many devices a node has."
+        raise ConfigError("the devices do not fill whole nodes", fix=fix, gpus=given.gpus, node=on.node)
+    on.device.paces(dtype)
+    lengths = documents(given.documents, given.seq_len)
+    workload = Workload(model, lengths, dtype, given.batch or 1, given.causal is not False)
+    _check_fixed(given.fixed, given.gpus)
+    return Asked(workload, on, given.gpus, given.fixed, given)
+
+
+def tokens(text: str, option: str = "--seq-len") -> int:
+    """A number of tokens from "1M", "128K", "1.5M", "1_000_000" or "131072".
+
+    Raises:
+        ConfigError: it is none, or not a positive whole number.
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kmg]?)", text.strip().lower())
+    number = float(found[1].replace("_", "").replace(",", "")) * UNITS[found[2]] if found else 0.0
+    if number < 1 or number != int(number):
+        fix = "Write e.g. 1M (1,048,576), 128K (131,072) or 1_000_000."
+        raise ConfigError(f"{option} is no number of tokens", fix=fix, value=text)
+    return int(number)
+
+
+def documents(text: str, seq_len: str) -> tuple[int, ...]:
+    """Lengths of documents from "8K,300" or "16x8K,300"; with the length of a sequence they repeat until it is full.
+
+    Raises:
+        ConfigError: there is neither, or it is no list of lengths.
+    """
+    if not text:
+        if not seq_len:
+            raise ConfigError("nothing says how long a sequence is", fix="Give --seq-len 1M, or --documents 8K,300.")
+        return (tokens(seq_len),)
+    each: list[int] = []
+    for part in text.split(","):
+        times, cross, length = part.partition("x")
+        count = int(times) if cross and times.strip().isdecimal() else 0 if cross else 1
+        if not 1 <= count <= MOST_DOCUMENTS:
+            fix = "Write lengths with commas between them, and times before an x: 5000,300 or 16x8K,300."
+            raise ConfigError("--documents is no list of lengths", fix=fix, documents=text)
+        each += [tokens(length if cross else times, "--documents")] * count
+    if not seq_len:
+        return tuple(each)
+    whole = tokens(seq_len)
+    ends = list(takewhile(lambda end: end < whole, accumulate(cycle(each))))
+    if len(ends) >= MOST_DOCUMENTS:
+        fix = "Give longer documents or a shorter sequence."
+        raise ConfigError("too many documents", fix=fix, documents=len(ends) + 1, most=MOST_DOCUMENTS)
+    return tuple(b - a for a, b in zip([0, *ends], [*ends, whole], strict=True))
+
+
+def pairs(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings from "name=value", the value read as JSON where it is any.
+
+    Raises:
+        ConfigError: there is no value.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError("--setting has no value", fix="Write e.g. layout=packed.", setting=text)
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
+
+
+def decided(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are decided: "auto" and none leave it to the search."""
+    return {name: value for name, value in settings.items() if value is not None and value != "auto"}
+
+
+def _check_fixed(fixed: Fixed, gpus: int) -> None:
+    """What would make every choice impossible is said at once, and by its name."""
+    settings = decided(fixed.settings)
+    for key, known in (("layout", LAYOUTS), ("schedule", BUILDERS)):
+        name = settings.get(key)
+        if name is not None and name not in known:
+            raise ConfigError(f"unknown {key}", fix=did_you_mean(str(name), known), **{key: name})
+    size = settings.get("size", gpus)
+    if isinstance(size, int) and size >= 1 and gpus % size:
+        fix = f"Give one of {', '.join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)}."
+        raise ConfigError("the size does not divide the devices", fix=fix, size=size, gpus=gpus)
+    whole = {"node": size} if settings.get("schedule") == "double_ring" else {}
+    Settings.parse({**whole, **settings, "size": size}, "the settings")
+    if fixed.zero is not None and fixed.zero not in (0, 1, 2, 3):
+        raise ConfigError("there is no such ZeRO stage", fix="Give 0, 1, 2 or 3.", zero=fixed.zero)
+    if fixed.offload_parameters and fixed.zero not in (None, 3):
+        fix = "Give zero 3, or leave the weights on the device."
+        raise ConfigError("weights are offloaded with ZeRO 3 only", fix=fix, zero=fixed.zero)

@@ -1,0 +1,151 @@
+"""Remedy: what would make a job fit: the largest sequence on these devices, and the fewest devices for this sequence.
+
+Both are asked for a few ways to save memory, from what costs little to what costs most, with the sequence shared by all
+devices; what the user decided stays. They are limits by memory alone: whether it is fast there, `search` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import SeqparError
+from seqpar_ring.planner.asked import Asked, decided
+from seqpar_ring.planner.job import Choice
+from seqpar_ring.planner.memory import largest, memory
+from seqpar_ring.planner.search import MLP_TILE, Fixed
+
+MOST = 4096
+"""Devices that are tried at most."""
+
+
+class Limit(NamedTuple):
+    """How far a way to save memory goes.
+
+    Attributes:
+        way: what is done, in words.
+        choice: the same as data, for the devices it was asked for.
+        tokens: the largest sequence on these devices; None: not asked.
+        gpus: the fewest devices for this sequence; None: not asked, or not even the most that are tried.
+    """
+
+    way: str
+    choice: Choice
+    tokens: int | None = None
+    gpus: int | None = None
+
+
+class Way(NamedTuple):
+    """A way to save memory: words, fields of the choice, settings."""
+
+    words: str
+    choice: dict[str, Any]
+    settings: dict[str, Any]
+
+
+STATES = ("offload_optimizer", "offload_parameters")
+AGAIN: dict[str, Any] = {"checkpointing": True}
+LEAST: dict[str, Any] = {"remat": "none", "mlp": MLP_TILE}
+
+WAYS = (
+    Way("nothing recomputed", {"checkpointing": False}, {}),
+    Way("layers recomputed, attention's results kept", AGAIN, {"remat": "attention"}),
+    Way("layers and attention recomputed", AGAIN, {"remat": "none"}),
+    Way("all recomputed, MLPs in tiles", AGAIN, LEAST),
+    Way("all recomputed, MLPs in tiles, optimizer on the host", {**AGAIN, "offload_optimizer": True}, LEAST),
+    Way("all recomputed, MLPs in tiles, all states on the host", {**AGAIN, **dict.fromkeys(STATES, True)}, LEAST),
+)
+"""From what costs least time to what needs least memory."""
+
+
+def largest_sequences(asked: Asked) -> tuple[Limit, ...]:
+    """For each way the largest sequence of one document that fits on these devices, shared by all of them."""
+    device = asked.machine.device
+    return tuple(
+        Limit(way.words, choice, tokens=largest(asked.workload, choice, device))
+        for way in WAYS
+        if (choice := _choice(asked, way, asked.gpus)) is not None
+    )
+
+
+def fewest_devices(asked: Asked) -> tuple[Limit, ...]:
+    """For each way the fewest devices, of powers of two, that hold this sequence."""
+    found = (_fewest(asked, way) for way in WAYS)
+    return tuple(limit for limit in found if limit is not None)
+
+
+def remedies(asked: Asked) -> Iterator[str]:
+    """Sentences that say what would make it fit."""
+    yield from _enough(asked, "")
+    if asked.fixed != Fixed():
+        yield from _enough(asked._replace(fixed=Fixed()), "With nothing decided beforehand, ")
+    best = max(largest_sequences(asked), key=lambda limit: limit.tokens or 0, default=None)
+    if best is not None and best.tokens:
+        yield (
+            f"{asked.gpus:,} of these devices hold a sequence of {best.tokens:,} tokens at most "
+            f"({best.way}, ZeRO {best.choice.zero})."
+        )
+    elif best is not None:
+        yield f"{asked.gpus:,} of these devices hold no sequence of any length: the model's states are too large."
+    for name in STATES:
+        if getattr(asked.fixed, name) is False:
+            yield f"{name} is switched off: allowing it would leave more room."
+
+
+def _enough(asked: Asked, given: str) -> Iterator[str]:
+    """How few devices suffice, without the host's memory and with it."""
+    needed = [limit for limit in fewest_devices(asked) if limit.gpus is not None]
+    least = min(needed, key=lambda limit: limit.gpus or 0, default=None)
+    inside = [limit for limit in needed if not limit.choice.offload_optimizer]
+    cheap = min(inside, key=lambda limit: limit.gpus or 0, default=least)
+    for limit in [cheap] if least is None or cheap is None or cheap.gpus == least.gpus else [cheap, least]:
+        if limit is not None:
+            yield f"{given}{limit.gpus:,} devices hold this sequence ({limit.way}, ZeRO {limit.choice.zero})."
+    if not needed:
+        yield f"{given or 'As decided, '}no number of devices up to {MOST:,} holds this sequence."
+
+
+def _fewest(asked: Asked, way: Way) -> Limit | None:
+    """The fewest devices with which this way does; None where it contradicts what the user decided."""
+    device, choice, gpus = asked.machine.device, None, 1
+    while gpus <= MOST:
+        here = _choice(asked, way, gpus)  # none where so many devices cannot be shared out as decided
+        if here is not None:
+            choice = here
+            needed = memory(asked.workload, choice, device)
+            if needed.peak <= device.memory and needed.host <= device.host_memory:
+                return Limit(way.words, choice, gpus=gpus)
+        gpus *= 2
+    return None if choice is None else Limit(way.words, choice)
+
+
+def _choice(asked: Asked, way: Way, gpus: int) -> Choice | None:
+    """This way with what the user decided; None where that contradicts it."""
+    fixed, settings = asked.fixed, decided(asked.fixed.settings)
+    choice: dict[str, Any] = {"checkpointing": True, "zero": 3, "offload_optimizer": False, "offload_parameters": False}
+    for name in choice:
+        mine = getattr(fixed, name)
+        if mine is not None and name in way.choice and way.choice[name] != mine:
+            return None
+        choice[name] = way.choice.get(name, choice[name]) if mine is None else mine
+    if choice["offload_parameters"] and choice["zero"] != 3:
+        return None
+    if any(settings.get(name, value) != value for name, value in way.settings.items()):
+        return None
+    layout = "packed" if len(asked.workload.lengths) > 1 else "zigzag" if asked.workload.causal else "contiguous"
+    size = settings.get("size", gpus)
+    if gpus % size:
+        return None
+    block = {"layout": layout, "heads": _heads(asked, size), **way.settings, **settings, "size": size}
+    try:
+        return Choice(gpus, Settings.parse(block, "the choice"), **choice)
+    except SeqparError:
+        return None
+
+
+def _heads(asked: Asked, size: int) -> int:
+    """The largest degree of head sharding in a node: it leaves the smallest ring, which is the quickest to price."""
+    model = asked.workload.model
+    most = min(asked.machine.node, model.kv_heads, size)
+    return max(d for d in range(1, most + 1) if size % d == 0 and model.kv_heads % d == 0 and model.heads % d == 0)
