@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
@@ -18,13 +19,10 @@ from seqpar_ring.geometry import INF, Mask, area
 from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import (
     BUILDERS,
-    Fabric,
-    Granularity,
-    Needs,
+    Route,
     Sides,
     Traffic,
     Work,
-    choose,
     rows_sent,
     tiles,
     transpose,
@@ -40,18 +38,23 @@ EXAMPLE = """example:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the schedule that the arguments ask for. Returns the exit code: 2 where they ask for the impossible."""
-    asked = _parser().parse_args(arguments)
+    asked = parse(arguments)
     try:
-        print("\n".join(_report(asked)))
+        print("\n".join(report(asked)))
     except SeqparError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str] | None = None, called: str = "python -m seqpar_ring.schedule") -> argparse.Namespace:
+    """What the arguments ask for, of a command that is called so."""
+    return _parser(called).parse_args(arguments)
+
+
+def _parser(called: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m seqpar_ring.schedule",
+        prog=called,
         description="Plan documents for a sequence group and print the schedule: ranks down, steps across.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -84,7 +87,22 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them") from None
 
 
-def _report(asked: argparse.Namespace) -> list[str]:
+class Planned(NamedTuple):
+    """What was asked for, planned: layouts, mask, traffic, and why this variant of the schedule."""
+
+    settings: Settings
+    sides: Sides
+    mask: Mask
+    traffic: Traffic
+    why: str
+
+
+def planned(asked: argparse.Namespace) -> Planned:
+    """The schedule that was asked for.
+
+    Raises:
+        SeqparError: it is impossible.
+    """
     settings = _settings(asked)
     mask = Mask.make(not asked.full, asked.window, asked.chunk, asked.prefix)
     regions = mask.regions(asked.lengths, asked.kv_lengths)
@@ -93,7 +111,12 @@ def _report(asked: argparse.Namespace) -> list[str]:
     if asked.kv_lengths is not None:
         k = layouts.make(settings.layout, asked.kv_lengths, settings.size, balance, least=0)
     sides = Sides(q, k, regions)
-    traffic, why = _traffic(asked, settings, sides)
+    return Planned(settings, sides, mask, *_traffic(asked, settings, sides))
+
+
+def report(asked: argparse.Namespace) -> list[str]:
+    """The lines to print."""
+    _, sides, mask, traffic, why = planned(asked)
     lines = [*_summary(asked, sides, traffic, mask, why), ""]
     if asked.check:
         held = prove(traffic, sides)
@@ -119,13 +142,9 @@ def _settings(asked: argparse.Namespace) -> Settings:
 
 
 def _traffic(asked: argparse.Namespace, settings: Settings, sides: Sides) -> tuple[Traffic, str]:
-    q, k, regions = sides
-    home, cargo, mask = (k, q, regions.transposed()) if asked.queries else (q, k, regions)
-    size = Granularity.of(asked.block_tokens, max(k.sizes), settings.size)  # by the keys in both passes, as a plan does
-    fabric = Fabric(settings.size, settings.node or settings.size, size.hops)
-    needs = Needs(home, cargo, mask, size.pieces)
-    traffic, why = choose(settings.schedule, needs, fabric, "q" if asked.queries else "kv")
-    return (transpose(traffic, fabric.node) if asked.backward or asked.queries else traffic), why
+    route = Route.of(settings, sides)
+    traffic, why = route.forward("q" if asked.queries else "kv")
+    return (transpose(traffic, route.fabric.node) if asked.backward or asked.queries else traffic), why
 
 
 def _summary(asked: argparse.Namespace, sides: Sides, traffic: Traffic, mask: Mask, why: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Flows: the traffic of a group as columns of numbers, for those who price a schedule and do not run it.
 
-A ring of 1,024 ranks has a million moves in each pass; as tuples they take half a minute to build, as columns less than a
-second. The rules are those of `build` and `transpose`, which run what a rank does and are the oracle that the tests hold
-these to, move for move. Only the form differs: a block is its owner and its number of rows.
+A ring of 1,024 ranks has a million moves in each pass; as tuples they take half a minute to build, as columns a few
+seconds. The rules are those of `build` and `transpose`, which run what a rank does and are the oracle that the tests
+hold these to, move for move. Only the form differs: a block is its owner and its number of rows.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _flows(sent: _Sent, needs: Needs, travels: str) -> Flows:
     found = UseColumns(*every[:, np.lexsort(every[::-1])])
     kv = _sorted(MoveColumns(*np.concatenate(moves, axis=1)))
     none = MoveColumns(*np.zeros((7, 0), dtype=np.int64))
-    return Flows(needs.world, 1 + int(found.step.max(initial=-1)), found, kv, none, travels)
+    return Flows(needs.world, 1 + int(found.step.max(initial=0)), found, kv, none, travels)
 
 
 def _carried(wanted: Flags, rank: Ints, source: Ints) -> Flags:

@@ -1,8 +1,8 @@
 """Freight: the bytes of one token's row on its way, and which side travels in backward for the fewer bytes.
 
-Keys and values go out in the inputs' dtype, and their gradients return in fp32 (fp64 for fp64). Queries, where they travel
-in backward, go out with dout, lse and delta, and dq returns: for widths D = E in bf16, 8 H D + 8 H bytes a token against
-12 G D. Attention decides by these numbers and the planner prices by them.
+Keys and values go out in the inputs' dtype, and their gradients return in fp32 (fp64 for fp64). Queries, where they
+travel in backward, go out with dout, lse and delta, and dq returns: for widths D = E in bf16, 8 H D + 8 H bytes a token
+against 12 G D. Attention decides by these numbers and the planner prices by them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Route: how the blocks of some documents go round a group, as its settings ask for it.
 
-What a plan runs and what the planner prices is made here for both: the plan takes it as tuples for the ranks that run it,
-the planner as columns. It decides nothing itself; layouts, needs and orders of visits do.
+What a plan runs and what the planner prices is made here for both: the plan takes it as tuples for the ranks that run
+it, the planner as columns. It decides nothing itself; layouts, needs and orders of visits do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Route(NamedTuple):
         ring = len(sides.k)
         asked = None if settings.block_tokens == "auto" else settings.block_tokens
         granularity = Granularity.of(asked, max(sides.k.sizes), ring)
-        node = max(1, (settings.node or settings.size) // settings.heads)
+        node = max(1, (settings.node or settings.size) // settings.head_degree)
         return Route(sides, granularity, Fabric(ring, min(node, ring), granularity.hops), settings.schedule)
 
     def needs(self, travels: str = "kv") -> Needs:
