@@ -1,4 +1,4 @@
-"""The command line: `seqpar-ring plan | timeline | schedule | probe | bench | doctor`.
+"""The command line: `seqpar-ring plan | schedule | timeline | probe | bench | doctor`.
 
 Each command is a file of `commands`; here they get their names. Errors of the library are one message and exit code 2.
 """
@@ -6,13 +6,12 @@ Each command is a file of `commands`; here they get their names. Errors of the l
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
-from seqpar_ring.commands import doctor, plan
+from seqpar_ring.commands import doctor, plan, schedule
 from seqpar_ring.errors import SeqparError
-from seqpar_ring.schedule import __main__ as schedules
 
 EPILOG = """\
 Exit codes of all commands: 0 fine; 1 a problem, or a difference; 2 the question makes no sense; 3 it fits nowhere.
@@ -27,17 +26,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("plan", help=plan.HELP, epilog=plan.EPILOG)(plan.plan)
-app.command("doctor", help=doctor.HELP, epilog=doctor.EPILOG)(doctor.doctor)
+COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
+    "plan": (plan.plan, plan.HELP, plan.EPILOG),
+    "schedule": (schedule.schedule, schedule.HELP, schedule.EPILOG),
+    "doctor": (doctor.doctor, doctor.HELP, doctor.EPILOG),
+}
+"""What runs, its help, and what stands below that."""
 
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    help="Print the schedule of some documents: ranks down, steps across. `seqpar-ring schedule --help` says more.",
-)
-def schedule(context: typer.Context) -> None:
-    """As `python -m seqpar_ring.schedule`."""
-    raise typer.Exit(schedules.main(context.args))
+for name, (run, summary, epilog) in COMMANDS.items():
+    app.command(name, help=summary, epilog=epilog)(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,17 @@ def run(*arguments: object) -> Result:
 
 def test_help_names_every_command() -> None:
     text = run("--help").output
-    assert all(name in text for name in ("doctor", "schedule"))
+    assert all(name in text for name in ("plan", "doctor", "schedule"))
+    assert "--install-completion" in text
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_has_plain_help_with_examples_and_exit_codes(command: str) -> None:
+    text = run(command, "--help").output
+    assert "Examples:" in text
+    assert f"seqpar-ring {command}" in text
+    assert "Exit codes: 0" in text
+    assert not set(text) & set("╭│─\x1b"), "no boxes, no colours"
 
 
 def test_doctor_looks_at_the_machine_and_finds_it_fit() -> None:
@@ -79,8 +89,3 @@ def test_what_cannot_be_asked_is_one_message_and_exit_code_2(
     assert code == 2
     assert text in said
     assert "Traceback" not in said
-
-
-def test_schedule_is_the_module_of_that_name(capsys: Any) -> None:
-    assert cli.main(["schedule", "--lengths", "40", "--size", "2"]) == 0
-    assert "40 tokens over 2 ranks" in capsys.readouterr().out

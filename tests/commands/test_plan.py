@@ -96,7 +96,9 @@ def test_a_saved_plan_is_read_back_as_it_was(tmp_path: Path, capsys: pytest.Capt
 def test_what_the_command_line_says_goes_before_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tmp_path / "plan.yaml"
     plan(capsys, *SHORT, "--save", saved)
-    found = as_json(capsys, "--config", saved, "--seq-len", "32K", "--setting", "size=4", "--setting", "heads=1", "--zero", "3")
+    found = as_json(
+        capsys, "--config", saved, "--seq-len", "32K", "--setting", "size=4", "--setting", "heads=1", "--zero", "3"
+    )
     assert found["asked"]["tokens"] == 32768
     assert found["chosen"]["settings"]["size"] == 4
     assert found["chosen"]["zero"] == 3
