@@ -23,6 +23,7 @@ from seqpar_ring.batch import PLAN_KEY
 from seqpar_ring.errors import BatchError, SeqparError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
+from seqpar_ring.planner.model import of_config
 from seqpar_ring.remat import Kept, choose
 from seqpar_ring.tiling import set_tiles, tiles
 
@@ -44,6 +45,9 @@ from .transformers_calls import Calls
 
 NAME = "seqpar_ring"
 """The attn_implementation under which the ring is registered."""
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Names of dtypes as the planner has them; the others are computed in fp32 or wider."""
 
 LOG = logging.getLogger(__name__)
 """Says at INFO, once for each model, what was chosen and why."""
@@ -79,6 +83,8 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
     hf: Any = _bare(model)
     try:
         rules.check_model(hf, already=_adapted(hf))
+        if sp.settings.undecided:
+            sp.describe(of_config(hf.config.to_dict(), type(hf).__name__), DTYPES.get(hf.dtype, "fp32"))
     except SeqparError as found:
         problem = found
     sp.groups.everyone.agree("parallelize", _record(hf), problem)
@@ -175,7 +181,7 @@ class _Adapter:
         if labelled in self._checked:
             return
         if not self._checked and self.sp.groups.global_rank == 0:
-            LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls))
+            LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
         problem: SeqparError | None = None
         try:
             allowed.check_calls(model, calls, labelled)
@@ -249,11 +255,12 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
     return out_BSHE, None
 
 
-def _explanation(plan: Plan, calls: Calls) -> str:
+def _explanation(plan: Plan, calls: Calls, decided: str) -> str:
     """The choices of the first forward with their reasons, a line each."""
     kept, why = choose(plan.documents.settings.remat, plan.keys_per_query)
     head_in = "whole" if calls.tiles == 1 else f"{calls.tiles} tiles"
-    return f"{plan.explain()}\n  remat: {kept} ({why})\n  logits: {head_in} ({calls.why_tiles})"
+    auto = f"\n  auto: {decided}" if decided else ""
+    return f"{plan.explain()}{auto}\n  remat: {kept} ({why})\n  logits: {head_in} ({calls.why_tiles})"
 
 
 def _kept_for_recompute(calls: Calls | None, module: nn.Module, plan: Plan) -> AbstractContextManager[object]:

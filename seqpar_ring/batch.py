@@ -230,3 +230,18 @@ def _lengths_of_positions(position_ids: Any, shape: tuple[int, int], real: Tenso
             rows=sorted(rows)[:3],
         )
     return rows.pop()
+
+
+def record(batch: Mapping[str, Any], reading: Reading | None) -> dict[str, object]:
+    """What the ranks of a group must have in common. The contents too: a loader that hands each rank its own sample
+    is the commonest silent error of sequence parallelism."""
+    if reading is None:
+        return {}
+    ids = batch.get("input_ids")
+    return {
+        "keys": sorted(batch),
+        "batch and tokens": reading.shape,
+        "lengths": reading.lengths,
+        "input_ids (checksum)": fingerprint(ids),
+        "labels (checksum)": fingerprint(reading.labels),
+    }

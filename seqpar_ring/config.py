@@ -8,7 +8,7 @@ the environment or imports torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,12 +23,16 @@ class Settings(BaseModel):
 
     Attributes:
         size: ranks that share one sequence (W); must divide the world.
-        layout: which rank holds which tokens: "zigzag", "striped", "contiguous", or (for many documents) "packed".
-        schedule: how keys and values travel: "ring", "double_ring", "all_gather" or "direct".
-        heads: degree of head sharding (Ulysses): so many ranks share out the heads, size / heads ranks the sequence.
+        layout: which rank holds which tokens: "zigzag", "striped", "contiguous", or (for many documents) "packed"; or
+            "auto": the planner decides, once, for the first batch.
+        schedule: how keys and values travel: "ring", "double_ring", "all_gather" or "direct"; or "auto".
+        heads: degree of head sharding (Ulysses): so many ranks share out the heads, size / heads ranks the sequence; or
+            "auto".
         node: ranks of a sequence group that share a node; "double_ring" needs it; None: all of them.
-        block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"), pieces of it (a
-            smaller number), or several blocks at once (a larger one).
+        block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"; where `hardware` is
+            given, the planner decides), pieces of it (a smaller number), or several blocks at once (a larger one).
+        hardware: what the planner decides for: a preset ("h100"), or a file that `seqpar-ring probe` wrote.
+        fabric: links of that hardware, "inner+outer": "nvlink+ndr"; a probe's file holds its own.
         backward: what travels in backward: "kv", "q", or by the bytes of the model's heads ("auto").
         balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
         balance_area: the same for attention work.
@@ -47,9 +51,11 @@ class Settings(BaseModel):
     size: int = Field(ge=1)
     layout: str = "zigzag"
     schedule: str = "ring"
-    heads: int = Field(default=1, ge=1)
+    heads: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     node: int | None = Field(default=None, ge=1)
     block_tokens: int | Literal["auto"] = "auto"
+    hardware: str | None = None
+    fabric: str | None = None
     backward: Literal["auto", "kv", "q"] = "auto"
     balance_tokens: float = Field(default=1.01, gt=1)
     balance_area: float = Field(default=1.03, gt=1)
@@ -94,9 +100,28 @@ class Settings(BaseModel):
         settings._check_degrees(where)
         return settings
 
+    @property
+    def head_degree(self) -> int:
+        """`heads` as a number.
+
+        Raises:
+            ConfigError: it is not decided yet.
+        """
+        if self.heads == "auto":
+            fix = "The planner decides with the first batch."
+            raise ConfigError('"heads" is not decided yet', fix=fix, heads=self.heads)
+        return self.heads
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Names of the settings that are left to the planner."""
+        names = [name for name in ("heads", "layout", "schedule") if getattr(self, name) == "auto"]
+        return (*names, *(["block_tokens"] if self.block_tokens == "auto" and self.hardware is not None else []))
+
     def _check_degrees(self, where: str) -> None:
         """Heads share out the group's ranks, and nodes the ranks that are left for the ring."""
-        for name, degree, whole in (("heads", self.heads, self.size), ("node", self.node or self.size, self.size)):
+        heads = 1 if self.heads == "auto" else self.heads
+        for name, degree, whole in (("heads", heads, self.size), ("node", self.node or self.size, self.size)):
             if whole % degree:
                 fitting = [n for n in range(1, whole + 1) if whole % n == 0]
                 raise ConfigError(
@@ -110,7 +135,7 @@ class Settings(BaseModel):
                 fix='Give "node": how many ranks of a sequence group are in one node, e.g. 8; or use "ring".',
                 size=self.size,
             )
-        if self.node is not None and self.node % self.heads:
+        if self.node is not None and self.node % heads:
             raise ConfigError(
                 f"{where} would share heads across nodes",
                 fix='Give "heads" that divide "node": heads are exchanged all to all, which wants the fast links.',
@@ -140,7 +165,9 @@ def _readable(error: ValidationError, block: Mapping[str, Any], where: str) -> C
 def _expected(key: str) -> str:
     return {
         "size": "a whole number of ranks, at least 1 (a number, not a string)",
-        "heads": "a whole number, at least 1",
+        "heads": 'a whole number, at least 1, or "auto"',
+        "hardware": "the name of a preset or a file, as a string",
+        "fabric": 'links as a string, e.g. "nvlink+ndr"',
         "node": "a whole number of ranks, at least 1, or none",
         "backward": '"auto", "kv" or "q"',
         "balance_tokens": "a factor above 1, e.g. 1.01",

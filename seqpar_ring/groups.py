@@ -95,8 +95,8 @@ def make(
 
 
 def lanes_of(settings: Settings) -> tuple[str, ...]:
-    """The streams of messages that these settings need: those between nodes only for the double ring."""
-    return LANES + FAR_LANES if settings.schedule == "double_ring" else LANES
+    """The streams of messages that these settings need: those between nodes only for what may be a double ring."""
+    return LANES + FAR_LANES if settings.schedule in ("double_ring", "auto") else LANES
 
 
 def lockstep(world: LockstepWorld, rank: int, size: int) -> Groups:

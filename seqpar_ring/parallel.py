@@ -6,6 +6,7 @@ current plan, and decides nothing about attention: that is the plan's and the ex
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,11 +25,17 @@ from seqpar_ring.groups import Groups
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.loss import mean_of_sums, token_mean
 from seqpar_ring.plan import Documents, Plan
+from seqpar_ring.planner.job import Workload
+from seqpar_ring.planner.model import Model
+from seqpar_ring.planner.settle import Settled, settle
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.tiling import summed_cross_entropy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+LOG = logging.getLogger(__name__)
+"""Says at INFO, once, what was decided where the settings said "auto"."""
 
 PLANS_KEPT = 64
 """Sets of document lengths that are remembered. Packed data brings new ones each step; evaluation repeats them."""
@@ -62,7 +69,7 @@ class SequenceParallel:
     Args:
         size: ranks that share a sequence; divides the world.
         mesh: a DeviceMesh with a dimension named "ring" of that size; made from consecutive ranks if not given.
-        **settings: layout, schedule, heads, block_tokens, kernel, timeout.
+        **settings: layout, schedule, heads, block_tokens, hardware, kernel, timeout and others.
 
     Raises:
         ConfigError: an unknown or wrong setting.
@@ -86,9 +93,44 @@ class SequenceParallel:
         self.groups, self.settings = groups, settings
         self.size, self.rank = groups.size, groups.rank
         self.data_size, self.data_rank, self.world_size = groups.data_size, groups.data_rank, groups.world_size
+        self._model: tuple[Model, str] | None = None
+        self._settled = None if settings.undecided else Settled(settings, "")
         self._documents = lru_cache(maxsize=PLANS_KEPT)(
-            lambda lengths, kv_lengths: Documents(lengths, settings, groups.ring, kv_lengths)
+            lambda lengths, kv_lengths: Documents(lengths, self.settle(lengths), groups.ring, kv_lengths)
         )
+
+    def describe(self, model: Model, dtype: str = "bf16") -> None:
+        """Say what is computed, for settings that are "auto". `parallelize` and `initialize` do it for their models.
+
+        Args:
+            model: its shapes; `Model.of_attention(heads, kv_heads, head_dim)` where only attention is known.
+            dtype: "bf16", "fp16" or "fp32".
+        """
+        self._model = model, dtype
+
+    def settle(self, lengths: Sequence[int]) -> Settings:
+        """The settings in which nothing is open: decided once, for the lengths of the first batch. No communication.
+
+        Raises:
+            ConfigError: something is "auto", and neither `describe` nor `hardware` says what to decide it by.
+        """
+        if self._settled is None:
+            if self._model is None:
+                raise ConfigError(
+                    f"{' and '.join(self.settings.undecided)} cannot be decided: nothing is known of the model",
+                    fix="Call sp.describe(Model.of_attention(heads, kv_heads, head_dim)) first, or give values.",
+                    settings=self.settings,
+                )
+            model, dtype = self._model
+            self._settled = settle(self.settings, Workload(model, tuple(lengths), dtype))
+            if self.groups.global_rank == 0:
+                LOG.info("decided %s", self._settled.reason)
+        return self._settled.settings
+
+    @property
+    def decided(self) -> str:
+        """What "auto" came to and why; "" where nothing was open, or nothing was planned yet."""
+        return self._settled.reason if self._settled else ""
 
     def plan(
         self,
@@ -147,9 +189,10 @@ class SequenceParallel:
             reading = edge.read(batch, lengths)
             keys = edge.token_keys(batch, reading.shape)
             self._expect_enough(reading)
+            self.settle(reading.lengths)
         except SeqparError as error:
             problem = error
-        self.agree("shard_batch", _batch_record(batch, reading), problem)
+        self.agree("shard_batch", {**edge.record(batch, reading), "decided": self.decided}, problem)
         assert reading is not None  # agree raised otherwise
         plan = self.plan(reading.lengths)
         out = {key: value for key, value in batch.items() if not isinstance(value, Tensor) or not value.dim()}
@@ -292,26 +335,7 @@ class SequenceParallel:
 
 def _check(settings: Settings) -> None:
     """What `Settings` cannot know: which names exist, and what this version can do."""
-    for key, known in (
-        ("layout", LAYOUTS),
-        ("schedule", BUILDERS),
-        ("kernel", ("auto", *kernels.names())),
-    ):
+    for key, known in (("layout", LAYOUTS), ("schedule", BUILDERS), ("kernel", kernels.names())):
         name = getattr(settings, key)
-        if name not in known:
+        if name not in known and name != "auto":
             raise ConfigError(f"unknown {key}", fix=did_you_mean(name, known), **{key: name})
-
-
-def _batch_record(batch: Mapping[str, Any], reading: edge.Reading | None) -> dict[str, object]:
-    """What the ranks of a group must have in common. The contents too: a loader that hands each rank its own sample
-    is the commonest silent error of sequence parallelism."""
-    if reading is None:
-        return {}
-    ids = batch.get("input_ids")
-    return {
-        "keys": sorted(batch),
-        "batch and tokens": reading.shape,
-        "lengths": reading.lengths,
-        "input_ids (checksum)": edge.fingerprint(ids),
-        "labels (checksum)": edge.fingerprint(reading.labels),
-    }

@@ -74,7 +74,7 @@ class Documents:
         placed: layouts.Layout | None = None,
     ) -> None:
         self.lengths, self.kv_lengths, self.settings, self.sequence = lengths, kv_lengths, settings, sequence
-        heads = settings.heads
+        heads = settings.head_degree
         self.ring: Messenger = sequence
         self.members: Messenger | None = None
         if heads > 1:
@@ -308,9 +308,9 @@ class Plan:
             Reason("block_tokens", str(settings.block_tokens), f"{together} at a time"),
             Reason("backward", settings.backward, "keys travel, or queries where their heads make fewer bytes"),
         ]
-        if settings.heads > 1:
-            ranks = f"{settings.heads} ranks share out the heads, {self.fabric.world} the sequence"
-            reasons.insert(2, Reason("heads", str(settings.heads), ranks))
+        if settings.head_degree > 1:
+            ranks = f"{settings.head_degree} ranks share out the heads, {self.fabric.world} the sequence"
+            reasons.insert(2, Reason("heads", str(settings.head_degree), ranks))
         return tuple(reasons)
 
     def _expect(self, x: Tensor, dim: int, tokens: int, what: str) -> None:

@@ -23,6 +23,8 @@ def test_every_setting_can_be_given() -> None:
         "heads": 1,
         "node": 2,
         "block_tokens": 512,
+        "hardware": "h100",
+        "fabric": "nvlink4+ndr",
         "backward": "kv",
         "balance_tokens": 1.02,
         "balance_area": 1.1,
@@ -46,6 +48,9 @@ def test_every_setting_can_be_given() -> None:
         ({"size": True}, "type='bool'"),
         ({"size": 2.0}, "type='float'"),
         ({"size": 0}, "at least 1"),
+        ({"size": 2, "heads": "many"}, 'a whole number, at least 1, or "auto"'),
+        ({"size": 2, "hardware": 8}, "the name of a preset or a file"),
+        ({"size": 2, "fabric": 1}, 'e.g. "nvlink+ndr"'),
         ({"size": 2, "block_tokens": "many"}, 'or "auto"'),
         ({"size": 2, "block_tokens": 0}, "below 1"),
         ({"size": 2, "remat": "all"}, 'Give "auto", "attention" or "none"'),
@@ -73,3 +78,12 @@ def test_a_wrong_block_is_refused_with_the_key_and_the_fix(block: Any, words: st
 def test_settings_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings(size=2).size = 3  # type: ignore[misc]
+
+
+def test_what_is_left_to_the_planner_is_told() -> None:
+    assert Settings.parse({"size": 4}).undecided == ()
+    assert Settings.parse({"size": 4, "hardware": "h100"}).undecided == ("block_tokens",)
+    everything = {"heads": "auto", "layout": "auto", "schedule": "auto"}
+    assert Settings.parse({"size": 4, **everything}).undecided == ("heads", "layout", "schedule")
+    with pytest.raises(ConfigError, match='"heads" is not decided yet'):
+        _ = Settings.parse({"size": 4, **everything}).head_degree

@@ -24,7 +24,7 @@ def advice(found: Found, workload: Workload, machine: Machine) -> Iterator[str]:
         return
     best = found.options[0]
     yield from overlap(best, workload, machine)
-    plain = [o for o in found.options if o.choice.settings.heads == 1 and o.choice.settings.size > 1]
+    plain = [o for o in found.options if o.choice.settings.head_degree == 1 and o.choice.settings.size > 1]
     yield from _against(best, _fastest(plain, "ring"), "a plain ring")
     yield from _against(best, _fastest(plain, "all_gather"), "an all-gather of keys and values")
     chosen = best.choice.settings
@@ -39,14 +39,14 @@ def advice(found: Found, workload: Workload, machine: Machine) -> Iterator[str]:
 def overlap(option: Option, workload: Workload, machine: Machine) -> Iterator[str]:
     """How much of a ring's transfers shows, and from how many tokens a rank it would not."""
     s = option.choice.settings
-    ring = s.size // s.heads
+    ring = s.size // s.head_degree
     if ring == 1:
         return
     attention = option.step.forward + option.step.backward
     exposed = option.step.exposed / attention if attention else 0.0
     far = s.size > machine.node
     link = machine.outer if far else machine.inner
-    row = workload.model.row(workload.itemsize).shared(s.heads)
+    row = workload.model.row(workload.itemsize).shared(s.head_degree)
     # Heads that are shared out leave a rank fewer heads and more tokens: its hop carries those of all who share.
     enough = overlap_tokens(row, machine.device.paces(workload.dtype), link, machine.node, workload.causal)
     have = workload.tokens / ring

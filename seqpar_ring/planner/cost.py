@@ -70,13 +70,13 @@ class Ring:
         self, lengths: tuple[int, ...], mask: Mask, settings: Settings, row: Row, priced: tuple[Machine, str]
     ) -> None:
         self.machine, dtype = priced
-        self.settings, self.row = settings, row.shared(settings.heads)
+        self.settings, self.row = settings, row.shared(settings.head_degree)
         self._whole, self._tokens = row, sum(lengths)
         self.paces = self.machine.device.paces(dtype)
-        side = _side(settings.layout, lengths, settings.size // settings.heads, settings)
+        side = _side(settings.layout, lengths, settings.size // settings.head_degree, settings)
         self.sides = Sides(side, side, mask.regions(lengths))
         self.route = Route.of(settings, self.sides)
-        self.place = Place(self.machine, settings.heads, settings.size)
+        self.place = Place(self.machine, settings.head_degree, settings.size)
 
     @cached_property
     def travels(self) -> str:
@@ -119,7 +119,7 @@ def exchanged(what: str, row: Row, settings: Settings, on: tuple[int, Machine]) 
         settings: of the ring.
         on: tokens of the sequence, and the machine.
     """
-    degree, (tokens, machine) = settings.heads, on
+    degree, (tokens, machine) = settings.head_degree, on
     if degree == 1:
         return 0.0
     keys = max(row.kv_heads, degree)  # a key head that several ranks need is sent to each

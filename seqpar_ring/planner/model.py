@@ -108,6 +108,13 @@ class Model(NamedTuple):
         """Whether its parameters are counted exactly, and not as those of a model like Llama."""
         return self.family in FAMILIES and family(self.family).exact
 
+    @staticmethod
+    def of_attention(heads: int, kv_heads: int, head_dim: int, value_dim: int | None = None) -> Model:
+        """One layer of attention, where nothing else of a model is known or asked."""
+        value = head_dim if value_dim is None else value_dim
+        width = heads * head_dim
+        return Model("attention", "", 1, width, width, heads, kv_heads, head_dim, value, 1, spans=(Span(1),))
+
     def row(self, itemsize: int) -> Row:
         """The heads as attention gets them."""
         return Row(self.heads, self.kv_heads, self.head_dim, self.value_dim, itemsize)

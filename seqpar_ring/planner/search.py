@@ -38,6 +38,7 @@ DETAILED = 4
 ZEROS = (1, 2, 3, 0)
 """Stages of ZeRO, those first that send little for what they save."""
 
+
 class Fixed(NamedTuple):
     """What the user decided; None: the search decides.
 
@@ -128,7 +129,7 @@ class _Search:
         for option in near:
             s = option.choice.settings
             progress(f"{s.size} ranks a sequence, heads over {s.heads}: schedules, layouts, block sizes")
-            degree = candidates.Degree(s.size, s.heads)
+            degree = candidates.Degree(s.size, s.head_degree)
             for details in candidates.details(degree, self._workload, self._machine):
                 for other in self._option(degree, details):
                     found.setdefault(other.choice, other)
@@ -194,11 +195,15 @@ class _Search:
         tiles = [asked["mlp"]] if "mlp" in asked else ["whole", MLP_TILE]
         offloads = [asked["offload"]] if "offload" in asked else [False, True]
         modes = [(False, "attention", "whole", False)] if fixed.checkpointing is not True else []
-        modes += [(True, *mode) for mode in product(remats, tiles, offloads)] if fixed.checkpointing is not False else []
+        modes += (
+            [(True, *mode) for mode in product(remats, tiles, offloads)] if fixed.checkpointing is not False else []
+        )
         zeros = ZEROS if fixed.zero is None else (fixed.zero,)
         optimizers = (False, True) if fixed.offload_optimizer is None else (fixed.offload_optimizer,)
         parameters = (False, True) if fixed.offload_parameters is None else (fixed.offload_parameters,)
-        for (checkpointing, remat, mlp, offload), optimizer, weights, zero in product(modes, optimizers, parameters, zeros):
+        for (checkpointing, remat, mlp, offload), optimizer, weights, zero in product(
+            modes, optimizers, parameters, zeros
+        ):
             if (weights and zero != 3) or (offload and remat == "none"):
                 continue  # only ZeRO-3 moves weights away, and what is not kept cannot be moved
             update = {"remat": remat, "mlp": asked.get("mlp", mlp), "offload": offload}

@@ -126,14 +126,14 @@ def _options(options: Sequence[Option], top: int) -> Section:
     kinds: dict[object, Option] = {}
     for option in options:
         s = option.choice.settings
-        kinds.setdefault((s.size, s.heads, s.schedule if s.size > s.heads else ""), option)
+        kinds.setdefault((s.size, s.heads, s.schedule if s.size > s.head_degree else ""), option)
     for place, option in enumerate(list(kinds.values())[:top], 1):
         choice, s, step = option.choice, option.choice.settings, option.step
         recomputed = "no" if not choice.checkpointing else "layers" if s.remat == "attention" else "attention too"
         away = {"optimizer": choice.offload_optimizer, "weights": choice.offload_parameters, "attention": s.offload}
         host = " + ".join(name for name, there in away.items() if there)
         tokens = "rank's" if s.block_tokens == "auto" else f"{s.block_tokens:,}"
-        ring = (s.layout, s.schedule, tokens) if s.size > s.heads else ("", "no ring", "")
+        ring = (s.layout, s.schedule, tokens) if s.size > s.head_degree else ("", "no ring", "")
         sizes = (str(place), str(s.size), str(s.heads))
         made = (recomputed, str(choice.zero), host or "-", gib(option.memory.peak))
         rows.append((*sizes, *ring, *made, f"{step.seconds:.2f}", f"{step.tokens_a_second:,.0f}"))

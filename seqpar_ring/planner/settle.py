@@ -1,0 +1,93 @@
+"""Settle: what "auto" in the settings of a running job comes to, by the prices of the planner.
+
+Size and memory are decided by then; what is left is how the ring runs: heads shared out, layout, schedule, block
+size. All that could be is priced on the machine that the settings name, and the fastest taken, the plainest of
+equals. It is arithmetic on what all ranks have in common, so all find the same without a word.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import ConfigError, SeqparError
+from seqpar_ring.planner import candidates
+from seqpar_ring.planner.hardware import Machine, machine
+from seqpar_ring.planner.job import Choice, Workload
+from seqpar_ring.planner.search import AS_FAST
+from seqpar_ring.planner.step import Prices
+
+
+class Settled(NamedTuple):
+    """Settings in which nothing is open, and what spoke for them; "" where nothing was open."""
+
+    settings: Settings
+    reason: str
+
+
+def settle(settings: Settings, workload: Workload) -> Settled:
+    """Decide what the settings leave open, for documents of these lengths.
+
+    Args:
+        settings: "auto" in heads, layout, schedule or block_tokens is decided here, the last only where `hardware` is
+            given: without it a block is whole.
+        workload: what is computed; its tokens are those of a typical batch.
+
+    Raises:
+        ConfigError: something is open, and the settings name no hardware; or nothing that could be fits what is fixed.
+    """
+    left = settings.undecided
+    if not left:
+        return Settled(settings, "")
+    if settings.hardware is None:
+        raise ConfigError(
+            f"{' and '.join(left)} cannot be decided: the settings do not say on what hardware",
+            fix='Give "hardware": a file that seqpar-ring probe wrote, or a preset with "fabric"; or give values.',
+            **dict.fromkeys(left, "auto"),
+        )
+    on = machine(settings.hardware, settings.fabric, settings.node)
+    return _cheapest(settings, workload, on)
+
+
+def _cheapest(settings: Settings, workload: Workload, on: Machine) -> Settled:
+    prices, left = Prices(workload, on), settings.undecided
+    found: list[tuple[float, Settings]] = []
+    asked = None if settings.heads == "auto" else settings.head_degree
+    whys = []
+    for degree in candidates.head_degrees(settings.size, workload, on, asked):
+        if degree.why_not:
+            whys.append(degree.why_not)
+            continue
+        plain = candidates.base(degree, workload, on)
+        for one in ({}, *candidates.details(degree, workload, on)):
+            every = {**plain, **one}
+            update = {name: every[name] for name in left}
+            if every["node"] is not None and settings.node is None:
+                update["node"] = every["node"]
+            try:
+                chosen = Settings.parse({**settings.model_dump(), **update}, "the choice")
+            except SeqparError as error:
+                whys.append(error.what)
+                continue
+            if all(chosen != other for _, other in found):
+                found.append((_seconds(prices, chosen), chosen))
+    if not found:
+        raise ConfigError("nothing fits what the settings fix", fix="Fix less.", undecided=left, reasons=whys[:4])
+    least = min(seconds for seconds, _ in found)
+    seconds, best = next((s, chosen) for s, chosen in found if s <= AS_FAST * least)
+    values = ", ".join(f"{name} {getattr(best, name)}" for name in left)
+    slowest = max(seconds for seconds, _ in found)
+    return Settled(
+        best,
+        f"{values}: {1e3 * seconds:.3g} ms of attention a step on {on.device.name}, {on.inner.name} and "
+        f"{on.outer.name}, for {workload.tokens:,} tokens; the slowest of {len(found)} takes {1e3 * slowest:.3g} ms",
+    )
+
+
+def _seconds(prices: Prices, settings: Settings) -> float:
+    """Attention of all layers, both passes."""
+    total, choice = 0.0, Choice(settings.size, settings)
+    for span in prices.workload.model.spans:
+        ring = prices.ring(choice, span)
+        total += span.layers * (ring.forward.seconds + ring.backward.seconds)
+    return total
