@@ -1,4 +1,4 @@
-"""The work that the planner prices is the work that the executor does: pairs, rows and calls against `schedule.work`."""
+"""The work that the planner prices is what the executor does: pairs, rows and calls against `schedule.work`."""
 
 from __future__ import annotations
 

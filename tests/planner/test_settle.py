@@ -1,4 +1,4 @@
-""""auto" in the settings of a job: decided by prices, once, the same on all ranks, and never guessed."""
+""" "auto" in the settings of a job: decided by prices, once, the same on all ranks, and never guessed."""
 
 from __future__ import annotations
 

@@ -26,9 +26,7 @@ DEVICE = Device(
 
 
 def link(bandwidth: float, latency: float = 0.0, shared_by: int = 1, steals: float = 0.0) -> Link:
-    return Link(
-        name="l", source="made up", bandwidth=bandwidth, latency=latency, shared_by=shared_by, steals=steals
-    )
+    return Link(name="l", source="made up", bandwidth=bandwidth, latency=latency, shared_by=shared_by, steals=steals)
 
 
 def flows(world: int, backward: bool = False, tokens: int = 0, mask: Mask | None = None, **settings: object) -> Flows:
@@ -85,7 +83,9 @@ def test_of_two_that_share_a_link_the_shorter_is_through_first() -> None:
     rows = np.where(traffic.kv.dst > traffic.kv.src, 4, 8)
     uneven = traffic._replace(kv=traffic.kv._replace(rows=rows))
     done = run(uneven, 0.0, inner=link(4))
-    of_first = {int(dst): end for src, dst, end in zip(uneven.kv.src, uneven.kv.dst, done.moves[1], strict=True) if src == 1}
+    of_first = {
+        int(dst): end for src, dst, end in zip(uneven.kv.src, uneven.kv.dst, done.moves[1], strict=True) if src == 1
+    }
     # Rank 1 sends 4 bytes up and 8 down at 4 bytes/s: shared until 2 s, then the rest of the long one alone until 3 s;
     # where they arrive, rank 0 gets 8 + 8 and rank 2 gets 4 + 4.
     assert of_first == {0: pytest.approx(4.0), 2: pytest.approx(2.0)}
@@ -108,7 +108,7 @@ def test_a_link_that_a_node_shares_is_as_slow_as_all_its_traffic() -> None:
 
 
 def test_ranks_that_share_heads_send_the_like_over_a_shared_link() -> None:
-    """Four places of a ring, two devices each: one node of 4 holds two places, and its link carries both devices' hops."""
+    """Four places of a ring, two devices each: a node of 4 holds two places, its link carries both devices' hops."""
     traffic = flows(4)
     alone = run(traffic, 0.0, inner=link(1e9), outer=link(10), node=4, heads=2)
     shared = run(traffic, 0.0, inner=link(1e9), outer=link(10, shared_by=4), node=4, heads=2)
