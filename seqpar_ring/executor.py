@@ -8,6 +8,7 @@ travel in that precision too. Which side travels is the caller's choice. Autogra
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ from seqpar_ring.schedule import Block, Call, Move, Stage, Work
 from seqpar_ring.transport import Handle, Messenger, Recv, Send
 
 Pair = tuple[Tensor, Tensor]
+
+SILENT: AbstractContextManager[None] = nullcontext()
+"""Where nobody records."""
+
+BACKWARD = {"kv": "backward", "q": "backward, queries travel"}
+"""Names of the pass, by what travels, for who records."""
 
 
 def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scores: Scores) -> Pair:
@@ -180,6 +187,8 @@ class _Run:
         self, plan: Plan, what: Pass, own: Fields, gradient_dtype: torch.dtype | None = None, gradients: int = 2
     ) -> None:
         self._ring: Messenger = plan.documents.ring
+        self._recorder = plan.sequence.recorder
+        self._label = "forward" if gradient_dtype is None else BACKWARD[what.traffic.travels]
         self._pass, self._node, self._own, self._cargo = what, plan.fabric.node, own, Cargo(own)
         self._arrived: dict[Block, Fields] = {}
         self._made: dict[Block, Fields] = {}
@@ -191,15 +200,23 @@ class _Run:
 
     def go(self, compute: Callable[[Work, Fields], None]) -> None:
         """Every stage in turn: wait for what is due, post what is to be posted, compute what is to be used."""
+        if self._recorder is not None:
+            self._recorder.start(self._label)
         for step, stage in enumerate(self._pass.stages):
-            self._settle(stage)
-            self._post("kv", stage.post_kv)
-            self._post("dkv", stage.post_dkv)
+            with self._noted("wait", step):
+                self._settle(stage)
+            with self._noted("post", step):
+                self._post("kv", stage.post_kv)
+                self._post("dkv", stage.post_dkv)
             if stage.uses:
                 work = self._pass.work[step]
-                compute(work, self._view(work))
+                with self._noted("compute", step):
+                    compute(work, self._view(work))
             for block in stage.drop:
                 del self._arrived[block]
+
+    def _noted(self, kind: str, step: int) -> AbstractContextManager[None]:
+        return SILENT if self._recorder is None else self._recorder.span(kind, step)
 
     def _settle(self, stage: Stage) -> None:
         """Wait for what is due. A name of its own, so that no local variable keeps a buffer alive that is done with."""

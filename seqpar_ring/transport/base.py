@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -81,6 +82,16 @@ class TransportStats:
         }
 
 
+class Recorder(Protocol):
+    """Takes the time of what a rank does; see `seqpar_ring.trace`."""
+
+    def start(self, label: str) -> None:
+        """A pass begins."""
+
+    def span(self, kind: str, stage: int) -> AbstractContextManager[None]:
+        """Something that a stage of this pass does, for as long as it lasts."""
+
+
 class Messenger(Protocol):
     """Ranks numbered 0 .. world-1 that can send each other messages, in some lanes."""
 
@@ -100,9 +111,13 @@ class Messenger(Protocol):
 
 
 class Transport(Messenger, Protocol):
-    """The ranks of one group, and all ways to move tensors between them."""
+    """The ranks of one group, and all ways to move tensors between them.
+
+    `recorder`, where somebody records, is told what is done with this transport.
+    """
 
     stats: TransportStats
+    recorder: Recorder | None
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """All ranks' tensors, concatenated along `dim` in rank order; not differentiable.
@@ -136,6 +151,7 @@ class BaseTransport(ABC):
     def __init__(self, rank: int, world: int, lanes: Iterable[str]) -> None:
         self.rank, self.world, self.stats = rank, world, TransportStats()
         self.lanes = tuple(lanes)
+        self.recorder: Recorder | None = None
 
     @abstractmethod
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
