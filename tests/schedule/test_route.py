@@ -11,7 +11,7 @@ from seqpar_ring import SequenceParallel
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.geometry import Mask
-from seqpar_ring.schedule import Fabric, Granularity, Route, Sides, Traffic
+from seqpar_ring.schedule import Fabric, Granularity, Route, Sides, Traffic, check
 from seqpar_ring.testing import run_lockstep
 
 LENGTHS = [37, 5, 22]
@@ -44,6 +44,14 @@ def test_a_plan_runs_what_the_route_of_its_settings_says(asked: dict[str, Any], 
     others = {key: value for key, value in asked.items() if key != "size"}
     expected = (route.forward()[0], route.backward(), route.backward("q"))
     assert run_lockstep(planned, world=asked["size"], **others) == [expected] * asked["size"]
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("asked", SETTINGS, ids=str)
+def test_every_pair_is_computed_once_whichever_side_travels(asked: dict[str, Any], window: int | None) -> None:
+    route = route_of(Settings(**asked), LENGTHS, Mask(window=window))
+    for traffic in (route.forward()[0], route.backward(), route.backward("q")):
+        check(traffic, route.sides)
 
 
 @pytest.mark.parametrize("window", [None, 9])
