@@ -53,6 +53,14 @@ class Pass(NamedTuple):
         """Seconds of it in which the busiest rank does not compute."""
         return self.seconds - self.run.computing
 
+    def sending(self, far: bool, place: Place, sizes: tuple[float, float]) -> float:
+        """Seconds that the busiest rank sends over links between nodes (`far`) or within, if nothing disturbs it."""
+        seconds = np.zeros(self.flows.world)
+        for moves, size in zip((self.flows.kv, self.flows.dkv), sizes, strict=True):
+            crosses = (place.node_of(moves.src) != place.node_of(moves.dst)) == far
+            np.add.at(seconds, moves.src[crosses], moves.rows[crosses] * size * place.crowd(far))
+        return float(seconds.max(initial=0.0)) / place.link(far).bandwidth
+
 
 class Ring:
     """One layer's attention, for given documents, mask, settings and machine. Prices are made when asked for.
@@ -108,6 +116,17 @@ class Ring:
         seconds = seconds + added * TOUCHED / device.bandwidth
         run = simulate(flows, seconds, (row.out(travels), row.home(travels)), self.place)
         return Pass(flows, work, run, exchanged(BACK, self._whole, self.settings, (self._tokens, self.machine)))
+
+    @cached_property
+    def sending(self) -> tuple[float, float]:
+        """Seconds of both passes that the busiest rank sends, within nodes and between them."""
+        travels = self.travels
+        sizes = (self.row.out("kv"), 0), (self.row.out(travels), self.row.home(travels))
+        both = zip((self.forward, self.backward), sizes, strict=True)
+        near, far = zip(
+            *((one.sending(False, self.place, s), one.sending(True, self.place, s)) for one, s in both), strict=True
+        )
+        return sum(near), sum(far)
 
 
 def exchanged(what: str, row: Row, settings: Settings, on: tuple[int, Machine]) -> float:

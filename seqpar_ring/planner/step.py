@@ -99,13 +99,15 @@ def step(prices: Prices, choice: Choice) -> Step:
     """The seconds of a step of this workload with this choice."""
     workload, machine = prices.workload, prices.machine
     model, batch = workload.model, workload.batch
-    forward = backward = exposed = again = 0.0
+    forward = backward = exposed = again = sending = 0.0
+    far = choice.gpus > machine.node  # then the collectives of all ranks cross nodes
     for span in model.spans:
         ring = prices.ring(choice, span)
         layers = span.layers * batch
         forward += layers * ring.forward.seconds
         backward += layers * ring.backward.seconds
         exposed += layers * (ring.forward.exposed + ring.backward.exposed)
+        sending += layers * ring.sending[far]
     if choice.checkpointing and choice.settings.remat == "none":
         again = forward
     tokens = workload.tokens * batch / choice.settings.size
@@ -117,7 +119,8 @@ def step(prices: Prices, choice: Choice) -> Step:
         head *= 4 / 3  # the same for a tile of logits
     offloaded = _offloaded(workload, choice, machine, tokens)
     dense = 3 * layers_once
-    hiding = forward + backward + again + dense + head
+    # Collectives hide under computation, not under waiting, and have the link when the ring does not.
+    hiding = max(0.0, forward + backward - exposed + dense + recomputed + head - sending)
     flop = model_flop(workload) * choice.data
     found = Step(
         forward,
