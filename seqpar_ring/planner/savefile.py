@@ -100,8 +100,9 @@ def load(path: Path) -> Given:
         if key not in Settings.model_fields:
             fix = did_you_mean(str(key), Settings.model_fields)
             raise ConfigError(f"{where} has an unknown key", fix=fix, key=key)
+    named_hardware = {key: str(settings.pop(key)) for key in ("hardware", "fabric") if settings.get(key) is not None}
     choices = {**_deepspeed(config, where), **_choices(config, where)}
-    made_for = _made_for(config, where)
+    made_for = {**named_hardware, **_made_for(config, where)}
     dtype = made_for.pop("dtype", "") or _dtype(config)
     return Given(dtype=dtype, fixed=Fixed(settings=decided(settings), **choices), **made_for)
 
