@@ -33,6 +33,7 @@ class Settings(BaseModel):
             given, the planner decides), pieces of it (a smaller number), or several blocks at once (a larger one).
         hardware: what the planner decides for: a preset ("h100"), or a file that `seqpar-ring probe` wrote.
         fabric: links of that hardware, "inner+outer": "nvlink+ndr"; a probe's file holds its own.
+        tokens: of the sequence that "auto" is decided for; None: those of the first batch.
         backward: what travels in backward: "kv", "q", or by the bytes of the model's heads ("auto").
         balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
         balance_area: the same for attention work.
@@ -56,6 +57,7 @@ class Settings(BaseModel):
     block_tokens: int | Literal["auto"] = "auto"
     hardware: str | None = None
     fabric: str | None = None
+    tokens: int | None = Field(default=None, ge=1)
     backward: Literal["auto", "kv", "q"] = "auto"
     balance_tokens: float = Field(default=1.01, gt=1)
     balance_area: float = Field(default=1.03, gt=1)
@@ -167,6 +169,7 @@ def _expected(key: str) -> str:
         "size": "a whole number of ranks, at least 1 (a number, not a string)",
         "heads": 'a whole number, at least 1, or "auto"',
         "hardware": "the name of a preset or a file, as a string",
+        "tokens": "a whole number of tokens, at least 1",
         "fabric": 'links as a string, e.g. "nvlink+ndr"',
         "node": "a whole number of ranks, at least 1, or none",
         "backward": '"auto", "kv" or "q"',

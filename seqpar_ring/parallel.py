@@ -109,7 +109,7 @@ class SequenceParallel:
         self._model = model, dtype
 
     def settle(self, lengths: Sequence[int]) -> Settings:
-        """The settings in which nothing is open: decided once, for the lengths of the first batch. No communication.
+        """The settings in which nothing is open: decided once, for `tokens` or the first batch. No communication.
 
         Raises:
             ConfigError: something is "auto", and neither `describe` nor `hardware` says what to decide it by.
@@ -122,7 +122,8 @@ class SequenceParallel:
                     settings=self.settings,
                 )
             model, dtype = self._model
-            self._settled = settle(self.settings, Workload(model, tuple(lengths), dtype))
+            typical = tuple(lengths) if self.settings.tokens is None else (self.settings.tokens,)
+            self._settled = settle(self.settings, Workload(model, typical, dtype))
             if self.groups.global_rank == 0:
                 LOG.info("decided %s", self._settled.reason)
         return self._settled.settings

@@ -97,6 +97,16 @@ def test_all_ranks_of_a_job_decide_the_same_and_say_why(pool2: RankPool) -> None
     assert reason.startswith("heads ")
 
 
+def test_what_is_decided_for_a_given_length_does_not_hang_on_the_first_batch() -> None:
+    def rank(sp: SequenceParallel) -> str:
+        sp.describe(MODEL)
+        sp.plan(64)
+        return sp.decided
+
+    fixed = {**AUTO, "hardware": "cpu", "fabric": "loopback", "tokens": 4096}
+    assert "for 4,096 tokens" in run_lockstep(rank, 2, **fixed)[0]
+
+
 def test_a_plan_without_a_description_says_what_to_do() -> None:
     def rank(sp: SequenceParallel) -> None:
         sp.plan(64)
