@@ -233,7 +233,7 @@ def test_an_impossible_number_is_refused_with_its_entry_and_value(block: Any, ke
 @pytest.mark.parametrize(
     ("block", "key", "near"),
     [
-        ({**LINK, "bandwith": 1}, "bandwith", "bandwidth"),
+        ({**LINK, "bandwidths": 1}, "bandwidths", "bandwidth"),
         ({**DEVICE, "memori": 1}, "memori", "memory"),
         ({**DEVICE, "attention": {"bf16": {**PACES, "fordward": {}}}}, "attention.bf16.fordward", "forward"),
         (
