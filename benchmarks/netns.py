@@ -142,7 +142,7 @@ class ShapedRanks:
     Args:
         world: number of ranks.
         timeout: seconds that one run may take.
-        nice: priority of the ranks, as in nice(1); below 0 where others use the cores too.
+        nice: priority of the ranks, as in nice(1), and of their sessions; below 0 where others use the cores too.
     """
 
     def __init__(self, world: int, timeout: float = 300.0, nice: int = 0) -> None:
@@ -202,7 +202,10 @@ class ShapedRanks:
         path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
         environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # that an address has no name is no news
-        process = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment)
+        process = subprocess.Popen(command, pass_fds=[there.fileno()], env=environment, start_new_session=True)
+        group = Path(f"/proc/{process.pid}/autogroup")
+        if self._nice and group.exists():  # sessions share the cores first, and the processes of each what it gets
+            group.write_text(str(self._nice))
         there.close()
         return process, here
 

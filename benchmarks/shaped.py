@@ -30,6 +30,8 @@ from seqpar_ring.config import Settings
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.groups import Groups
 from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.planner.hardware import Machine
+from seqpar_ring.probe import Options, probe
 
 INNER = 4.0
 """How many times faster links within a node are, where a setting has nodes."""
@@ -131,6 +133,35 @@ def measure(
     return [found[i] for i in range(len(settings))]
 
 
+def machines(
+    cases: Sequence[tuple[int, float]], nice: int = 0, progress: Callable[[str], None] | None = None
+) -> list[Machine]:
+    """Machines as the probe finds them on these links, each rank a node of its own. Needs root.
+
+    Args:
+        cases: numbers of ranks, and bytes per second; 0 for unlimited.
+        nice: priority of the ranks.
+        progress: gets a line for each.
+    """
+    found: dict[tuple[int, float], Machine] = {}
+    for world in sorted({world for world, _ in cases}):
+        with ShapedRanks(world, nice=nice) as ranks:
+            options = Options(dtypes=("fp32",), node=1, quick=True)
+            for rate in dict.fromkeys(rate for of, rate in cases if of == world):
+                ranks.shape(Rates(rate or None))
+                machine = ranks.run(_probed, options)[0]
+                # What is computed does not depend on the links.
+                options = options._replace(device=machine.device)
+                found[world, rate] = machine
+                if progress is not None:
+                    progress(f"W={world} {rate / 1e6:6.1f} MB/s: {machine.outer}")
+    return [found[case] for case in cases]
+
+
+def _probed(groups: Groups, options: Options) -> Machine:
+    return probe(groups, options)
+
+
 class _Times(NamedTuple):
     """A rank's repetitions: (begin, end) on the common clock, and processor seconds of both passes."""
 
@@ -173,6 +204,7 @@ def _repeated(groups: Groups, setting: Setting, seconds: float) -> _Times:
         a, _, _, d = run(False)
         times.cpu.append(time.process_time() - begin)
         times.both.append((a, d))
+        time.sleep(min(mean, 1.0))  # so that others who compute here have their turn
     return times
 
 
@@ -236,6 +268,7 @@ def main() -> None:
     parser.add_argument("--world", type=int, nargs="*", help="only these numbers of ranks")
     parser.add_argument("--seconds", type=float, default=8.0, help="that the repetitions of a setting may take")
     parser.add_argument("--nice", type=int, default=0, help="priority of the ranks; below 0 where others compute too")
+    parser.add_argument("--probe", action="store_true", help="also probe the machine that each rate makes")
     parser.add_argument("--list", action="store_true", help="print the settings, and measure nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     chosen = parser.parse_args()
@@ -248,8 +281,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{**r.setting._asdict(), **r._asdict()} for r in results]
     for row in rows:
         del row["setting"]
+    cases = list(dict.fromkeys((s.world, s.rate_bytes_per_s) for s in settings)) if chosen.probe else []
+    made = zip(cases, machines(cases, chosen.nice, lambda line: print(line, flush=True)), strict=True)
+    probed = [{"world": w, "rate_bytes_per_s": rate, "machine": m.model_dump()} for (w, rate), m in made]
     chosen.out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": described(), "nice": chosen.nice, "rows": rows}
+    record = {"machine": described(), "nice": chosen.nice, "rows": rows, "probed": probed}
     (chosen.out / f"shaped-{chosen.suite}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

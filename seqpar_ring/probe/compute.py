@@ -6,6 +6,7 @@ CPU each rank computes in one thread, as ranks that share cores must.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from seqpar_ring.kernels import Kept, Kernel, Request, Scores, select
 from seqpar_ring.kernels.merge import merge_
 from seqpar_ring.planner.hardware import BACKWARD, Attention
 from seqpar_ring.probe import fit
-from seqpar_ring.probe.timing import Effort, device_of, per_call
+from seqpar_ring.probe.timing import Effort, device_of, per_call, shared
 from seqpar_ring.schedule import Call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,6 +68,7 @@ def paces(groups: Groups, dtype: str, shape: Shape, effort: Effort) -> Paced:
     device, kind = device_of(groups), DTYPES[dtype]
     widths = shape.head_dim, shape.head_dim
     kernel, reason = select(Request(device.type, kind, *widths, shape.heads, shape.kv_heads))
+    began = time.perf_counter(), time.process_time()
     forward: list[fit.Block] = []
     backward: list[fit.Block] = []
     flop = 4.0 * shape.heads * shape.head_dim
@@ -80,7 +82,9 @@ def paces(groups: Groups, dtype: str, shape: Shape, effort: Effort) -> Paced:
         if 4 * max(block.seconds for block in backward) > effort.longest:
             break
     fits = fit.pace(forward), fit.pace(backward)
+    busy = (time.process_time() - began[1]) / (time.perf_counter() - began[0])
     measured: dict[str, Any] = {"dtype": dtype, "kernel": kernel.name, "why": reason, "shape": list(shape)}
+    measured["share of a core"] = min(row[0] for row in shared(groups, [busy]))
     for name, blocks, found_fit in zip(("forward", "backward"), (forward, backward), fits, strict=True):
         rows = [[b.rows, b.keys, b.pairs, b.seconds] for b in blocks]
         measured[name] = {"rows, keys, pairs, seconds": rows, "error": found_fit.errors._asdict()}

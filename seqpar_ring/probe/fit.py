@@ -52,11 +52,10 @@ class PaceFit(NamedTuple):
 
 
 class LineFit(NamedTuple):
-    """Seconds of a message: `latency + bytes / bandwidth`."""
+    """Seconds of a message, about `latency + bytes / bandwidth`."""
 
     latency: float
     bandwidth: float
-    errors: Errors
 
 
 def pace(blocks: Sequence[Block]) -> PaceFit:
@@ -73,15 +72,22 @@ def pace(blocks: Sequence[Block]) -> PaceFit:
 
 
 def line(nbytes: Sequence[float], seconds: Sequence[float]) -> LineFit:
-    """The latency and bandwidth that tell these messages best.
+    """The bandwidth of large messages and the latency of small ones.
+
+    Not one line through all: links let the first bytes after a pause through faster (buffers, buckets), and libraries
+    send small messages in another way. So the bandwidth is what the bytes take by which the largest message exceeds the
+    largest of at most half its size, and the latency what the smallest takes beyond its bytes.
 
     Raises:
         ConfigError: too few messages to tell two numbers, or some that took no time.
     """
     _check(seconds, least=2)
-    table = np.array([[n, 1.0] for n in nbytes])
-    (per_byte, latency), errors = _solve(table, np.array(seconds))
-    return LineFit(latency, 1 / per_byte, errors)
+    order = np.argsort(nbytes)
+    size, took = np.array(nbytes, dtype=float)[order], np.array(seconds)[order]
+    half = int(np.searchsorted(size, size[-1] / 2, "right")) - 1
+    more = took[-1] - took[half] if half >= 0 else 0.0
+    bandwidth = (size[-1] - size[half]) / more if more > 0 else size[-1] / took[-1]
+    return LineFit(max(0.0, float(took[0] - size[0] / bandwidth)), float(bandwidth))
 
 
 def _check(seconds: Sequence[float], least: int) -> None:

@@ -31,6 +31,9 @@ BYTES = (4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 ALL_PAIRS = 8
 """Ranks up to which every pair is tried."""
 
+MOST_ROUNDS = 25
+"""Times that small messages are sent."""
+
 LANE = "kv"
 
 
@@ -38,10 +41,10 @@ class Message(NamedTuple):
     """Timed messages between ranks of a group.
 
     Attributes:
-        how: "one way", from the first rank to the second; "both ways", between the two at once; "together", from each
-            rank to the one that many places further, all at once.
-        first, second: the ranks; for "together" 0 and the distance.
-        near: whether they share a node; for "together", whether all of them do.
+        how: "one way", from the first rank to the second; "both ways", between the two at once; "together", from every
+            rank to another at once, as from the first to the second: the next of its node, or its like in the next.
+        first, second: the ranks.
+        near: whether they share a node.
         nbytes: bytes of each message.
         seconds: median over rounds, of the slowest rank.
     """
@@ -83,11 +86,15 @@ def table(groups: Groups, node: int, effort: Effort) -> list[Message]:
         for how in ("one way", "both ways"):
             post = partial(_between, groups, first, second, how)
             found += [Message(how, first, second, near, *row) for row in _by_size(groups, post, effort)]
-    for distance in dict.fromkeys((1, node % groups.size or 1)):
-        near = node == groups.size
-        post = partial(_shift, groups, distance)
-        found += [Message("together", 0, distance, near, *row) for row in _by_size(groups, post, effort)]
+    for near in nearness(groups, node):
+        post = partial(_shift, groups, node, near)
+        found += [Message("together", 0, 1 if near else node, near, *row) for row in _by_size(groups, post, effort)]
     return found
+
+
+def nearness(groups: Groups, node: int) -> list[bool]:
+    """Which links there are: within a node (True), between nodes (False)."""
+    return [True] * (node > 1) + [False] * (node < groups.size)
 
 
 def link(messages: Sequence[Message], near: bool, node: int, steals: float) -> Link | None:
@@ -101,18 +108,13 @@ def link(messages: Sequence[Message], near: bool, node: int, steals: float) -> L
     if not alone:
         return None
     fits = [_line([m for m in alone if (m.first, m.second) == pair]) for pair in _of(alone)]
-    bandwidth, latency = median(f.bandwidth for f in fits), median(f.latency for f in fits)
-    # Between nodes every rank crosses only where the distance is a node's size; a flat ring crosses at borders only.
-    together = [m for m in mine if m.how == "together" and (near or m.second == node)]
-    sharers = 1
-    if together:
-        crowded = _line(together).bandwidth
-        sharers = min(max(1, round(bandwidth / crowded)), node)
-        bandwidth = crowded * sharers
+    rates, latency = sorted(f.bandwidth for f in fits), median(f.latency for f in fits)
+    crowded = _line([m for m in mine if m.how == "together"]).bandwidth
+    sharers = min(max(1, round(median(rates) / crowded)), node)
     where = "within a node" if near else "between nodes"
-    worst = max(f.errors.worst for f in fits)
-    source = f"probed: {len(fits)} pairs, both ways, and all at once; a line fits within {worst:.0%}"
-    numbers = {"bandwidth": bandwidth, "latency": latency, "shared_by": sharers, "steals": steals}
+    spread = f"{rates[0] / 1e6:.4g} to {rates[-1] / 1e6:.4g} MB/s"
+    source = f"probed: {len(fits)} pairs alone, {spread}; all at once {crowded / 1e6:.4g} MB/s each"
+    numbers = {"bandwidth": crowded * sharers, "latency": latency, "shared_by": sharers, "steals": steals}
     return Link.model_validate({"name": where, "source": source, **numbers})
 
 
@@ -129,19 +131,22 @@ class Overlap(NamedTuple):
         return min(max((self.both - max(self.compute, self.transfer)) / self.transfer, 0.0), 1.0)
 
 
-def overlap(groups: Groups, distance: int, work: tuple[Callable[[], object], float], speed: float) -> Overlap:
-    """Kernel calls and a ring's shift, alone and at once; the calls take twice as long. Collective over the ring.
+def overlap(
+    groups: Groups, node: int, near: bool, work: tuple[Callable[[], object], float], speed: float
+) -> Overlap:
+    """Kernel calls and a shift of all ranks, alone and at once; the calls take twice as long. Collective over the ring.
 
     Args:
         groups: the ranks.
-        distance: to which rank each sends.
+        node: ranks of a node.
+        near: whether each sends within its node, or to the next.
         work: the call, and the seconds that it takes.
         speed: bytes per second of the shift, about.
     """
     call, seconds = work
     times = max(4, round(0.2 / seconds))
     nbytes = max(BYTES[1], int(min(speed * times * seconds / 2, 256 << 20)) // 8 * 8)
-    post = _shift(groups, distance, nbytes)
+    post = _shift(groups, node, near, nbytes)
 
     def compute() -> None:
         for _ in range(times):
@@ -182,8 +187,11 @@ def _by_size(groups: Groups, post: Callable[[int], Post], effort: Effort) -> lis
     found = []
     for nbytes in BYTES:
         send = post(nbytes)
-        times = [_timed(groups, send) for _ in range(effort.rounds + 1)]
-        seconds = median(max(column) for column in zip(*shared(groups, times[1:]), strict=True))
+        _timed(groups, send)  # connects, and warms up
+        once = max(row[0] for row in shared(groups, [_timed(groups, send)]))
+        rounds = min(max(effort.rounds, round(effort.seconds / once)), MOST_ROUNDS)
+        times = [_timed(groups, send) for _ in range(rounds)]
+        seconds = median(max(column) for column in zip(*shared(groups, times), strict=True))
         found.append((nbytes, seconds))
         if 4 * seconds > effort.longest and len(found) > 3:
             break
@@ -209,12 +217,14 @@ def _between(groups: Groups, first: int, second: int, how: str, nbytes: int) -> 
     return partial(groups.ring.exchange, sends, recvs, LANE)
 
 
-def _shift(groups: Groups, distance: int, nbytes: int) -> Post:
-    """Posts a message to the rank that many places further, on all ranks."""
+def _shift(groups: Groups, node: int, near: bool, nbytes: int) -> Post:
+    """Posts a message to the next rank of the node, or to the same rank of the next node, on all ranks."""
     mine, theirs = _buffers(groups, nbytes)
-    send = Send((groups.rank + distance) % groups.size, mine)
-    recv = Recv((groups.rank - distance) % groups.size, theirs)
-    return partial(groups.ring.exchange, [send], [recv], LANE)
+    first = groups.rank // node * node
+    to, source = (
+        first + (groups.rank - first + by) % node if near else (groups.rank + by * node) % groups.size for by in (1, -1)
+    )
+    return partial(groups.ring.exchange, [Send(to, mine)], [Recv(source, theirs)], LANE)
 
 
 def _buffers(groups: Groups, nbytes: int) -> tuple[Tensor, Tensor]:

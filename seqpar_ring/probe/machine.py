@@ -30,6 +30,10 @@ Progress = Callable[[str], None]
 ON = {"cpu": Shape(8, 2, 64), "cuda": Shape(32, 8, 128)}
 """The heads that are measured if nothing is said, by device."""
 
+CPU = "one thread of a CPU"
+DISTURBED = 0.8
+"""Share of the processor time due to a rank below which others must have had the rest."""
+
 LIMIT = 900.0
 """Seconds that one part may take."""
 
@@ -42,12 +46,14 @@ class Options(NamedTuple):
         node: ranks of a node; None: those of a host.
         quick: fewer and shorter timings; on a CPU under a minute.
         shape: heads and their width; None: usual ones of the device.
+        device: what is known of the device already; then only links are measured.
     """
 
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     node: int | None = None
     quick: bool = False
     shape: Shape | None = None
+    device: Device | None = None
 
     @property
     def effort(self) -> Effort:
@@ -59,6 +65,7 @@ class Found(NamedTuple):
     """What is known so far; empty fields are still to be measured."""
 
     node: int = 0
+    device: Device | None = None
     paced: tuple[Paced, ...] = ()
     matmul: dict[str, float] | None = None
     bandwidth: dict[str, float] | None = None
@@ -113,7 +120,7 @@ def run(
     options = options or Options()
     check(options, ranks)
     if out is not None:
-        _writable(out)
+        writable(out)
     found = Found()
     with RankPool(ranks, timeout=LIMIT) as pool:
         for i, (what, _) in enumerate(_parts(options)):
@@ -132,7 +139,7 @@ def save(machine: Machine, path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written, or has another ending than .yaml or .yml.
     """
-    _writable(path)
+    writable(path)
     path.write_text(yaml.safe_dump(_plain(machine.model_dump()), sort_keys=False, width=120), encoding="utf-8")
 
 
@@ -160,9 +167,10 @@ def check(options: Options, ranks: int) -> None:
 
 def _parts(options: Options) -> list[tuple[str, Part]]:
     """Each part with the line that announces it."""
-    parts: list[tuple[str, Part]] = [("memory, sums and products of matrices", _device)]
-    for dtype in options.dtypes:
-        parts.append((f"attention in {dtype} by block size", partial(_paces, dtype)))
+    parts: list[tuple[str, Part]] = [("nodes", _nodes)]
+    if options.device is None:
+        parts.append(("memory, sums and products of matrices", _device))
+        parts += [(f"attention in {dtype} by block size", partial(_paces, dtype)) for dtype in options.dtypes]
     return [*parts, ("messages between ranks", _messages), ("computation and transfers at once", _overlap)]
 
 
@@ -176,11 +184,13 @@ def _one_part(groups: Groups, i: int, options: Options, found: Found) -> Found:
         return _parts(options)[i][1](groups, options, found)
 
 
+def _nodes(groups: Groups, options: Options, found: Found) -> Found:
+    return found._replace(node=links.node_size(groups, options.node), device=options.device)
+
+
 def _device(groups: Groups, options: Options, found: Found) -> Found:
-    node = links.node_size(groups, options.node)
-    free, host = _memory(groups, node)
+    free, host = _memory(groups, found.node)
     return found._replace(
-        node=node,
         memory=(min(row[0] for row in shared(groups, [free])), min(row[0] for row in shared(groups, [host]))),
         bandwidth=compute.bandwidth(groups, _shape(groups, options), options.effort),
         matmul=compute.matmul(groups, options.dtypes, options.effort),
@@ -195,25 +205,38 @@ def _overlap(groups: Groups, options: Options, found: Found) -> Found:
     rows = 1024 if device_of(groups).type == "cpu" else 4096
     work = compute.block_work(groups, options.dtypes[0], _shape(groups, options), rows)
     seconds = per_call(groups, work, options.effort)
-    overlaps: list[links.Overlap | None] = []
-    for near in (True, False):
-        known = links.link(found.messages, near, found.node, 0.0)
-        distance = 1 if near else found.node % groups.size or 1
-        at_once = known is not None and (not near or found.node == groups.size)
-        speed = known.bandwidth / known.shared_by if known is not None else 0.0
-        overlaps.append(links.overlap(groups, distance, (work, seconds), speed) if at_once else None)
-    return found._replace(overlap=(overlaps[0], overlaps[1]))
+    overlaps: dict[bool, links.Overlap] = {}
+    for near in links.nearness(groups, found.node):
+        link = links.link(found.messages, near, found.node, 0.0)
+        assert link is not None
+        overlaps[near] = links.overlap(groups, found.node, near, (work, seconds), link.bandwidth / link.shared_by)
+    return found._replace(overlap=(overlaps.get(True), overlaps.get(False)))
 
 
 def _machine(found: Found, described: dict[str, str]) -> Machine:
     """The description of what was measured."""
+    steals = [0.0 if one is None else one.steals for one in found.overlap]
+    inner, outer = (
+        links.link(found.messages, near, found.node, steal) for near, steal in zip((True, False), steals, strict=True)
+    )
+    inner, outer = inner or _stand_in(outer, "within a node"), outer or _stand_in(inner, "between nodes")
+    device = found.device or _built(found, described)
+    return Machine(device=device, inner=inner, outer=outer, measured=_measured(found, described))
+
+
+def _built(found: Found, described: dict[str, str]) -> Device:
     assert found.matmul is not None
     assert found.bandwidth is not None
     best = max(found.matmul.values())
-    source = f"seqpar-ring probe: {described['ranks']} ranks on {described['device']}, torch {described['torch']}"
-    device = Device(
+    source = f"seqpar-ring probe: {described['ranks']} ranks on {described['device']}, torch {described['torch']}; "
+    source += "peak is the best rate of matrix products, since no data sheet was read"
+    share = min(p.measured["share of a core"] for p in found.paced)
+    due = min(1.0, int(described["cores"]) / int(described["ranks"]))
+    if described["device"].startswith(CPU) and share < DISTURBED * due:
+        source += f"; a rank had {share:.0%} of a core only, so others computed meanwhile"
+    return Device(
         name=described["device"],
-        source=f"{source}; peak is the best rate of matrix products, since no data sheet was read",
+        source=source,
         peak=best,
         matmul=found.matmul.get("bf16", best),
         attention={dtype: p.attention for dtype, p in zip(_dtypes(found), found.paced, strict=True)},
@@ -221,12 +244,8 @@ def _machine(found: Found, described: dict[str, str]) -> Machine:
         bandwidth=found.bandwidth["both"],
         host_memory=found.memory[1],
         node=found.node,
+        kernel="cpu" if described["device"].startswith(CPU) else "flash",
     )
-    steals = [0.0 if one is None else one.steals for one in found.overlap]
-    inner = links.link(found.messages, True, found.node, steals[0] if found.overlap[0] else steals[1])
-    outer = links.link(found.messages, False, found.node, steals[1])
-    inner, outer = inner or _stand_in(outer, "within a node"), outer or _stand_in(inner, "between nodes")
-    return Machine(device=device, inner=inner, outer=outer, measured=_measured(found, described))
 
 
 def _stand_in(other: Link | None, name: str) -> Link:
@@ -253,9 +272,9 @@ def _measured(found: Found, described: dict[str, str]) -> dict[str, Any]:
 
 def _described(groups: Groups) -> dict[str, str]:
     device = device_of(groups)
-    cpu = f"one thread of a CPU ({platform.machine()})"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"device": name, "ranks": str(groups.size), "torch": str(torch.__version__), "cores": str(os.cpu_count())}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{CPU} ({platform.machine()})"
+    cores = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return {"device": name, "ranks": str(groups.size), "torch": str(torch.__version__), "cores": cores}
 
 
 def _shape(groups: Groups, options: Options) -> Shape:
@@ -274,7 +293,12 @@ def _memory(groups: Groups, node: int) -> tuple[float, float]:
     return pages / node, 0.0
 
 
-def _writable(path: Path) -> None:
+def writable(path: Path) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises:
+        ConfigError: the ending is not .yaml or .yml, the folder is not there, or writing is not allowed.
+    """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("a machine is written as YAML", fix="Give a file that ends in .yaml.", path=str(path))
     if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
