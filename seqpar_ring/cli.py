@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from seqpar_ring.commands import doctor, plan, schedule, timeline
+from seqpar_ring.commands import bench, doctor, plan, probe, schedule, timeline
 from seqpar_ring.errors import SeqparError
 
 EPILOG = """\
@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
     "plan": (plan.plan, plan.HELP, plan.EPILOG),
     "schedule": (schedule.schedule, schedule.HELP, schedule.EPILOG),
     "timeline": (timeline.timeline, timeline.HELP, timeline.EPILOG),
+    "probe": (probe.probe, probe.HELP, probe.EPILOG),
+    "bench": (bench.bench, bench.HELP, bench.EPILOG),
     "doctor": (doctor.doctor, doctor.HELP, doctor.EPILOG),
 }
 """What runs, its help, and what stands below that."""
