@@ -30,7 +30,7 @@ class Effort(NamedTuple):
     longest: float
 
 
-QUICK, THOROUGH = Effort(0.04, 3, 0.15), Effort(0.2, 5, 1.5)
+QUICK, THOROUGH = Effort(0.04, 3, 0.35), Effort(0.2, 5, 1.5)
 
 
 def device_of(groups: Groups) -> torch.device:
