@@ -1,0 +1,204 @@
+"""What a plan says: the question is read as it is written, each choice has a reason that is true, limits are limits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seqpar_ring.errors import ConfigError
+from seqpar_ring.planner.asked import Asked, Given, asked, documents, pairs, tokens
+from seqpar_ring.planner.memory import memory
+from seqpar_ring.planner.reasons import reasons
+from seqpar_ring.planner.remedy import fewest_devices, largest_sequences, remedies
+from seqpar_ring.planner.report import Answer, answer, as_data
+from seqpar_ring.planner.savefile import as_saved, load, merged, save
+from seqpar_ring.planner.search import Fixed, search
+from seqpar_ring.planner.sections import Section, limits_section, sections, text
+
+JOB = Given("llama-3.1-8b", "h100", "nvlink+ndr", "128K", gpus=16)
+
+
+@pytest.fixture(scope="module")
+def found() -> Answer:
+    what = asked(JOB)
+    return answer(what, search(what.workload, what.machine, what.gpus, what.fixed))
+
+
+@pytest.fixture(scope="module")
+def nowhere() -> Answer:
+    what = asked(JOB._replace(seq_len="100M"))
+    return answer(what, search(what.workload, what.machine, what.gpus, what.fixed))
+
+
+# ------------------------------------------------------------------------------------------------ the question
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("1M", 2**20), ("128K", 131072), ("128k", 131072), ("1.5M", 3 * 2**19), ("1_000_000", 10**6), ("7", 7)],
+)
+def test_lengths_count_in_powers_of_two(written: str, number: int) -> None:
+    assert tokens(written) == number
+
+
+@pytest.mark.parametrize("written", ["", "-1", "0", "1.3", "K", "1KB", "1e6", "one"])
+def test_what_is_no_length_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match="is no number of tokens"):
+        tokens(written)
+
+
+def test_documents_are_listed_repeated_and_cut() -> None:
+    assert documents("5000,300", "") == (5000, 300)
+    assert documents("2x1K,300", "") == (1024, 1024, 300)
+    assert documents("1K,300", "4K") == (1024, 300, 1024, 300, 1024, 300, 124)
+    assert documents("", "4K") == (4096,)
+    assert documents("8K", "4K") == (4096,)
+    with pytest.raises(ConfigError, match="too many documents"):
+        documents("1", "1M")
+
+
+def test_settings_are_read_as_json_where_they_are_any() -> None:
+    assert pairs(["size=8", "layout=packed", "offload=true", 'remat="none"']) == {
+        "size": 8, "layout": "packed", "offload": True, "remat": "none",
+    }  # fmt: skip
+
+
+def test_what_is_written_goes_before_a_config_and_a_length_replaces_both_of_its() -> None:
+    config = Given("m", "h", "f", "1M", "5,6", 8, dtype="fp16", fixed=Fixed({"size": 4, "heads": 2}, zero=1))
+    both = merged(Given(seq_len="2K", fixed=Fixed({"size": 8}, zero=3)), config)
+    assert both == Given("m", "h", "f", "2K", "", 8, dtype="fp16", fixed=Fixed({"size": 8, "heads": 2}, zero=3))
+
+
+# ------------------------------------------------------------------------------------------------ the answer
+
+
+def test_every_choice_has_a_reason(found: Answer) -> None:
+    assert [reason.choice for reason in found.reasons][:2] == ["size", "heads"]
+    assert {"checkpointing", "zero"} <= {reason.choice for reason in found.reasons}
+    assert all(reason.why for reason in found.reasons)
+
+
+def test_what_was_decided_says_so() -> None:
+    what = asked(JOB._replace(fixed=Fixed({"size": 8, "heads": 1, "schedule": "ring"}, checkpointing=True, zero=3)))
+    why = {r.choice: r.why for r in reasons(search(what.workload, what.machine, 16, what.fixed), what)}
+    assert {why[name] for name in ("size", "heads", "schedule", "checkpointing", "zero")} == {"as asked"}
+    assert why["block_tokens"] != "as asked"
+
+
+def test_a_reason_that_memory_is_short_is_true() -> None:
+    what = asked(Given("llama-3.1-8b", "h100", "nvlink+ndr", "1M", gpus=64))
+    options = search(what.workload, what.machine, what.gpus)
+    why = {reason.choice: reason.why for reason in reasons(options, what)}["checkpointing"]
+    needed = memory(what.workload, options.options[0].choice._replace(checkpointing=False), what.machine.device).peak
+    assert needed > what.machine.device.memory
+    assert why == f"no checkpointing: {needed / 2**30:.1f} GiB needed, there are 77.5 GiB"
+
+
+def test_the_data_is_json_and_names_the_same_choice(found: Answer) -> None:
+    data = json.loads(json.dumps(as_data(found, top=2)))
+    assert len(data["options"]) == 2
+    assert found.best is not None
+    assert data["chosen"]["settings"]["size"] == found.best.choice.settings.size
+    assert data["asked"]["tokens"] == 131072
+
+
+def test_the_text_has_its_columns_aligned(found: Answer) -> None:
+    whole = text(sections(found))
+    assert whole.startswith("Asked\n  llama-3.1-8b, 8.03 billion parameters, bf16\n")
+    assert not [line for line in whole.splitlines() if line != line.rstrip()]
+    small = Section("Title", (("a", "1.5"), ("bcd", "22.5")), ("what", "number"), (1,))
+    assert text([small]) == "Title\n  what  number\n  a        1.5\n  bcd     22.5"
+
+
+def test_the_time_table_adds_up(found: Answer) -> None:
+    table = next(section for section in sections(found) if section.title.startswith("Time: "))
+    seconds = {row[0]: float(row[1]) for row in table.rows}
+    whole = seconds.pop("step")
+    seconds.pop("  of both, nothing computed", None)
+    assert sum(seconds.values()) == pytest.approx(whole, abs=0.01)
+
+
+def test_alternatives_differ_in_size_heads_or_schedule(found: Answer) -> None:
+    table = next(section for section in sections(found, top=50) if section.title.startswith("The best of "))
+    kinds = [(row[1], row[2], row[4]) for row in table.rows]
+    assert len(set(kinds)) == len(kinds) > 3
+
+
+def test_where_nothing_fits_the_remedies_stand_there(nowhere: Answer) -> None:
+    assert nowhere.best is None
+    assert nowhere.reasons == ()
+    titles = [section.title for section in sections(nowhere)]
+    assert titles[1:3] == ["Nothing fits", "What would make it fit"]
+    assert as_data(nowhere)["would_fit"] == list(nowhere.remedies)
+
+
+# ------------------------------------------------------------------------------------------------ limits
+
+
+def fits(what: Asked, choice: object) -> bool:
+    needed = memory(what.workload, choice, what.machine.device)  # type: ignore[arg-type]
+    return needed.peak <= what.machine.device.memory and needed.host <= what.machine.device.host_memory
+
+
+def test_the_largest_sequence_of_each_way_fits_and_a_hundredth_more_does_not() -> None:
+    what = asked(JOB)
+    limits = largest_sequences(what)
+    assert len(limits) > 3
+    assert [limit.tokens for limit in limits] == sorted(limit.tokens or 0 for limit in limits)
+    for limit in limits:
+        assert limit.tokens
+        for length, expected in ((limit.tokens, True), (limit.tokens * 101 // 100, False)):
+            longer = what._replace(workload=what.workload._replace(lengths=(length,)))
+            assert fits(longer, limit.choice) is expected
+
+
+def test_the_fewest_devices_of_each_way_hold_the_sequence() -> None:
+    what = asked(JOB._replace(seq_len="512K"))
+    for limit in fewest_devices(what):
+        assert limit.gpus
+        assert limit.choice.gpus == limit.gpus
+        assert fits(what, limit.choice)
+
+
+def test_ways_that_contradict_what_was_decided_are_left_out() -> None:
+    what = asked(JOB._replace(fixed=Fixed({"remat": "attention"}, offload_optimizer=False)))
+    ways = [limit.choice for limit in largest_sequences(what)]
+    assert ways
+    assert not any(choice.offload_optimizer for choice in ways)
+    assert {choice.settings.remat for choice in ways} == {"attention"}
+    assert any("offload_optimizer is switched off" in line for line in remedies(what))
+
+
+def test_limits_are_a_table() -> None:
+    table = limits_section(fewest_devices(asked(JOB)))
+    assert table.head == ("way", "devices", "with")
+    assert all(row[1].replace(",", "").isdigit() or row[1] == "none" for row in table.rows)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_a_saved_plan_tells_everything_that_was_asked(found: Answer, tmp_path: Path) -> None:
+    assert found.best is not None
+    path = tmp_path / "plan.yaml"
+    save(path, found.asked, found.best)
+    read = load(path)
+    assert read._replace(fixed=Fixed()) == JOB._replace(dtype="bf16", batch=1, causal=True)
+    choice = found.best.choice
+    assert read.fixed.zero == choice.zero
+    assert read.fixed.settings["size"] == choice.settings.size
+    assert as_saved(found.asked, found.best)["versions"]["seqpar_ring"]
+
+
+def test_hardware_in_a_settings_block_is_what_is_planned_for(tmp_path: Path) -> None:
+    path = tmp_path / "ring.yaml"
+    path.write_text("ring: {size: 4, heads: auto, hardware: h100, fabric: nvlink}\n")
+    assert load(path) == Given(hardware="h100", fabric="nvlink", fixed=Fixed({"size": 4}))
+
+
+def test_a_file_that_cannot_be_written_is_named(found: Answer, tmp_path: Path) -> None:
+    assert found.best is not None
+    with pytest.raises(ConfigError, match="the plan cannot be saved"):
+        save(tmp_path / "no" / "plan.yaml", found.asked, found.best)
