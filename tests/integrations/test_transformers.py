@@ -81,7 +81,6 @@ def test_attention_sinks_reach_the_ring_and_get_their_gradient(schedule: str, ki
         assert_same_step(found, expected, GRAD, LOSS)
 
 
-
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_that_computes_in_fp64_throughout_agrees_to_fp64_rounding(layout: str, kind: str) -> None:
@@ -219,8 +218,19 @@ def test_the_first_forward_says_what_was_chosen_and_why(caplog: pytest.LogCaptur
     with caplog.at_level("INFO", logger="seqpar_ring"):
         run_lockstep(run, 2)
     (said,) = [record.getMessage() for record in caplog.records if "remat" in record.getMessage()]
-    remat_says = "remat: none (22 keys a query on average, and 512 are worth keeping)"
+    remat_says = "remat: none (22 keys a query on average, and 512 are worth keeping; 0.00 MiB kept by this rank)"
     assert all(text in said for text in ("layout: zigzag", remat_says, "logits: whole ("))
+
+
+def test_the_first_forward_says_what_keeping_attention_costs(caplog: pytest.LogCaptureFixture) -> None:
+    base, batch = build("Llama"), packed([1024])
+    with caplog.at_level("INFO", logger="seqpar_ring"):
+        run_lockstep(lambda sp: parallelize(copy.deepcopy(base), sp)(**batch), 2)
+    (said,) = [record.getMessage() for record in caplog.records if "remat" in record.getMessage()]
+    config = base.config
+    numbers = config.num_hidden_layers * 512 * (config.hidden_size + config.num_attention_heads)  # out, and lse
+    assert f"{4 * numbers / 2**20:.2f} MiB kept" in said
+    assert "remat: attention (512 keys a query on average, and 512 are worth keeping; " in said
 
 
 def test_two_batches_in_flight_each_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
