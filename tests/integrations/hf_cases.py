@@ -40,6 +40,9 @@ ZERO = 1e-6
 
 Batch = dict[str, Tensor]
 Step = tuple[float, dict[str, Tensor]]
+GRAD, LOSS = 1e-5, 1e-6
+"""Largest relative L2 error of a parameter's gradient, and relative error of the loss, in fp32."""
+
 Act = Callable[[SequenceParallel], object]
 
 
@@ -193,3 +196,11 @@ def assert_refused(found: list[SeqparError], kind: type[SeqparError], *texts: st
     assert [type(error) for error in found] == [kind] * len(found), found
     for text in (*texts, "Fix: "):
         assert all(text in str(error) for error in found), (text, str(found[0]))
+
+
+BATCHES: dict[str, Callable[[], Batch]] = {
+    "one odd document": lambda: packed([43]),
+    "packed documents": lambda: packed([13, 1, 20, 7]),
+    "rows padded at the right": lambda: padded([31, 18], 31),
+    "packed rows": lambda: packed([11, 16], rows=2),
+}

@@ -127,6 +127,12 @@ def test_a_checkpoint_goes_on_at_another_size(pool4: RankPool, tmp_path: Path, b
         assert losses == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_checkpoint_does_not_go_on_with_another_vocabulary(pool2: RankPool, tmp_path: Path) -> None:
+    for message in pool2.run(trainer_refusals.another_vocabulary, Run(size=2, steps=1), str(tmp_path)):
+        assert "size mismatch for model.embed_tokens.weight" in message
+        assert all(shape in message for shape in ("[97, 48]", "[100, 48]"))
+
+
 def test_a_stream_is_read_by_every_rank(pool4: RankPool, tmp_path: Path) -> None:
     run = Run(size=2, steps=4)
     for losses in pool4.run(cases.stream, run, str(tmp_path)):

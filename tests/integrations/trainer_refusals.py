@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import hf_cases
 import torch
 from torch import nn
-from trainer_cases import Run, Stream, arguments, as_torchrun, model, rows
+from trainer_cases import Run, Stream, arguments, as_torchrun, model, rows, trainer_of
 
 from seqpar_ring import SequenceParallel
 
@@ -69,4 +70,17 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
             trainer.train()
         except SeqparError as error:
             return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
+def another_vocabulary(sp: SequenceParallel, run: Run, folder: str) -> str:
+    """What is said where a checkpoint of Trainer's is to go on with a model of more words."""
+    with as_torchrun(sp):
+        trainer_of(run, folder, save_strategy="steps", save_steps=run.steps).train()
+    with as_torchrun(sp):
+        other = trainer_of(run, folder, made=hf_cases.build("Llama", num_hidden_layers=2, vocab_size=100))
+        try:
+            other.train(resume_from_checkpoint=f"{folder}/checkpoint-{run.steps}")
+        except RuntimeError as error:
+            return str(error)
     return "not refused"
