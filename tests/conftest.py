@@ -31,12 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def pool2() -> Iterator[RankPool]:
     """Two ranks as processes over gloo."""
-    with RankPool(2, timeout=100) as pool:
+    with RankPool(2, timeout=200) as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def pool4() -> Iterator[RankPool]:
     """Four ranks as processes over gloo."""
-    with RankPool(4, timeout=100) as pool:
+    with RankPool(4, timeout=200) as pool:
         yield pool

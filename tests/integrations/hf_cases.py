@@ -188,7 +188,7 @@ def errors(act: Act, world: int = 2, **settings: Any) -> list[SeqparError]:
             act(sp)
         return caught.value
 
-    return run_lockstep(run, world, timeout=20.0, **settings)
+    return run_lockstep(run, world, timeout=100.0, **settings)
 
 
 def assert_refused(found: list[SeqparError], kind: type[SeqparError], *texts: str) -> None:
