@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from job import BLOCK, Job
+from engine import BLOCK
+from job import Job
 from longtext import Document, read
 
 from seqpar_ring.config import Settings
@@ -82,9 +83,10 @@ def carry_out(job: Job, engine: dict[str, Any], documents: list[Document], verif
     # DeepSpeed calls collectives by their old names, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     from start import start
+    from verify import verify as verified
 
     run = start(job, engine, documents)
-    good = run.verify() if verify else run.train()
+    good = verified(run) if verify else run.train()
     run.close()
     return good
 

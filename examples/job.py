@@ -7,20 +7,17 @@ the ranks. Paths are relative to the folder in which the command runs.
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from engine import engine_config, mapping
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, GroupError, did_you_mean
-
-BLOCK = "seqpar_ring"
-"""The block of the DeepSpeed config that turns the ring on."""
 
 
 class Job(BaseModel):
@@ -54,7 +51,7 @@ class Job(BaseModel):
         Raises:
             ConfigError: no such file, no mapping in it, an unknown key, a missing or wrong value.
         """
-        values = _mapping(file, yaml.safe_load, "config")
+        values = mapping(file, yaml.safe_load, "config")
         for key in values:
             if key not in cls.model_fields:
                 fix = did_you_mean(str(key), cls.model_fields)
@@ -72,40 +69,8 @@ class Job(BaseModel):
             ) from None
 
     def engine_config(self, learning_rate: float | None, fp32: bool = False) -> dict[str, Any]:
-        """The DeepSpeed config with the job's changes: the learning rate if given, and fp32 if asked for.
-
-        Raises:
-            ConfigError: no such file, no JSON object in it, no "seqpar_ring" block or optimizer, or micro-batches
-                of several rows.
-        """
-        config = _mapping(self.deepspeed, json.loads, "DeepSpeed config")
-        if BLOCK not in config:
-            raise ConfigError(
-                f'the DeepSpeed config has no "{BLOCK}" block',
-                fix=f'Add "{BLOCK}": {{"size": 2}}.',
-                deepspeed=str(self.deepspeed),
-            )
-        rows = config.get("train_micro_batch_size_per_gpu", 1)
-        if rows != 1:
-            raise ConfigError(
-                "a micro-batch of this job is one row, for each row is packed in its own way",
-                fix='Set "train_micro_batch_size_per_gpu" to 1 and use "gradient_accumulation_steps" for more.',
-                train_micro_batch_size_per_gpu=rows,
-                deepspeed=str(self.deepspeed),
-            )
-        optimizer = config.get("optimizer", {})
-        if not {"type", "params"} <= optimizer.keys() or "lr" not in optimizer["params"]:
-            raise ConfigError(
-                "the DeepSpeed config does not say how to optimize",
-                fix='Add "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": true}}.',
-                optimizer=optimizer,
-                deepspeed=str(self.deepspeed),
-            )
-        if learning_rate is not None:
-            config["optimizer"]["params"]["lr"] = learning_rate
-        if fp32:
-            config = {key: value for key, value in config.items() if key not in ("bf16", "fp16")}
-        return config
+        """The DeepSpeed config with the job's changes: see `engine.engine_config`."""
+        return engine_config(self.deepspeed, learning_rate, fp32)
 
     def check(self, settings: Settings, world: int) -> None:
         """Refuse what cannot work, before a model is loaded.
@@ -134,13 +99,3 @@ class Job(BaseModel):
         except OSError as error:
             fix = "Give a folder that can be written."
             raise ConfigError("the output cannot be written", fix=fix, output=str(self.output), reason=error) from None
-
-
-def _mapping(file: Path, parse: Callable[[str], Any], name: str) -> dict[str, Any]:
-    try:
-        found = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"the {name} cannot be read", fix="Correct it.", file=str(file), reason=error) from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"the {name} is not a mapping", fix="Write keys with their values.", file=str(file))
-    return found

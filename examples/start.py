@@ -15,11 +15,11 @@ import torch.distributed as dist
 import transformers
 from job import Job
 from longtext import Document, Row, pack, tokenize
+from reference import cores
 from report import Printer
 from seqpar_ring.integrations.deepspeed import initialize
 from training import Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from verify import cores
 
 import seqpar_ring as sr
 from seqpar_ring.errors import ConfigError
@@ -93,9 +93,7 @@ def description(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
     heads = model.num_attention_heads, model.num_key_value_heads
     width = getattr(model, "head_dim", None) or model.hidden_size // heads[0]
     precision = str(engine.module.dtype).removeprefix("torch.")
-    count = sum(
-        weight.ds_numel if hasattr(weight, "ds_numel") else weight.numel() for weight in engine.module.parameters()
-    )
+    count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
     plan = sp.plan(run.rows[0].lengths)
     kernel = plan.kernel(Request(engine.device.type, engine.module.dtype, width, width, *heads))
     optimizer = config["optimizer"]

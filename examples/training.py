@@ -1,8 +1,7 @@
 """The training itself: an ordinary DeepSpeed loop over whole packed rows; the ring is turned on by the engine's config.
 
-Beside the loop stand what a real job needs: a row held out to judge by, a checkpoint that plain transformers loads
-back, and one step to verify. How an engine comes about (start.py), where text and model come from, and how the output
-looks are the business of the files beside this one.
+Beside the loop stands a row held out to judge by. How an engine comes about (start.py), where text and model come from,
+the checkpoint (saving.py), one step to verify (verify.py), and how the output looks are the business of other files.
 """
 
 from __future__ import annotations
@@ -13,20 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
 from job import Job
 from longtext import Row
+from reference import alone
 from report import Printer, Steps, parts
-from smollm2 import checkpointed
-from verify import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Step, alone, difference, document_losses, one_process, plain
+from saving import LOADED_TOLERANCE, load_back, save
 
 import seqpar_ring as sr
-
-LOADED_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""How far, relative, the loaded checkpoint's loss may be: rounding, for one process computes in another order."""
 
 
 @dataclass
@@ -54,8 +48,8 @@ class Run:
                 steps.done(loss, self.engine.get_global_grad_norm(), tokens)
         seconds, sent = time.perf_counter() - started, self.sp.report()
         after = self.evaluate(held_out)
-        self.save()
-        loaded = alone(lambda: self.load_back(held_out))
+        save(self)
+        loaded = alone(lambda: load_back(self, held_out))
         apart = abs(loaded - after) / after
         self.out.line()
         self.out.table([("sharded", self.sharded())])
@@ -108,52 +102,6 @@ class Run:
             loss = float(self.engine(**row.batch()).loss)
         self.engine.train()
         return loss
-
-    def save(self) -> None:
-        """The trained model and its tokenizer in an ordinary folder; under ZeRO-3 the weights are brought together."""
-        weights = list(self.engine.module.parameters())
-        with deepspeed.zero.GatheredParameters(weights, enabled=self.engine.zero_optimization_stage() == 3):
-            if dist.get_rank() == 0:
-                self.engine.module.save_pretrained(self.job.output)
-                self.tokenizer.save_pretrained(self.job.output)
-        dist.barrier()
-
-    def load_back(self, row: Row) -> float:
-        """The loss of the saved checkpoint in plain transformers, on one process."""
-        model = plain(self.job.output, self.engine.module.dtype).eval()
-        with torch.no_grad():
-            return document_losses(model, row)
-
-    def verify(self) -> bool:
-        """One step's loss and gradients over all ranks against one process. Returns whether they agree to rounding."""
-        row = self.rows[0]
-        loss = self.engine(**row.batch()).loss
-        self.engine.backward(loss)
-        weights = self.engine.module.named_parameters()
-        ours = Step(float(loss.detach()), {name: safe_get_full_grad(weight).clone() for name, weight in weights})
-        found = alone(lambda: difference(ours, one_process(checkpointed(plain(self.folder, torch.float32)), row)))
-        self.out.line()
-        self.out.table(
-            [
-                ("loss", f"{found.ours:.7f} over {self.sp.world_size} ranks, {found.reference:.7f} on one process"),
-                (
-                    "gradients",
-                    f"{found.parameters} parameters; the largest difference is that of {found.parameter}",
-                ),
-            ]
-        )
-        return self.out.verdict(
-            [
-                (
-                    found.loss <= LOSS_TOLERANCE,
-                    f"loss: relative difference {found.loss:.1e}, at most {LOSS_TOLERANCE:g}",
-                ),
-                (
-                    found.gradient <= GRADIENT_TOLERANCE,
-                    f"gradients: relative difference {found.gradient:.1e}, at most {GRADIENT_TOLERANCE:g}",
-                ),
-            ]
-        )
 
     def close(self) -> None:
         """Give up the process groups."""

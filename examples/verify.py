@@ -1,36 +1,23 @@
-"""Is it exact? One step's loss and gradients over all ranks, against one process that knows nothing of seqpar_ring.
+"""Is it exact? One step's loss and gradients over all ranks, against one process of plain transformers (reference.py).
 
-The reference is plain transformers on rank 0: its own attention (sdpa), each document of the row alone, losses summed
-and divided by the number of targets. So packing, masks, positions, shifted labels, the ring, the loss and what ZeRO
-does to gradients all stand inside the comparison. In fp32 the differences left are those of rounding.
+In fp32 the differences left are those of rounding. Nothing is trained.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
-from longtext import Row
-from torch import Tensor
-from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from deepspeed.utils import safe_get_full_grad
+from reference import Step, alone, one_process, plain
+from smollm2 import checkpointed
+
+if TYPE_CHECKING:
+    from training import Run
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
-
-Result = TypeVar("Result")
-
-
-class Step(NamedTuple):
-    """One step's loss, and the gradient of each parameter by its name."""
-
-    loss: float
-    gradients: Mapping[str, Tensor]
 
 
 class Difference(NamedTuple):
@@ -59,45 +46,33 @@ def difference(ours: Step, reference: Step) -> Difference:
     return Difference(ours.loss, reference.loss, loss, apart[worst], worst, len(apart))
 
 
-def one_process(model: Any, row: Row) -> Step:
-    """The step of a plain transformers model: each document alone, forward and backward."""
-    loss = document_losses(model, row)
-    return Step(loss, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
-
-
-def plain(folder: Path, dtype: torch.dtype) -> Any:
-    """A model from its folder as transformers loads it, with transformers' own attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-
-
-def document_losses(model: Any, row: Row) -> float:
-    """The mean loss over the row's targets, each document on its own; adds to gradients where they are enabled."""
-    targets = len(row.input_ids) - len(row.lengths)
-    total = 0.0
-    for ids in torch.tensor([row.input_ids]).split(row.lengths, dim=1):
-        if ids.shape[1] < 2:
-            continue  # its only token predicts nothing
-        logits_SV = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        loss = functional.cross_entropy(logits_SV, ids[0, 1:], reduction="sum") / targets
-        if torch.is_grad_enabled():
-            loss.backward()
-        total += float(loss.detach())
-    return total
-
-
-def alone(work: Callable[[], Result]) -> Result:
-    """The result of work that rank 0 does with all cores while the others wait, on every rank. Collective."""
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(cores())
-        found = [work()]
-        torch.set_num_threads(threads)
-    dist.broadcast_object_list(found, src=0)
-    result: Result = found[0]
-    return result
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def verify(run: Run) -> bool:
+    """One step's loss and gradients over all ranks against one process. Returns whether they agree to rounding."""
+    row = run.rows[0]
+    loss = run.engine(**row.batch()).loss
+    run.engine.backward(loss)
+    weights = run.engine.module.named_parameters()
+    ours = Step(float(loss.detach()), {name: safe_get_full_grad(weight).clone() for name, weight in weights})
+    found = alone(lambda: difference(ours, one_process(checkpointed(plain(run.folder, torch.float32)), row)))
+    run.out.line()
+    run.out.table(
+        [
+            ("loss", f"{found.ours:.7f} over {run.sp.world_size} ranks, {found.reference:.7f} on one process"),
+            (
+                "gradients",
+                f"{found.parameters} parameters; the largest difference is that of {found.parameter}",
+            ),
+        ]
+    )
+    return run.out.verdict(
+        [
+            (
+                found.loss <= LOSS_TOLERANCE,
+                f"loss: relative difference {found.loss:.1e}, at most {LOSS_TOLERANCE:g}",
+            ),
+            (
+                found.gradient <= GRADIENT_TOLERANCE,
+                f"gradients: relative difference {found.gradient:.1e}, at most {GRADIENT_TOLERANCE:g}",
+            ),
+        ]
+    )

@@ -26,6 +26,8 @@ from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, SeqparError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 
+from .deepspeed_mpu import HiddenSequenceGroup, WholeModel, check, mesh_of
+
 try:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -49,66 +51,12 @@ ALIKE = 0.7
 """A top-level key this similar to the block's name is taken for a misspelling of it. DeepSpeed's own reach 0.62."""
 
 
-class HiddenSequenceGroup:
-    """What DeepSpeed gets as `mpu`: a world without sequence or model parallelism, but with the data ranks' arithmetic.
-
-    Gradients and ZeRO partitions go over the whole world; the number and index of data ranks, by which batch sizes are
-    checked and samples dealt out, are those of the sequence groups, so that the ranks of one get the same samples.
-    """
-
-    def __init__(self, sp: SequenceParallel, alone: dist.ProcessGroup) -> None:
-        self._sp, self._world, self._alone = sp, dist.group.WORLD, alone
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """All ranks: gradients are averaged over them."""
-        return self._world
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        """Global ranks of `get_data_parallel_group`."""
-        return list(range(self._sp.world_size))
-
-    def get_data_parallel_world_size(self) -> int:
-        """Sequence groups, each of which holds a batch of its own."""
-        return self._sp.data_size
-
-    def get_data_parallel_rank(self) -> int:
-        """Which sequence group this is."""
-        return self._sp.data_rank
-
-    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup | None:
-        """All ranks: ZeRO partitions over them."""
-        return self._world
-
-    def get_sequence_data_parallel_world_size(self) -> int:
-        """All ranks."""
-        return self._sp.world_size
-
-    def get_sequence_data_parallel_rank(self) -> int:
-        """This rank among all."""
-        return self._sp.groups.global_rank
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """This rank alone: no model parallelism."""
-        return self._alone
-
-    def get_model_parallel_world_size(self) -> int:
-        """One."""
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        """Zero."""
-        return 0
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-
-
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize`, honouring a "seqpar_ring" block in its config. Collective over the world.
 
-    Takes the arguments of `deepspeed.initialize`. With the block a transformers model is parallelized
-    (`seqpar_ring.integrations.transformers.parallelize`); another model is left as it is, and calls
+    Takes the arguments of `deepspeed.initialize`; an `mpu` says which ranks hold which part of a model that is in parts
+    already, and sequence groups are laid inside its data-parallel groups. With the block a transformers model is
+    parallelized (`seqpar_ring.integrations.transformers.parallelize`); another model is left as it is, and calls
     `seqpar_ring.ring_attention` itself. Without the block this is `deepspeed.initialize`.
 
     Returns:
@@ -117,7 +65,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     Raises:
         ConfigError: an unknown key or wrong value in the block, or batch sizes that do not fit the data ranks.
         GroupError: the block's size does not divide the world.
-        UnsupportedError: the block together with DeepSpeed's own ways of splitting, or a model that cannot be exact.
+        UnsupportedError: the block together with DeepSpeed's own ways of splitting, an mpu that declares more than
+            parts of a model, or a model that cannot be exact.
         VersionError: a DeepSpeed that lacks what is needed here.
     """
     original = getattr(deepspeed.initialize, ORIGINAL, deepspeed.initialize)
@@ -140,7 +89,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     _refuse_other_splits(given, config)
     _refuse_cpu_checkpointing(config)
     _start_torch_distributed(given)
-    sp = SequenceParallel(**settings.model_dump())
+    mpu = given.get("mpu")
+    mesh = None if mpu is None else mesh_of(mpu, settings.size, get_accelerator().device_name())
+    sp = SequenceParallel(mesh=mesh, **settings.model_dump())
     sp.groups.everyone.agree("the DeepSpeed config", settings.model_dump(), _wrong_batch_sizes(config, sp))
     if _holds_transformers(given.get("model")):
         from .transformers import parallelize
@@ -151,8 +102,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
 def _engine(sp: SequenceParallel, given: dict[str, Any], original: Callable[..., Any]) -> tuple[Any, Any, Any, Any]:
     """The engine, to which the sequence group is hidden."""
-    alone = [dist.new_group([rank]) for rank in range(sp.world_size)][sp.groups.global_rank]
-    given["mpu"] = HiddenSequenceGroup(sp, alone)
+    given["mpu"] = HiddenSequenceGroup(sp, given.get("mpu") or WholeModel())
     engine, *rest = original(**given)
     engine.seqpar_ring = sp
     return (engine, *rest)
@@ -172,6 +122,7 @@ def _with_group(
         )
     _refuse_other_splits(given, config)
     _refuse_cpu_checkpointing(config)
+    _expect_mpu_of_groups(given.get("mpu"), sp)
     sizes = [config.get(key) for key in BATCH_KEYS]
     name = "config_params" if given.get("config_params") is not None else "config"
     if name == "config_params" and all(isinstance(size, int) for size in sizes):
@@ -236,8 +187,9 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
     pipeline = getattr(getattr(deepspeed, "pipe", None), "PipelineModule", None)
     modules = model.modules() if isinstance(model, nn.Module) else ()
     experts = any(type(module).__module__.startswith("deepspeed.moe") for module in modules)
+    if given.get("mpu") is not None:
+        check(given["mpu"])
     reasons = {
-        "mpu": given.get("mpu"),
         "mesh_param": given.get("mesh_param"),
         "sequence_parallel_size": config.get("sequence_parallel_size"),
         "data_parallel_size": config.get("data_parallel_size"),
@@ -253,6 +205,18 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
                 fix=f"Leave out {name}: the block alone arranges all ranks, as sequence groups and data ranks.",
                 value=value,
             )
+
+
+def _expect_mpu_of_groups(mpu: Any, sp: SequenceParallel) -> None:
+    """The sequence groups of a model that is parallelized already must lie in the mpu's data-parallel groups."""
+    ranks = dist.get_world_size(None if mpu is None else mpu.get_data_parallel_group()) if dist.is_initialized() else 1
+    if ranks != sp.world_size:
+        raise UnsupportedError(
+            "the model was parallelized over other ranks than the mpu averages gradients over",
+            fix="Give SequenceParallel mesh=mesh_of(mpu, size, device) of seqpar_ring.integrations.deepspeed_mpu.",
+            data_parallel_group=ranks,
+            sequence_groups=sp.world_size,
+        )
 
 
 def _refuse_cpu_checkpointing(config: Mapping[str, Any]) -> None:

@@ -95,11 +95,21 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
     try:
         found = _tag(folder, tag)
         _expect_same_model(Path(folder) / found / RECORD, engine)
-        parts = len(list((Path(folder) / found).glob("*zero_pp_rank_*optim_states.pt")))
+        part = f"*zero_pp_rank_*_mp_rank_{engine.mpu.get_model_parallel_rank():02d}_optim_states.pt"
+        parts = len(list((Path(folder) / found).glob(part)))
     except SeqparError as error:
         problem = error
     sp.groups.everyone.agree("load", {"tag": found, "parts": parts}, problem)
     fitting = parts in (0, sp.world_size)
+    in_parts = engine.mpu.get_model_parallel_world_size() > 1
+    if in_parts and not fitting:
+        raise ConfigError(
+            "a checkpoint of a model in parts was saved by another number of ranks",
+            fix=f'Convert it, then load it with "checkpoint": {{"load_universal": true}}: '
+            f"{' '.join(conversion(folder, found))}",
+            saved_by=parts,
+            ranks=sp.world_size,
+        )
     if fitting:
         path, state = engine.load_checkpoint(str(folder), tag=found)
     else:

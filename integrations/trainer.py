@@ -36,8 +36,9 @@ except ImportError as error:
 NEEDED = (
     *("__init__", "create_accelerator_and_postprocess", "compute_loss", "prediction_step", "get_cp_size"),
     *("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader", "_get_num_items_in_batch"),
+    *("train", "training_step", "compute_loss_context_manager", "_prepare_inputs"),
 )
-"""Methods of a Trainer that are overridden here."""
+"""Methods of a Trainer that are overridden or called here."""
 
 PREPARED = "_is_accelerate_prepared"
 """accelerate's mark of a model that it has wrapped, or evaluated."""

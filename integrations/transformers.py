@@ -258,6 +258,8 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
 def _explanation(plan: Plan, calls: Calls, decided: str) -> str:
     """The choices of the first forward with their reasons, a line each."""
     kept, why = choose(plan.documents.settings.remat, plan.keys_per_query)
+    if calls.kept is not None:
+        why += f"; {calls.kept.bytes / 2**20:.2f} MiB kept by this rank"
     head_in = "whole" if calls.tiles == 1 else f"{calls.tiles} tiles"
     auto = f"\n  auto: {decided}" if decided else ""
     return f"{plan.explain()}{auto}\n  remat: {kept} ({why})\n  logits: {head_in} ({calls.why_tiles})"

@@ -1,9 +1,10 @@
 """Process groups: which ranks share a sequence (the ring), which see other data, and the transports of both.
 
 The world is data x ring: rings are consecutive ranks, so that a ring stays inside a node where it can, unless a device
-mesh says otherwise. Global ranks are arranged here and nowhere else; everything above counts within its ring. What the
-ranks ask for is compared before any group is made, since creating groups differently on two ranks hangs. Nothing
-here initialises torch.distributed, and none is needed for a world of one.
+mesh says otherwise. A mesh with a dimension "model" (tensor parallelism, say) holds one such world for each part of the
+model. Global ranks are arranged here and nowhere else; everything above counts within its ring. What the ranks ask for
+is compared before any group is made, since creating groups differently on two ranks hangs. Nothing here initialises
+torch.distributed, and none is needed for a world of one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from seqpar_ring.transport.agreement import Claim, claim, settle
 RING = "ring"
 """Name of the mesh dimension whose ranks share a sequence."""
 
+MODEL = "model"
+"""Name of the mesh dimension whose ranks hold parts of one model: they see the same tokens, and average nothing."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -31,12 +35,12 @@ class Groups:
 
     Attributes:
         size: ranks that share a sequence (W).
-        world_size: all ranks.
+        world_size: all ranks; with a model in parts, those that hold the same part.
         rank: this rank within its ring; follows the order of global ranks.
-        data_rank: which ring this is.
-        global_rank: this rank in the world.
+        data_rank: which ring of these this is.
+        global_rank: this rank among all processes.
         ring: transport of the sequence group.
-        everyone: transport of the whole world, for what all ranks agree on or sum.
+        everyone: transport of the `world_size` ranks, for what they agree on or sum.
         mesh: the device mesh ("data", "ring") or the one that was given; None without torch.distributed.
     """
 
@@ -62,7 +66,8 @@ def make(
 
     Args:
         size: ranks that share a sequence.
-        mesh: rings are the lines along its dimension "ring" (or its only dimension); None: consecutive ranks.
+        mesh: rings are the lines along its dimension "ring" (or its only dimension); None: consecutive ranks. Ranks
+            along a dimension "model" hold parts of one model.
         timeout: seconds after which a rank that waits for another gives up.
         lanes: the streams of messages that the ring needs, each a process group.
 
@@ -74,24 +79,28 @@ def make(
     """
     if not dist.is_initialized():
         return _alone(size)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    rings = _agreed_rings(size, mesh, timeout, lanes)
-    if world == 1:
+    rank = dist.get_rank()
+    rings, worlds = _agreed_lines(size, mesh, timeout, lanes)
+    if dist.get_world_size() == 1:
         return _alone(size, mesh)
-    mine = next(i for i, ring in enumerate(rings) if rank in ring)
     device = _device(mesh)
     if mesh is None:
-        mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=("data", RING))
-    limit = timedelta(seconds=timeout)
-    groups: dict[str, dist.ProcessGroup] = {}
-    for lane in lanes if size > 1 else ():
-        for i, ranks in enumerate(rings):  # all ranks make all groups, in one order
-            group = dist.new_group(list(ranks), timeout=limit)
-            if i == mine:
-                groups[lane] = group
+        shape = (len(rings), size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", RING))
+    mine = next(ring for ring in rings if rank in ring)
+    world = next(line for line in worlds if rank in line)
+    groups = {lane: _my_group(rings, rank, timeout) for lane in (lanes if size > 1 else ())}
     ring: Transport = DistributedTransport(groups, device, timeout) if size > 1 else LockstepWorld(1).transport(0)
-    everyone = DistributedTransport({"control": dist.new_group(timeout=limit)}, device, timeout)
-    return Groups(size, world, rings[mine].index(rank), mine, rank, ring, everyone, mesh)
+    everyone = DistributedTransport({"control": _my_group(worlds, rank, timeout)}, device, timeout)
+    data_rank = [line for line in rings if line[0] in world].index(mine)
+    return Groups(size, len(world), mine.index(rank), data_rank, rank, ring, everyone, mesh)
+
+
+def _my_group(lines: Sequence[tuple[int, ...]], rank: int, timeout: float) -> dist.ProcessGroup:
+    """A process group for each of some lines of ranks, made by all ranks in one order; the one with this rank."""
+    made = [dist.new_group(list(line), timeout=timedelta(seconds=timeout)) for line in lines]
+    mine: dist.ProcessGroup = made[next(i for i, line in enumerate(lines) if rank in line)]
+    return mine
 
 
 def lanes_of(settings: Settings) -> tuple[str, ...]:
@@ -135,33 +144,50 @@ def _check_size(size: int, world: int) -> None:
     )
 
 
-def _agreed_rings(
-    size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str]
-) -> list[tuple[int, ...]]:
-    """All rings in order of their first rank, after every rank has said what it wants; errors are raised on all."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+Lines = list[tuple[int, ...]]
+
+
+def _agreed_lines(size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str]) -> tuple[Lines, Lines]:
+    """All rings, and all worlds of them, in order of their first rank, after every rank has said what it wants.
+
+    What is wrong on one rank is raised on all.
+    """
+    total, rank = dist.get_world_size(), dist.get_rank()
     ring: tuple[int, ...] = ()
+    world = tuple(range(total))
     failed: GroupError | None = None
     try:
-        _check_size(size, world)
+        _check_size(size, total)
         start = rank // size * size
         ring = tuple(range(start, start + size)) if mesh is None else _ring_of(mesh, size)
+        world = world if mesh is None else _world_of(mesh)
     except GroupError as error:
         failed = error
     record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None, "lanes": tuple(lanes)}
-    said: list[tuple[Claim, tuple[int, ...]] | None] = [None] * world
-    dist.all_gather_object(said, (claim("sequence groups", record, failed), ring))
+    said: list[tuple[Claim, tuple[int, ...], tuple[int, ...]] | None] = [None] * total
+    dist.all_gather_object(said, (claim("sequence groups", record, failed), ring, world))
     heard = [item for item in said if item is not None]
-    settle([one for one, _ in heard], rank, failed)
-    rings = sorted({line for _, line in heard})
-    if sorted(r for line in rings for r in line) != list(range(world)):
-        raise GroupError(
-            "the rings of the mesh do not cover every rank of the world once",
-            fix='Give a mesh over all ranks: init_device_mesh(device, (data, size), mesh_dim_names=("data", "ring")).',
-            rings=rings,
-            world=world,
-        )
-    return rings
+    settle([one for one, _, _ in heard], rank, failed)
+    rings, worlds = sorted({line for _, line, _ in heard}), sorted({line for _, _, line in heard})
+    for lines in (rings, worlds):
+        if sorted(r for line in lines for r in line) != list(range(total)):
+            raise GroupError(
+                "the rings of the mesh do not cover every rank of the world once",
+                fix='Give a mesh over all ranks: init_device_mesh(device, (data, size), mesh_dim_names=("data", '
+                '"ring")).',
+                rings=lines,
+                world=total,
+            )
+    return rings, worlds
+
+
+def _world_of(mesh: DeviceMesh) -> tuple[int, ...]:
+    """The ranks that hold the same part of the model as this one, as global ranks in ascending order."""
+    names = mesh.mesh_dim_names or ()
+    if MODEL not in names:
+        return tuple(range(dist.get_world_size()))
+    here = mesh.mesh.select(names.index(MODEL), mesh.get_local_rank(MODEL))
+    return tuple(sorted(int(r) for r in here.flatten()))
 
 
 def _ring_of(mesh: DeviceMesh, size: int) -> tuple[int, ...]:

@@ -147,6 +147,8 @@ class Kept:
     def __init__(self, offload: bool = False) -> None:
         self._shelf: Shelf = InHostMemory() if offload else InPlace()
         self._closed = False
+        self.bytes = 0
+        """Of all results that were kept."""
 
     def close(self) -> None:
         """The run is over; what comes now is its recompute."""
@@ -160,6 +162,7 @@ class Kept:
         return _AtAttention(lambda run: self._keep(name, run()))
 
     def _keep(self, name: Hashable, result: Result) -> Result:
+        self.bytes += sum(x.nbytes for x in result)
         self._shelf.put(name, tuple(x.detach() for x in result))  # not into the graph that the result becomes part of
         return result
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Fills torch.empty with NaN, so that memory nobody wrote shows in the results.
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
+    # How long an example takes is no property of the code where several workers share the cores.
+    hypothesis.settings.register_profile("shared", deadline=None)
+    hypothesis.settings.load_profile("shared")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -27,12 +31,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def pool2() -> Iterator[RankPool]:
     """Two ranks as processes over gloo."""
-    with RankPool(2, timeout=100) as pool:
+    with RankPool(2, timeout=200) as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def pool4() -> Iterator[RankPool]:
     """Four ranks as processes over gloo."""
-    with RankPool(4, timeout=100) as pool:
+    with RankPool(4, timeout=200) as pool:
         yield pool

@@ -423,7 +423,7 @@ def errors_of(world: int, fn: Callable[[Ring, int], Any]) -> list[SeqparError | 
             return error
         return None
 
-    return run_lockstep_groups(run, world, timeout=10.0)
+    return run_lockstep_groups(run, world, timeout=100.0)
 
 
 def test_llama3_refuses_what_was_prepared_for_another_causal_or_other_documents() -> None:

@@ -88,6 +88,19 @@ def test_a_mesh_of_one_unnamed_dimension_is_the_ring(pool4: RankPool) -> None:
     assert pool4.run_groups(make_and_say, 4, (4,), None) == [(0, r, [0, 1, 2, 3]) for r in range(4)]
 
 
+def worlds_of(_: Groups) -> tuple[Any, ...]:
+    """Place in a mesh that has parts of a model too, and the global ranks of `everyone`."""
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("data", "ring", "model"))
+    groups = process_groups.make(2, mesh, timeout=30)
+    everyone = groups.everyone.all_gather(torch.tensor([dist.get_rank()]), [1] * groups.world_size).tolist()
+    return groups.data_rank, groups.data_size, groups.rank, everyone
+
+
+def test_ranks_with_other_parts_of_the_model_are_another_world(pool4: RankPool) -> None:
+    expected = [(0, 1, 0, [0, 2]), (0, 1, 0, [1, 3]), (0, 1, 1, [0, 2]), (0, 1, 1, [1, 3])]
+    assert pool4.run_groups(worlds_of) == expected
+
+
 @pytest.mark.parametrize(
     ("size", "shape", "names", "expected"),
     [

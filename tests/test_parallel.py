@@ -165,7 +165,7 @@ def test_what_is_wrong_in_one_sequence_group_is_raised_in_every_other_too(bad: s
             sp.shard_batch(given)
         return str(caught.value)
 
-    messages = run_lockstep(refuse, 4, size=2, timeout=20)
+    messages = run_lockstep(refuse, 4, size=2, timeout=100)
     assert all({"mask": "left padding", "other sample": "input_ids (checksum)"}[bad] in message for message in messages)
 
 

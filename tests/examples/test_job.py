@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from job import BLOCK, Job
+from engine import BLOCK
+from job import Job
 
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, GroupError

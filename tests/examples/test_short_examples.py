@@ -14,18 +14,17 @@ import yaml
 from seqpar_ring import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ("plain_loop", "deepspeed_zero3", "trainer", "sft_lora", "resume", "tiny")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 DEEPSPEED = (str(Path(sys.executable).parent / "deepspeed"), "--master_port")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(folder: Path, *command: object) -> str:
     """What it prints, run in a folder of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "examples")}
     done = subprocess.run(
-        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -35,9 +34,9 @@ def losses(text: str) -> list[float]:
     return [float(found) for found in re.findall(r"step \d.*loss ([\d.]+)", text)]
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_a_short_example_is_short(name: str) -> None:
-    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 120
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.name)
+def test_every_file_of_the_examples_is_short(file: Path) -> None:
+    assert len(file.read_text().splitlines()) < 120
 
 
 @pytest.mark.parametrize("name", ["plain_loop", "trainer", "sft_lora"])

@@ -9,9 +9,10 @@ import pytest
 import smollm2
 import torch
 from longtext import Row
+from reference import Step, document_losses, one_process, plain
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from verify import Step, difference, document_losses, one_process, plain
+from verify import difference
 
 
 def step(loss: float = 2.0, **gradients: list[float]) -> Step:

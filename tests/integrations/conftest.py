@@ -13,12 +13,12 @@ from seqpar_ring.testing import RankPool
 @pytest.fixture(scope="module")
 def pool2() -> Iterator[RankPool]:
     """Two ranks as processes over gloo."""
-    with RankPool(2, timeout=100) as pool:
+    with RankPool(2, timeout=280) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def pool4() -> Iterator[RankPool]:
     """Four ranks as processes over gloo."""
-    with RankPool(4, timeout=100) as pool:
+    with RankPool(4, timeout=280) as pool:
         yield pool

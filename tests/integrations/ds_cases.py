@@ -48,6 +48,8 @@ class Run:
     weigh_step: str = ""  # how a token mean over the whole optimizer step is asked for; else over each micro-batch
     clip: float = 1.3  # some steps are clipped, others not
     zero_init: bool = False  # the model is made in shards, under deepspeed.zero.Init
+    kind: str = "packed"  # or "padded", "masked": one document a row, of which most has no targets
+    layout: str = "zigzag"
     fault: str = ""
 
 
@@ -71,19 +73,33 @@ def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-3)
 
 
-def row(step: int, micro: int, index: int) -> dict[str, Tensor]:
-    """One packed row, (1, 65): the masked prompt differs in length, so that rows hold unequal numbers of targets."""
+def row(step: int, micro: int, index: int, kind: str = "packed") -> dict[str, Tensor]:
+    """One row, (1, 65): the masked prompt differs in length, so that rows hold unequal numbers of targets."""
     generator = torch.Generator().manual_seed(1000 * (step % PERIOD) + 10 * micro + index)
     ids = torch.randint(0, VOCAB, (1, sum(LENGTHS)), generator=generator)
     labels = ids.clone()
+    if kind == "padded":
+        real = torch.arange(ids.shape[1])[None] < 60 - 17 * index - 9 * micro
+        return {"input_ids": ids * real, "labels": labels.masked_fill(~real, IGNORED), "attention_mask": real.long()}
+    if kind == "masked":
+        labels[:, : 35 + 9 * index + 8 * micro] = IGNORED
+        return {"input_ids": ids, "labels": labels}
     labels[:, 4 : 12 + 8 * index + 20 * micro] = IGNORED
     return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+
+
+def lengths_of(batch: dict[str, Tensor]) -> tuple[int, ...]:
+    """Tokens of each document of a row, padding left out."""
+    if "position_ids" in batch:
+        return LENGTHS
+    mask = batch.get("attention_mask")
+    return (batch["input_ids"].shape[1] if mask is None else int(mask.sum()),)
 
 
 def document_sum(made: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     """Cross entropy summed over the targets of a row, each document alone, and their number."""
     total, targets, at = torch.zeros(()), 0, 0
-    for n in LENGTHS:
+    for n in lengths_of(batch):
         ids, labels = (batch[key][:, at : at + n] for key in ("input_ids", "labels"))
         at += n
         logits = made(input_ids=ids, use_cache=False).logits[:, :-1].float()
@@ -100,7 +116,7 @@ def one_process(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
     optimizer = optimizer_of(run.optimizer, made.parameters())
     losses, norms, first = [], [], {}
     for step in range(run.steps):
-        micro = [[document_sum(made, row(step, m, i)) for i in range(ROWS)] for m in range(ACCUMULATION)]
+        micro = [[document_sum(made, row(step, m, i, run.kind)) for i in range(ROWS)] for m in range(ACCUMULATION)]
         counts = [sum(n for _, n in rows) for rows in micro]
         for rows, count in zip(micro, counts, strict=True):
             weight = sum(counts) / ACCUMULATION if run.weigh_step else count
@@ -114,12 +130,14 @@ def one_process(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
     return losses, norms, first
 
 
-def micro_batches(step: int, sp: SequenceParallel) -> list[dict[str, Tensor]]:
-    """This rank's whole micro-batches: its own row where there are data ranks, else all rows packed into one."""
+def micro_batches(step: int, sp: SequenceParallel, kind: str = "packed") -> list[dict[str, Tensor]]:
+    """This rank's whole micro-batches: its own row where there are data ranks, else all rows, packed into one or as a
+    batch of several."""
     out = []
     for m in range(ACCUMULATION):
-        rows = [row(step, m, sp.data_rank)] if sp.data_size == ROWS else [row(step, m, i) for i in range(ROWS)]
-        out.append({key: torch.cat([r[key] for r in rows], 1) for key in rows[0]})
+        mine = [sp.data_rank] if sp.data_size == ROWS else range(ROWS)
+        rows = [row(step, m, i, kind) for i in mine]
+        out.append({key: torch.cat([r[key] for r in rows], 1 if kind == "packed" else 0) for key in rows[0]})
     return out
 
 
@@ -149,7 +167,7 @@ def engine_of(sp: SequenceParallel, run: Run) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": run.bf16},
-        "seqpar_ring": {"size": run.size},
+        "seqpar_ring": {"size": run.size, "layout": run.layout},
     }
     made = sharded_model(config) if run.zero_init else model()
     hidden = integration.HiddenSequenceGroup
@@ -200,7 +218,7 @@ def train(sp: SequenceParallel, run: Run) -> tuple[list[float], list[float], dic
     ring: SequenceParallel = engine.seqpar_ring
     losses, norms, first = [], [], {}
     for step in range(run.steps):
-        batches = micro_batches(step, ring)
+        batches = micro_batches(step, ring, run.kind)
         items = ring.count_targets(batches) if run.weigh_step else None
         for m, batch in enumerate(batches):
             loss = step_loss(engine, ring, batch, items, run)
@@ -265,77 +283,3 @@ def two_engines(sp: SequenceParallel, run: Run) -> tuple[list[float], int, int]:
     other.step()
     losses += train_steps(engine, range(1, run.steps))
     return losses, engine.train_batch_size(), other.train_batch_size()
-
-
-def resumed(sp: SequenceParallel, folder: str, before: Run, after: Run) -> list[float]:
-    """Losses of training with one set-up, a checkpoint, and going on from it with another until `after.steps`."""
-    first = engine_of(sp, before)
-    losses = train_steps(first, range(before.steps))
-    first.save_checkpoint(folder)
-    first.destroy()
-    second = engine_of(sp, after)
-    second.load_checkpoint(folder)
-    losses += train_steps(second, range(before.steps, after.steps))
-    second.destroy()
-    return losses
-
-
-def saved_after(sp: SequenceParallel, folder: str, run: Run, cut_off: bool = False) -> list[float]:
-    """Losses of `run.steps` steps and a checkpoint; then, if so asked, of another step whose save is cut off."""
-    engine = engine_of(sp, run)
-    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
-
-    losses = train_steps(engine, range(run.steps))
-    checkpoints.save(engine, folder, client_state={"rows seen": 7})
-    if cut_off:
-        train_steps(engine, range(run.steps, run.steps + 1))
-        written = torch.save
-
-        def dying(thing: Any, where: Any, *args: Any, **kwargs: Any) -> None:
-            if "optim_states" in str(where):
-                raise OSError("no space left on device")
-            written(thing, where, *args, **kwargs)
-
-        torch.save = dying
-        try:
-            checkpoints.save(engine, folder)
-        except OSError:
-            pass
-        finally:
-            torch.save = written
-    engine.destroy()
-    return losses
-
-
-def gone_on(sp: SequenceParallel, folder: str, run: Run, first: int) -> tuple[list[float], dict[str, Any]]:
-    """Losses from step `first` on, after loading the checkpoint; and what was saved with it."""
-    engine = engine_of(sp, run)
-    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
-
-    state = checkpoints.load(engine, folder)
-    losses = train_steps(engine, range(first, run.steps))
-    engine.destroy()
-    return losses, state
-
-
-def not_loaded(sp: SequenceParallel, folder: str, run: Run, what: str) -> str:
-    """The message with which a checkpoint is refused."""
-    from seqpar_ring.errors import SeqparError
-
-    engine = engine_of(sp, run)
-    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
-
-    try:
-        if what == "vocabulary":
-            engine.module.config.vocab_size = VOCAB + 3
-        if what == "overwritten":
-            checkpoints.save(engine, folder, tag=checkpoints._latest(folder))
-        elif what == "no sequence group":
-            checkpoints.load(object(), folder)
-        else:
-            checkpoints.load(engine, folder, tag="global_step99" if what == "tag" else None)
-    except SeqparError as error:
-        return str(error)
-    finally:
-        engine.destroy()
-    return "not refused"

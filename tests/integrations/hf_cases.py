@@ -40,6 +40,9 @@ ZERO = 1e-6
 
 Batch = dict[str, Tensor]
 Step = tuple[float, dict[str, Tensor]]
+GRAD, LOSS = 1e-5, 1e-6
+"""Largest relative L2 error of a parameter's gradient, and relative error of the loss, in fp32."""
+
 Act = Callable[[SequenceParallel], object]
 
 
@@ -185,7 +188,7 @@ def errors(act: Act, world: int = 2, **settings: Any) -> list[SeqparError]:
             act(sp)
         return caught.value
 
-    return run_lockstep(run, world, timeout=20.0, **settings)
+    return run_lockstep(run, world, timeout=100.0, **settings)
 
 
 def assert_refused(found: list[SeqparError], kind: type[SeqparError], *texts: str) -> None:
@@ -193,3 +196,11 @@ def assert_refused(found: list[SeqparError], kind: type[SeqparError], *texts: st
     assert [type(error) for error in found] == [kind] * len(found), found
     for text in (*texts, "Fix: "):
         assert all(text in str(error) for error in found), (text, str(found[0]))
+
+
+BATCHES: dict[str, Callable[[], Batch]] = {
+    "one odd document": lambda: packed([43]),
+    "packed documents": lambda: packed([13, 1, 20, 7]),
+    "rows padded at the right": lambda: padded([31, 18], 31),
+    "packed rows": lambda: packed([11, 16], rows=2),
+}

@@ -54,11 +54,11 @@ def partitioned(sp: SequenceParallel, partition: bool, keep: bool) -> tuple[list
     """Gradients through layers under DeepSpeed's own checkpointing, with its inputs split over the hidden mpu's ranks,
     or without any; and forward runs of the ring."""
     deepspeed = ds_cases.quietly_import_deepspeed(sp)
-    from seqpar_ring.integrations.deepspeed import HiddenSequenceGroup, _start_torch_distributed
+    from seqpar_ring.integrations.deepspeed import _start_torch_distributed
+    from seqpar_ring.integrations.deepspeed_mpu import HiddenSequenceGroup, WholeModel
 
     _start_torch_distributed({})
-    alone = [torch.distributed.new_group([rank]) for rank in range(sp.world_size)][sp.groups.global_rank]
-    deepspeed.checkpointing.configure(HiddenSequenceGroup(sp, alone), partition_activations=True)
+    deepspeed.checkpointing.configure(HiddenSequenceGroup(sp, WholeModel()), partition_activations=True)
     plan, generator = sp.plan([13, 6]), torch.Generator().manual_seed(0)
     weights = [torch.randn(8, 24, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
     h = plan.shard(torch.randn(1, 19, 8, dtype=torch.float64, generator=generator)).requires_grad_()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ds_cases
+import ds_resume
 import pytest
 from ds_cases import ACCUMULATION, Run
 
@@ -19,7 +20,7 @@ NEAR = 1e-6
 @pytest.fixture(scope="module")
 def pool1() -> Iterator[RankPool]:
     """One rank as a process."""
-    with RankPool(1, timeout=100) as pool:
+    with RankPool(1, timeout=280) as pool:
         yield pool
 
 
@@ -27,19 +28,21 @@ def pool1() -> Iterator[RankPool]:
 def saved(request: pytest.FixtureRequest, pool4: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """The stage, and the folder of a checkpoint saved by four ranks of one sequence."""
     folder = str(tmp_path_factory.mktemp(f"stage{request.param}"))
-    pool4.run(ds_cases.saved_after, folder, Run(request.param, 4, "adamw", BEFORE))
+    pool4.run(ds_resume.saved_after, folder, Run(request.param, 4, "adamw", BEFORE))
     return request.param, folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "size"), [(4, 2), (2, 2), (2, 1), (1, 1)])
-def test_the_loss_goes_on_at_another_size(
-    saved: tuple[int, str], ranks: int, size: int, request: pytest.FixtureRequest
+@pytest.mark.parametrize(
+    ("ranks", "size", "layout"), [(4, 2, "striped"), (2, 2, "contiguous"), (2, 1, "zigzag"), (1, 1, "zigzag")]
+)
+def test_the_loss_goes_on_at_another_size_and_layout(
+    saved: tuple[int, str], ranks: int, size: int, layout: str, request: pytest.FixtureRequest
 ) -> None:
     stage, folder = saved
     pool: RankPool = request.getfixturevalue(f"pool{ranks}")
     expected = ds_cases.one_process(Run(stage, 1, "adamw", STEPS))[0][BEFORE * ACCUMULATION :]
-    for losses, state in pool.run(ds_cases.gone_on, folder, Run(stage, size, "adamw", STEPS), BEFORE):
+    for losses, state in pool.run(ds_resume.gone_on, folder, Run(stage, size, "adamw", STEPS, layout=layout), BEFORE):
         assert losses == pytest.approx(expected, rel=NEAR)
         assert state["rows seen"] == 7
 
@@ -47,10 +50,10 @@ def test_the_loss_goes_on_at_another_size(
 @pytest.mark.slow
 def test_a_save_that_is_cut_off_leaves_the_one_before(pool2: RankPool, tmp_path: Path) -> None:
     run = Run(2, 2, "adamw", BEFORE)
-    pool2.run(ds_cases.saved_after, str(tmp_path), run, True)
+    pool2.run(ds_resume.saved_after, str(tmp_path), run, True)
     assert (tmp_path / f"global_step{BEFORE + 1}").exists()
     expected = ds_cases.one_process(Run(2, 1, "adamw", STEPS))[0][BEFORE * ACCUMULATION :]
-    for losses, _ in pool2.run(ds_cases.gone_on, str(tmp_path), Run(2, 2, "adamw", STEPS), BEFORE):
+    for losses, _ in pool2.run(ds_resume.gone_on, str(tmp_path), Run(2, 2, "adamw", STEPS), BEFORE):
         assert losses == pytest.approx(expected, rel=NEAR)
 
 
@@ -69,6 +72,6 @@ def test_what_cannot_go_on_is_refused_before_anything_is_loaded(
     folder = tmp_path_factory.getbasetemp() / "refused"
     run = Run(1, 2, "adamw", BEFORE)
     if not folder.exists():
-        pool2.run(ds_cases.saved_after, str(folder), run)
-    for message in pool2.run(ds_cases.not_loaded, str(folder), run, what):
+        pool2.run(ds_resume.saved_after, str(folder), run)
+    for message in pool2.run(ds_resume.not_loaded, str(folder), run, what):
         assert all(text in message for text in texts), message

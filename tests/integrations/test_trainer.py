@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import sft_cases
 import trainer_cases as cases
+import trainer_refusals
 from seqpar_ring.integrations import trainer as integration
 from trainer_cases import Run
 
@@ -31,10 +33,17 @@ def test_twenty_steps_are_those_of_one_process(pool2: RankPool, tmp_path: Path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", "padded", "masked"])
 def test_two_groups_train_on_two_batches(pool4: RankPool, tmp_path: Path, kind: str) -> None:
-    run = Run(size=2, kind=kind)
+    run = Run(size=2, kind=kind, checkpointing=True, settings=(("remat", "attention"),))
     expected = cases.one_process(run, 2)
-    for losses, _, _ in pool4.run(cases.train, run, str(tmp_path)):
+    for losses, _, ran in pool4.run(cases.train, run, str(tmp_path)):
         assert losses == pytest.approx(expected, rel=NEAR)
+        assert ran == LAYERS * run.steps * run.accumulation
+
+
+def test_a_rank_without_a_target_makes_no_nan(pool2: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, kind="first half masked", steps=4, settings=(("layout", "contiguous"),))
+    for losses, _, _ in pool2.run(cases.train, run, str(tmp_path)):
+        assert losses == pytest.approx(cases.one_process(run, 1), rel=NEAR)
 
 
 def test_with_checkpointing_the_ring_runs_once_a_layer(pool2: RankPool, tmp_path: Path) -> None:
@@ -66,9 +75,10 @@ def test_deepspeed_comes_with_its_block_in_the_trainers_config(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_optimizer_and_parameters_may_wait_on_the_cpu(pool2: RankPool, tmp_path: Path, stage: int) -> None:
-    run = Run(size=2, deepspeed=stage, steps=8, offload=True)
-    for losses, _, _ in pool2.run(cases.train, run, str(tmp_path)):
+    run = Run(size=2, deepspeed=stage, steps=8, offload=True, checkpointing=True, settings=(("remat", "attention"),))
+    for losses, _, ran in pool2.run(cases.train, run, str(tmp_path)):
         assert losses == pytest.approx(cases.one_process(run, 1), rel=NEAR)
+        assert ran == LAYERS * run.steps * run.accumulation
 
 
 def test_mixed_precision_follows_fp32_as_far_as_bf16_can(pool2: RankPool, tmp_path: Path) -> None:
@@ -117,6 +127,12 @@ def test_a_checkpoint_goes_on_at_another_size(pool4: RankPool, tmp_path: Path, b
         assert losses == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_checkpoint_does_not_go_on_with_another_vocabulary(pool2: RankPool, tmp_path: Path) -> None:
+    for message in pool2.run(trainer_refusals.another_vocabulary, Run(size=2, steps=1), str(tmp_path)):
+        assert "size mismatch for model.embed_tokens.weight" in message
+        assert all(shape in message for shape in ("[97, 48]", "[100, 48]"))
+
+
 def test_a_stream_is_read_by_every_rank(pool4: RankPool, tmp_path: Path) -> None:
     run = Run(size=2, steps=4)
     for losses in pool4.run(cases.stream, run, str(tmp_path)):
@@ -130,9 +146,10 @@ def test_samples_may_be_grouped_by_length(pool4: RankPool, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", "padded", "masked"])
 def test_a_plain_loop_with_accelerate_is_exact(pool4: RankPool, kind: str) -> None:
-    run = Run(size=2, kind=kind, accumulation=1)
-    for losses in pool4.run(cases.plain_loop, run, size=2):
+    run = Run(size=2, kind=kind, accumulation=1, checkpointing=True)
+    for losses, ran in pool4.run(cases.plain_loop, run, size=2, remat="attention"):
         assert losses == pytest.approx(cases.one_process(run, 2), rel=NEAR)
+        assert ran == LAYERS * run.steps
 
 
 @pytest.mark.slow
@@ -154,8 +171,8 @@ def test_trls_sfttrainer_is_exact_packed_and_with_lora(
     settings = (("remat", "attention"), ("logits", 11))
     rows = 1 if packing else 2
     run = Run(size=2, rows=rows, lora=lora, checkpointing=True, settings=settings)
-    (losses, _, seen, ran), (others, _, same, _) = pool2.run(cases.sft, run, str(tmp_path), packing)
-    assert losses == others == pytest.approx(cases.one_process_on(run, seen), rel=NEAR)
+    (losses, _, seen, ran), (others, _, same, _) = pool2.run(sft_cases.sft, run, str(tmp_path), packing)
+    assert losses == others == pytest.approx(sft_cases.one_process_on(run, seen), rel=NEAR)
     assert ran == LAYERS * run.steps * run.accumulation
     assert len(seen) == run.steps * run.accumulation
     assert ("position_ids" in seen[0]) == packing
@@ -171,8 +188,8 @@ def test_sfttrainer_learns_completions_alone_where_there_are_prompts(
     pool2: RankPool, tmp_path: Path, packing: bool
 ) -> None:
     run = Run(size=2, rows=1 if packing else 2, settings=(("logits", 11),))
-    (losses, _, seen, _), _ = pool2.run(cases.sft, run, str(tmp_path), packing, True)
-    assert losses == pytest.approx(cases.one_process_on(run, seen), rel=NEAR)
+    (losses, _, seen, _), _ = pool2.run(sft_cases.sft, run, str(tmp_path), packing, True)
+    assert losses == pytest.approx(sft_cases.one_process_on(run, seen), rel=NEAR)
     assert all((batch["labels"] == -100).any() for batch in seen)
 
 
@@ -182,6 +199,7 @@ REFUSALS = {
     "smoothing": ("UnsupportedError", "label_smoothing_factor=0.1"),
     "rebalance": ("UnsupportedError", "batch_rebalance"),
     "cp_size": ("UnsupportedError", "split twice"),
+    "sp_size": ("UnsupportedError", "split twice"),
     "other rows": ("DisagreementError", "input_ids (checksum)"),
     "empty rows": ("BatchError", "leave out empty batches"),
     "all masked": ("BatchError", "no token of the batch has a target"),
@@ -197,17 +215,24 @@ REFUSALS = {
 @pytest.mark.parametrize("what", REFUSALS)
 def test_what_cannot_be_exact_is_refused_on_every_rank(pool2: RankPool, tmp_path: Path, what: str) -> None:
     kind, text = REFUSALS[what]
-    for message in pool2.run(cases.refused, Run(size=2, steps=2), str(tmp_path), what):
+    for message in pool2.run(trainer_refusals.refused, Run(size=2, steps=2), str(tmp_path), what):
         assert message.startswith(f"{kind}: "), message
         assert text in message
         assert "Fix: " in message
 
 
-def test_data_ranks_whose_streams_end_at_different_times_are_told_so(pool4: RankPool, tmp_path: Path) -> None:
-    run = Run(size=2, steps=20)
-    for message in pool4.run(cases.refused, run, str(tmp_path), "unequal streams"):
-        assert "DisagreementError" in message
-        assert "micro-batches of this step" in message
+@pytest.mark.parametrize(
+    ("what", "texts"),
+    [
+        ("unequal streams", ("DisagreementError", "micro-batches of this step")),
+        ("one rank's rows are empty", ("BatchError", "at least one of each")),
+    ],
+)
+def test_what_is_wrong_on_one_data_rank_is_said_on_all(
+    pool4: RankPool, tmp_path: Path, what: str, texts: tuple[str, ...]
+) -> None:
+    for message in pool4.run(trainer_refusals.refused, Run(size=2, steps=20), str(tmp_path), what):
+        assert all(text in message for text in texts), message
 
 
 def test_a_class_that_is_no_trainer_is_refused() -> None:

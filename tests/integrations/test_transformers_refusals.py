@@ -52,6 +52,11 @@ CALLS: dict[str, tuple[Batch | dict[str, Any], type[SeqparError], tuple[str, ...
     "attention in both directions": ({**WHOLE, "is_causal": False}, UnsupportedError, ("in both directions",)),
     "another ignore_index": ({**WHOLE, "ignore_index": 0}, UnsupportedError, ("ignore_index",)),
     "no labels": ({"input_ids": WHOLE["input_ids"]}, BatchError, ("no labels", "keys=['input_ids']", "shard_batch")),
+    "an empty batch": (
+        {key: value[:0] for key, value in WHOLE.items()},
+        BatchError,
+        ("at least one of each", "leave out empty batches", "shape=(0, 21)"),
+    ),
     "no tokens": ({"labels": WHOLE["labels"]}, BatchError, ("no input_ids",)),
 }
 
@@ -93,6 +98,7 @@ def test_the_way_to_generate_works(tmp_path: Any) -> None:
         ({**WHOLE, "use_cache": True}, UnsupportedError),
         ({**WHOLE, "labels": WHOLE["labels"][:, 1:]}, BatchError),
         ({"input_ids": WHOLE["input_ids"]}, BatchError),
+        ({key: value[:0] for key, value in WHOLE.items()}, BatchError),
         ({**WHOLE, "note": 1}, DisagreementError),
         (packed([21], seed=6), DisagreementError),
         (packed([20]), DisagreementError),

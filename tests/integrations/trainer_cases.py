@@ -23,15 +23,13 @@ STEPS = 20
 ROWS = 8  # rows of data, taken in order, again and again
 TOKENS = 41
 
-NONE = torch.zeros(0, dtype=torch.long)
-
 
 @dataclass(frozen=True)
 class Run:
     """One set-up of Trainer."""
 
     size: int
-    kind: str = "packed"  # "packed", "padded", or "masked": one document a row, most of it without targets
+    kind: str = "packed"  # "packed", "padded", or "masked": one document a row, much of its first half without targets
     steps: int = STEPS
     rows: int = 1  # a micro-batch, on each data rank
     accumulation: int = 2
@@ -56,7 +54,7 @@ def rows(kind: str) -> list[dict[str, Tensor]]:
             batch["input_ids"] = (batch["input_ids"] + index) % hf_cases.VOCAB * batch["attention_mask"]
         else:
             batch = hf_cases.packed([TOKENS], seed=index)
-            batch["labels"][:, : 5 + 4 * index] = -100
+            batch["labels"][:, : TOKENS // 2 + 3 if kind == "first half masked" else 5 + 4 * index] = -100
         out.append({key: value[0] for key, value in batch.items()})
     return out
 
@@ -181,6 +179,17 @@ def trainer_of(run: Run, folder: str, made: Any = None, **others: Any) -> Any:
     )
 
 
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """While it is open, each forward run of the ring adds to the list."""
+    forward, ran = executor.forward, list[int]()
+    executor.forward = lambda *args: ran.append(1) or forward(*args)  # type: ignore[func-returns-value]
+    try:
+        yield ran
+    finally:
+        executor.forward = forward
+
+
 def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -189,12 +198,8 @@ def train(sp: SequenceParallel, run: Run, folder: str) -> tuple[list[float], flo
     """Losses of the steps, the evaluation loss after them, and forward runs of the ring in training."""
     with as_torchrun(sp):
         trainer = trainer_of(run, folder)
-        forward, ran = executor.forward, []
-        executor.forward = lambda *args: ran.append(1) or forward(*args)  # type: ignore[func-returns-value]
-        try:
+        with counted() as ran:
             trainer.train()
-        finally:
-            executor.forward = forward
         return losses_of(trainer), trainer.evaluate()["eval_loss"], len(ran)
 
 
@@ -247,62 +252,6 @@ def resume(sp: SequenceParallel, before: Run, after: Run, folder: str, at: int) 
         return found + losses_of(second)[at:]
 
 
-def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
-    """The message with which a Trainer is refused, or a step of it."""
-    from accelerate import ParallelismConfig
-    from seqpar_ring.integrations.trainer import ring
-    from transformers import Trainer, TrainingArguments, default_data_collator
-
-    from seqpar_ring.errors import SeqparError
-
-    with as_torchrun(sp):
-        arguments_of = arguments(run, folder)
-        keywords: dict[str, Any] = {"train_dataset": rows(run.kind), "data_collator": default_data_collator}
-        made, settings = model(run), {"size": run.size}
-        if what == "metrics":
-            keywords["compute_metrics"] = lambda _: {}
-        elif what == "loss function":
-            keywords["compute_loss_func"] = lambda *_: 0
-        elif what == "smoothing":
-            arguments_of["label_smoothing_factor"] = 0.1
-        elif what == "rebalance":
-            arguments_of["train_sampling_strategy"] = "batch_rebalance"
-        elif what == "unequal streams":
-            keywords["train_dataset"] = Stream(rows(run.kind), 4 + sp.groups.global_rank // run.size)
-        elif what == "other rows":
-            keywords["train_dataset"] = Stream(rows(run.kind)[sp.groups.global_rank :], 4)
-        elif what == "empty rows":
-            keywords["train_dataset"] = [{"input_ids": NONE, "labels": NONE}] * 4
-        elif what == "all masked":
-            for row in keywords["train_dataset"]:
-                row["labels"][:] = -100
-        elif what == "size not dividing":
-            settings = {"size": 3}
-        elif what == "no size":
-            settings = {}
-        elif what == "wrapped":
-            made = nn.Sequential(made)
-        elif what == "prompt tuning":
-            from peft import PromptTuningConfig, get_peft_model
-
-            made = get_peft_model(made, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-        elif what == "dropout in LoRA":
-            from peft import LoraConfig, get_peft_model
-
-            made = get_peft_model(made, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
-        try:
-            training = TrainingArguments(**arguments_of)
-            if what == "cp_size":
-                training.parallelism_config = ParallelismConfig(cp_size=2)
-            trainer = ring(Trainer, **settings)(model=made, args=training, **keywords)
-            if what == "predict":
-                trainer.predict(rows(run.kind))
-            trainer.train()
-        except SeqparError as error:
-            return f"{type(error).__name__}: {error}"
-    return "not refused"
-
-
 class Stream(torch.utils.data.IterableDataset[Any]):
     """So many rows, one after the other."""
 
@@ -329,8 +278,8 @@ def by_length(sp: SequenceParallel, run: Run, folder: str) -> int:
         return int(trainer.state.global_step)
 
 
-def plain_loop(sp: SequenceParallel, run: Run) -> list[float]:
-    """Losses of a loop of one's own with accelerate: its DDP, its backward, our data loader."""
+def plain_loop(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
+    """Losses of a loop of one's own with accelerate: its DDP, its backward, our data loader; and ring forwards."""
     with as_torchrun(sp):
         from accelerate import Accelerator
         from seqpar_ring.integrations.trainer import data_loader
@@ -339,86 +288,21 @@ def plain_loop(sp: SequenceParallel, run: Run) -> list[float]:
         accelerator = Accelerator(cpu=True)
         own = SequenceParallel.over(sp.groups, sp.settings)
         made = parallelize(model(run), own)
+        if run.checkpointing:
+            made.activation_checkpointing_enable({"use_reentrant": False})
         made, optimizer = accelerator.prepare(made, optimizer_of(run.optimizer, made.parameters()))
         loader = data_loader(torch.utils.data.DataLoader(rows(run.kind), batch_size=run.rows), own)  # type: ignore[arg-type]
         losses = []
         batches = [batch for _ in range(run.steps) for batch in loader][: run.steps]
-        for batch in batches:
-            loss = made(**batch).loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(made.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-
-def words() -> Any:
-    """A tokenizer of as many words as the model has: w0, w1, .."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(hf_cases.VOCAB)}, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w2", pad_token="w3")
-
-
-def texts(prompts: bool) -> list[dict[str, str]]:
-    """Documents of unequal length, as text, or as prompt and completion, of which the completion alone is learnt."""
-    generator = torch.Generator().manual_seed(2)
-    lengths = [9, 31, 4, 17, 24, 6, 28, 12, 20, 3, 33, 15, 8, 27, 5, 19]
-    draw = [torch.randint(4, hf_cases.VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    words_of = [[f"w{i}" for i in ids] for ids in draw]
-    if prompts:
-        return [{"prompt": " ".join(some[:2]) + " ", "completion": " ".join(some[2:])} for some in words_of]
-    return [{"text": " ".join(some)} for some in words_of]
-
-
-def sft(
-    sp: SequenceParallel, run: Run, folder: str, packing: bool, prompts: bool = False
-) -> tuple[list[float], float, list[Any], int]:
-    """SFTTrainer: losses, the evaluation loss before training, the batches it made, and ring forwards in training."""
-    with as_torchrun(sp):
-        from datasets import Dataset
-        from seqpar_ring.integrations.trainer import ring
-        from trl import SFTConfig, SFTTrainer
-
-        others = {"packing": packing, "max_length": 64, "dataset_num_proc": None, "bf16": False}
-        trainer = ring(SFTTrainer, size=run.size, **dict(run.settings))(
-            model=model(run),
-            args=SFTConfig(**arguments(run, folder, **others, remove_unused_columns=True)),
-            processing_class=words(),
-            train_dataset=Dataset.from_list(texts(prompts)),
-            eval_dataset=Dataset.from_list(texts(prompts)),
-        )
-        before = float(trainer.evaluate()["eval_loss"])
-        seen, forward, ran = [], executor.forward, []
-        trainer.model.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append({**kwargs}), with_kwargs=True, prepend=True
-        )
-        executor.forward = lambda *args: ran.append(1) or forward(*args)  # type: ignore[func-returns-value]
-        try:
-            trainer.train()
-        finally:
-            executor.forward = forward
-        keys = ("input_ids", "labels", "position_ids", "attention_mask")
-        return losses_of(trainer), before, [{k: b[k] for k in keys if k in b} for b in seen], len(ran)
-
-
-def one_process_on(run: Run, batches: list[Any]) -> list[float]:
-    """As `one_process`, on these micro-batches: in packed rows each document alone, counted by its positions."""
-    made = model(run)
-    optimizer = optimizer_of(run.optimizer, [p for p in made.parameters() if p.requires_grad])
-    losses = []
-    for first in range(0, len(batches), run.accumulation):
-        parts = [summed(made, batch) for batch in batches[first : first + run.accumulation]]
-        loss = sum((one for one, _ in parts), torch.zeros(())) / sum(n for _, n in parts)
-        loss.backward()
-        nn.utils.clip_grad_norm_(made.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        with counted() as ran:
+            for batch in batches:
+                loss = made(**batch).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(made.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses, len(ran)
 
 
 def fully_sharded(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
@@ -434,10 +318,8 @@ def fully_sharded(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
     for layer in made.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(made, mesh=mesh)
-    optimizer, data = optimizer_of(run.optimizer, made.parameters()), rows(run.kind)
-    forward, ran, losses = executor.forward, [], []
-    executor.forward = lambda *args: ran.append(1) or forward(*args)  # type: ignore[func-returns-value]
-    try:
+    optimizer, data, losses = optimizer_of(run.optimizer, made.parameters()), rows(run.kind), []
+    with counted() as ran:
         for step in range(run.steps):
             row = data[(step * sp.data_size + sp.data_rank) % ROWS]
             loss = made(**{key: value[None] for key, value in row.items()}).loss
@@ -446,8 +328,4 @@ def fully_sharded(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    finally:
-        executor.forward = forward
     return losses, len(ran)
-
-

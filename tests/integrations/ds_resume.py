@@ -1,0 +1,87 @@
+"""Runs under DeepSpeed that are saved, cut off, and go on, perhaps at another size; for worker processes.
+
+Training itself, and the one process that all is compared with, are those of `ds_cases`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ds_cases import VOCAB, Run, engine_of, train_steps
+
+from seqpar_ring import SequenceParallel
+
+
+def resumed(sp: SequenceParallel, folder: str, before: Run, after: Run) -> list[float]:
+    """Losses of training with one set-up, a checkpoint, and going on from it with another until `after.steps`."""
+    first = engine_of(sp, before)
+    losses = train_steps(first, range(before.steps))
+    first.save_checkpoint(folder)
+    first.destroy()
+    second = engine_of(sp, after)
+    second.load_checkpoint(folder)
+    losses += train_steps(second, range(before.steps, after.steps))
+    second.destroy()
+    return losses
+
+
+def saved_after(sp: SequenceParallel, folder: str, run: Run, cut_off: bool = False) -> list[float]:
+    """Losses of `run.steps` steps and a checkpoint; then, if so asked, of another step whose save is cut off."""
+    engine = engine_of(sp, run)
+    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
+
+    losses = train_steps(engine, range(run.steps))
+    checkpoints.save(engine, folder, client_state={"rows seen": 7})
+    if cut_off:
+        train_steps(engine, range(run.steps, run.steps + 1))
+        written = torch.save
+
+        def dying(thing: Any, where: Any, *args: Any, **kwargs: Any) -> None:
+            if "optim_states" in str(where):
+                raise OSError("no space left on device")
+            written(thing, where, *args, **kwargs)
+
+        torch.save = dying
+        try:
+            checkpoints.save(engine, folder)
+        except OSError:
+            pass
+        finally:
+            torch.save = written
+    engine.destroy()
+    return losses
+
+
+def gone_on(sp: SequenceParallel, folder: str, run: Run, first: int) -> tuple[list[float], dict[str, Any]]:
+    """Losses from step `first` on, after loading the checkpoint; and what was saved with it."""
+    engine = engine_of(sp, run)
+    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
+
+    state = checkpoints.load(engine, folder)
+    losses = train_steps(engine, range(first, run.steps))
+    engine.destroy()
+    return losses, state
+
+
+def not_loaded(sp: SequenceParallel, folder: str, run: Run, what: str) -> str:
+    """The message with which a checkpoint is refused."""
+    from seqpar_ring.errors import SeqparError
+
+    engine = engine_of(sp, run)
+    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
+
+    try:
+        if what == "vocabulary":
+            engine.module.config.vocab_size = VOCAB + 3
+        if what == "overwritten":
+            checkpoints.save(engine, folder, tag=checkpoints._latest(folder))
+        elif what == "no sequence group":
+            checkpoints.load(object(), folder)
+        else:
+            checkpoints.load(engine, folder, tag="global_step99" if what == "tag" else None)
+    except SeqparError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return "not refused"
