@@ -70,6 +70,7 @@ class Device(_Described):
         host_bandwidth: bytes per second between the device and that memory, in each direction.
         node: devices of one node.
         links: what a name without a generation means with this device: {"nvlink": "nvlink4"}.
+        kernel: what computes block attention on it, for the memory that it needs: "flash" or "cpu".
     """
 
     kind: Literal["device"] = "device"
@@ -84,6 +85,7 @@ class Device(_Described):
     host_bandwidth: float = Field(default=25e9, gt=0)
     node: int = Field(default=8, ge=1)
     links: dict[str, str] = Field(default_factory=dict)
+    kernel: Literal["flash", "cpu"] = "flash"
 
     def paces(self, dtype: str) -> Attention:
         """The paces of this dtype; those of bf16 are fp16's too, if fp16 has none of its own.

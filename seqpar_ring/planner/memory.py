@@ -1,45 +1,66 @@
 """Memory: the bytes that a rank holds at each moment of a training step, and what they are.
 
-A step has a few moments at which it may be fullest: the loss, the backward of a layer's MLP and of its attention, the
-optimizer's update. For each the parts that live then are added up, tensor by tensor: model states as ZeRO shards them,
-activations as `activations` lists them, keys and values in flight as the very schedule holds them. The largest sequence
-and the fewest devices follow by bisection. Bytes only, no seconds.
+A step has a few moments at which it may be fullest: the loss, the backward of a layer's MLP, of a norm and of
+attention, the optimizer's update. For each the parts that live then are added up: model states as ZeRO shards them
+(`states`), the tensors of the layers (`activations`), blocks and gradients in flight as the very schedule holds them
+(`flight`). The largest sequence and the fewest devices follow by trying. It counts what tensors hold: what an
+allocator wastes between them, and what libraries take for themselves, is the device's description to leave out. No
+seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
-from seqpar_ring.geometry import Ints, Mask
+from seqpar_ring.geometry import Mask
 from seqpar_ring.packing import Balance
 from seqpar_ring.planner import activations
+from seqpar_ring.planner.activations import Layer, alive, saved
+from seqpar_ring.planner.families import family
+from seqpar_ring.planner.flight import KERNELS, in_flight, rows_of
 from seqpar_ring.planner.hardware import Device
 from seqpar_ring.planner.job import Choice, Workload
 from seqpar_ring.planner.model import Span
-from seqpar_ring.schedule import Flows, Route, Row, Sides
+from seqpar_ring.planner.states import (
+    ATTENTION,
+    END,
+    FINAL,
+    FIRST,
+    LOSS,
+    MLP,
+    MOMENTS,
+    NORM,
+    Buckets,
+    Held,
+    Update,
+    states,
+)  # fmt: skip
 
-TILE_BYTES = 2**28
-"""Most bytes of the fp32 logits of a tile with `logits: "auto"`: `tiling.TILE_BYTES`, which cannot be imported here."""
+TILE_BYTES, KEYS_WORTH_KEEPING = 2**28, 512
+"""`tiling.TILE_BYTES` and `remat.KEYS_WORTH_KEEPING`, which stand beside torch; a test holds them equal."""
 
-ALWAYS, LOSS, MLP, ATTENTION, UPDATE = (
-    "always",
-    "loss",
-    "backward of the last layer's MLP",
-    "backward of the last layer's attention",
-    "optimizer step",
-)
-END, FIRST_LAYER = "end of forward", "backward of the first layer"
-MOMENTS = (END, LOSS, MLP, ATTENTION, FIRST_LAYER, UPDATE)
+ENTROPY = 12
+"""Bytes for each logit while cross entropy is differentiated: its logarithm of the softmax, the gradient of that, and
+that of the logit, in fp32. In forward there are 10 at most: the logit in 16 bits and in fp32, and the logarithm."""
+
+POWERS = tuple(2**i for i in range(13))
+"""1 to 4,096 devices."""
+
+UPDATES = {"cpu": Update(2, foreach=False), "flash": Update(1, foreach=True)}
+"""torch's AdamW, by the kernel of the device: one by one it makes a root and a quotient, all at once a root."""
+
+AT = {MLP: activations.MLP, NORM: activations.NORM, ATTENTION: activations.ATTENTION}
+
+BEFORE = (END, LOSS, FINAL, MLP, NORM, ATTENTION)
+"""Moments at which all layers but the last still hold what forward left."""
 
 
 class Part(NamedTuple):
-    """Bytes of one kind, and when they are held."""
+    """Bytes of one kind, at their most, and the moment of that: "always", "host", or one of `states.MOMENTS`."""
 
     name: str
     bytes: float
@@ -54,7 +75,7 @@ class Memory(NamedTuple):
         moments: bytes on the device at each moment.
         peak: the most of them.
         at: the moment of the peak.
-        host: bytes in the host's memory.
+        host: bytes in the host's memory, for each device.
     """
 
     parts: tuple[Part, ...]
@@ -63,45 +84,37 @@ class Memory(NamedTuple):
     at: str
     host: float
 
-
-class Buckets(NamedTuple):
-    """DeepSpeed's buffers, in numbers: `reduce_bucket_size`, `stage3_prefetch_bucket_size`."""
-
-    reduce: int
-    prefetch: int
-
-    @staticmethod
-    def of(workload: Workload) -> Buckets:
-        """What transformers makes of "auto"."""
-        square = workload.model.hidden**2
-        return Buckets(square, int(0.9 * square))
+    def fits(self, device: Device) -> bool:
+        """Whether a device has as much."""
+        return self.peak <= device.memory and self.host <= device.host_memory
 
 
 def memory(workload: Workload, choice: Choice, device: Device, buckets: Buckets | None = None) -> Memory:
-    """What a rank holds in a training step; of all ranks the one that holds most."""
-    buckets = buckets or Buckets.of(workload)
-    held = [*_states(workload, choice, buckets), *_activations(workload, choice)]
-    moments = dict.fromkeys(MOMENTS, 0.0)
-    host = 0.0
-    parts = []
-    for part, when in held:
-        parts.append(part)
-        if part.when == "host":
-            host += part.bytes
-            continue
-        for at in when:
-            moments[at] += part.bytes
+    """What a rank holds in a training step; of all ranks the one that holds most.
+
+    Args:
+        workload: what is trained.
+        choice: how.
+        device: what block attention runs on.
+        buckets: DeepSpeed's buffers; None: its defaults.
+    """
+    kernel = choice.settings.kernel if choice.settings.kernel in KERNELS else device.kernel
+    made = activations.layers(workload.model, workload.itemsize)
+    matrix = max(layer.matrix for layer in made)
+    held = [*states(workload, choice, buckets or Buckets(), UPDATES[kernel], matrix)]
+    held += _activations(workload, choice, made, kernel)
+    moments = {at: sum(one.at.get(at, 0.0) for one in held) for at in MOMENTS}
     at = max(moments, key=lambda name: moments[name])
-    return Memory(tuple(p for p in parts if p.bytes), moments, moments[at], at, host)
+    parts = tuple(_part(one) for one in held if one.host or any(one.at.values()))
+    return Memory(parts, moments, moments[at], at, sum(one.host for one in held))
 
 
-def largest(workload: Workload, choice: Choice, device: Device) -> int:
-    """The most tokens of one document that fit; 0 if not even one for each rank does."""
+def largest(workload: Workload, choice: Choice, device: Device, buckets: Buckets | None = None) -> int:
+    """The most tokens of one document that fit, to a thousandth; 0 if not even one for each rank does."""
     size = choice.settings.size
 
     def fits(tokens: int) -> bool:
-        needed = memory(workload._replace(lengths=(tokens,)), choice, device)
-        return needed.peak <= device.memory and needed.host <= device.host_memory
+        return memory(workload._replace(lengths=(tokens,)), choice, device, buckets).fits(device)
 
     low, high = 0, size
     while fits(high):
@@ -112,145 +125,175 @@ def largest(workload: Workload, choice: Choice, device: Device) -> int:
     return low
 
 
-def fewest(workload: Workload, chosen: Callable[[int], Choice], device: Device, most: int = 1 << 14) -> int | None:
-    """The fewest devices, of powers of two, with which the sequence fits; None: not even with `most`."""
-    for gpus in _doubling(most):
-        needed = memory(workload, chosen(gpus), device)
-        if needed.peak <= device.memory and needed.host <= device.host_memory:
-            return gpus
-    return None
+def fewest(
+    workload: Workload, chosen: Callable[[int], Choice], device: Device, among: Sequence[int] = POWERS
+) -> int | None:
+    """The fewest devices of those asked about with which the sequence fits; None: with none of them.
+
+    Args:
+        workload: what is trained.
+        chosen: how so many devices would be used.
+        device: what they are.
+        among: numbers of devices, ascending.
+    """
+    return next((n for n in among if memory(workload, chosen(n), device).fits(device)), None)
 
 
-def _doubling(most: int) -> Iterator[int]:
-    gpus = 1
-    while gpus <= most:
-        yield gpus
-        gpus *= 2
+def _part(one: Held) -> Part:
+    if one.host:
+        return Part(one.name, one.host, "host")
+    most = max(one.at, key=lambda name: one.at[name])
+    always = len(one.at) == len(MOMENTS) and len(set(one.at.values())) == 1
+    return Part(one.name, one.at[most], "always" if always else most)
 
 
-Held = tuple[Part, tuple[str, ...]]
-
-
-def _states(workload: Workload, choice: Choice, buckets: Buckets) -> Iterator[Held]:
-    """Weights, gradients and the optimizer's, as ZeRO shards them."""
-    model, b, zero = workload.model, workload.itemsize, choice.zero
-    trained = model.parameters if workload.trained is None else workload.trained
-    share = choice.gpus if zero else 1
-    weights = model.parameters * b / (choice.gpus if zero == 3 else 1)
-    yield _placed("weights", weights, choice.offload_parameters)
-    backward = (MLP, ATTENTION, FIRST_LAYER, UPDATE)
-    gradients = trained * b / (choice.gpus if zero >= 2 else 1)
-    if choice.offload_optimizer and zero >= 2:
-        yield Part("gradients", gradients, "host"), ()
-    else:
-        yield Part("gradients", gradients, "backward"), (FIRST_LAYER, UPDATE) if zero < 2 else backward
-    moments = 8 * trained / share if workload.optimizer == "adamw" else 0
-    master = 4 * trained / share if b < 4 else 0
-    yield _placed("fp32 weights of the optimizer", master, choice.offload_optimizer)
-    yield _placed("optimizer's moments", moments, choice.offload_optimizer)
-    if zero and choice.gpus > 1:
-        yield Part("gradients on their way", buckets.reduce * b, "always"), MOMENTS
-    if zero == 3:
-        gathered = 2 * model.layer_parameters * b
-        yield Part("gathered weights", gathered, "in the layers"), (END, LOSS, MLP, ATTENTION, FIRST_LAYER)
-
-
-def _placed(name: str, size: float, offloaded: bool) -> Held:
-    return (Part(name, size, "host"), ()) if offloaded else (Part(name, size, ALWAYS), MOMENTS)
-
-
-def _activations(workload: Workload, choice: Choice) -> Iterator[Held]:
+def _activations(workload: Workload, choice: Choice, made: tuple[Layer, ...], kernel: str) -> Iterator[Held]:
     model, b, s = workload.model, workload.itemsize, choice.settings
     tokens = rank_tokens(workload.lengths, s) * workload.batch
-    tensors = activations.layer(model, b)
-    before = (END, LOSS, MLP, ATTENTION)
+    if not family(model.family).learned:
+        tables = 2 if model.family == "gemma3_text" else 1
+        width = model.latent.rotary if model.latent else model.head_dim
+        yield Held("cosines and sines", dict.fromkeys((*BEFORE, FIRST), 2.0 * tables * b * width * tokens))
     if choice.checkpointing:
-        yield Part("inputs of the layers", model.layers * tokens * b * model.hidden, "end of forward"), before
-        kept = model.layers * tokens * model.heads * (b * model.value_dim + 4) if s.remat != "none" else 0.0
-        if s.offload:
-            yield Part("attention's results", kept, "host"), ()
-        else:
-            yield Part("attention's results", kept, "end of forward"), before
+        yield from _checkpointed(workload, s, tokens)
     else:
-        kept = (model.layers - 1) * tokens * activations.saved(tensors)
-        yield Part("saved in the layers", kept, "end of forward"), before
-        yield Part("saved in the last layer", tokens * activations.saved(tensors), "end of forward"), (END, LOSS)
-    for name, moment in ((MLP, activations.PRODUCT), (ATTENTION, activations.ATTENTION)):
-        live = tokens * activations.alive(tensors, moment)
-        at = (name, FIRST_LAYER) if name == MLP else (name,)
-        yield Part(f"alive in the {name}", live, name), at
-    yield Part("attention in flight", _in_flight(workload, s) * workload.batch, ATTENTION), (ATTENTION,)
-    size = tokens * model.vocabulary
-    tiles = 1
-    if s.logits != "whole":
-        tiles = -(-tokens // s.logits) if isinstance(s.logits, int) else -(-size * 4 // TILE_BYTES)
-    yield Part("logits", 12 * size / max(1, tiles), LOSS), (LOSS,)
+        yield from _saved(made, s, tokens)
+    yield from _live(workload, choice, made, tokens)
+    yield Held("attention in flight", dict.fromkeys((ATTENTION,), _flight(workload, s, kernel) * workload.batch))
+    there, backward = activations.final_norm(model, b)
+    yield Held("the last norm, and what the head is given", {LOSS: tokens * there, FINAL: tokens * backward})
+    yield from _loss(workload, s, tokens)
 
 
-def rank_tokens(lengths: tuple[int, ...], settings: Settings) -> int:
-    """Tokens of the fullest rank."""
-    return max(_sides(lengths, settings.layout, settings.size, settings.heads).sizes)
+def _checkpointed(workload: Workload, s: Settings, tokens: int) -> Iterator[Held]:
+    """What forward leaves where layers are recomputed."""
+    model, b = workload.model, workload.itemsize
+    one = float(tokens * b * model.hidden)
+    yield Held("inputs of the layers", dict.fromkeys(BEFORE, model.layers * one) | {FIRST: one})
+    kept = [span for span in model.spans if keeps(workload, span, s)]
+    each = tokens * model.heads * (b * model.value_dim + 4.0)
+    size = sum(span.layers for span in kept) * each
+    if s.offload and size:
+        yield Held("attention's results", {}, size)
+        # The next layer's is on its way while this one's, which counts as made again, is used.
+        yield Held("attention's results, fetched ahead", dict.fromkeys((MLP, NORM, ATTENTION, FIRST), each))
+    elif size:
+        yield Held("attention's results", dict.fromkeys(BEFORE, size) | {FIRST: each})
 
 
-@lru_cache(maxsize=256)
-def _sides(lengths: tuple[int, ...], name: str, size: int, heads: int) -> layouts.Layout:
-    return layouts.split(layouts.make(name, lengths, size // heads, Balance()), heads)
+def _saved(made: tuple[Layer, ...], s: Settings, tokens: int) -> Iterator[Held]:
+    """What forward leaves where layers are not recomputed: of the last layer until its backward begins."""
+    of_layer = [tokens * (saved(one.frame) + saved(one.mlp) * (not _tiled(one, s))) for one in made]
+    whole = sum(one.number * size for one, size in zip(made, of_layer, strict=True))
+    yield Held("saved in the layers", dict.fromkeys((END, LOSS, FINAL), whole))
+    yield Held("saved in the layers before", dict.fromkeys((MLP, NORM, ATTENTION), whole - of_layer[-1]))
 
 
-def _in_flight(workload: Workload, settings: Settings) -> float:
-    """Bytes of a row's worth of buffers on the fullest rank in the backward pass, with fp32 totals of dq, dk and dv."""
-    row = workload.model.row(workload.itemsize).shared(settings.heads)
-    most = 0.0
-    for span in workload.model.spans:
-        most = max(most, _flight(workload.lengths, span._replace(layers=0), settings, row))
-    tokens = rank_tokens(workload.lengths, settings)
-    return most + 2 * tokens * (row.home("q") + row.home("kv"))
+def _live(workload: Workload, choice: Choice, made: tuple[Layer, ...], tokens: int) -> Iterator[Held]:
+    """What lives in the layer that is differentiated, whether forward left it or it is made again."""
+    s, b = choice.settings, workload.itemsize
+    kept: tuple[str, ...] = ("checkpoint",) if choice.checkpointing else ()
+    if kept and not s.offload and any(keeps(workload, span, s) for span in workload.model.spans):
+        kept += ("remat",)
+    at = dict.fromkeys((MLP, NORM, ATTENTION, FIRST), 0.0)
+    for one in made:
+        for moment, name in AT.items():
+            rows = float(tokens)
+            if _tiled(one, s):
+                count = -(-tokens // int(s.mlp))
+                rows = -(-tokens // count)
+            size = tokens * alive(one.frame, name, kept) + rows * alive(one.mlp, name, kept)
+            if _tiled(one, s) and moment == MLP:
+                # The gradient of what the MLP was given is put together of the tiles', weights' gradients are added up.
+                size += b * (tokens * workload.model.hidden + (2 + workload.model.gated) * one.matrix)
+            at[moment] = max(at[moment], size)
+    first = max(at.values())
+    yield Held("alive in a layer", at | {FIRST: first})
+
+
+def _tiled(layer: Layer, s: Settings) -> bool:
+    return layer.tiles and s.mlp != "whole"
+
+
+def _loss(workload: Workload, s: Settings, tokens: int) -> Iterator[Held]:
+    """Logits and what cross entropy makes of them: whole, or of a tile, whose part of the head's gradient is added
+    then."""
+    model, b = workload.model, workload.itemsize
+    count = 1
+    if isinstance(s.logits, int):
+        count = max(1, -(-tokens // s.logits))
+    elif s.logits == "auto":
+        count = max(1, -(-tokens * model.vocabulary * 4 // TILE_BYTES))
+    size = float(ENTROPY * model.vocabulary * -(-tokens // count))
+    yield Held("logits, and what cross entropy makes", {LOSS: size})
+    if count > 1:
+        head = 2.0 * b * model.vocabulary * model.hidden
+        yield Held("gradients of the head and of what it is given", {LOSS: head + float(tokens * b * model.hidden)})
+
+
+def keeps(workload: Workload, span: Span, s: Settings) -> bool:
+    """Whether the results of attention of these layers are kept for the recompute: as `remat.choose` decides."""
+    if s.remat != "auto":
+        return s.remat == "attention"
+    return _keys_per_query(workload.lengths, mask_of(span, workload)) >= KEYS_WORTH_KEEPING
 
 
 @lru_cache(maxsize=1024)
-def _flight(lengths: tuple[int, ...], span: Span, s: Settings, row: Row) -> float:
-    window = span.window if span.window is not None and span.window < max(lengths) else None
-    side = layouts.make(s.layout, lengths, s.size // s.heads, Balance(s.balance_tokens, s.balance_area))
-    sides = Sides(side, side, Mask.make(True, window, None).regions(lengths))
-    route = Route.of(s, sides)
-    flows = route.flows(backward=True)
-    kv, made, got = held(flows)
-    return float((kv * row.out("kv") + (made + got) * row.home("kv")).max(initial=0))
+def _keys_per_query(lengths: tuple[int, ...], mask: Mask) -> float:
+    return float(mask.regions(lengths).pairs()) / sum(lengths)
 
 
-def held(flows: Flows) -> tuple[Ints, Ints, Ints]:
-    """Rows that each rank holds at each step beside its own, arrays of (steps, world): received blocks, partial
-    gradients of its own making, partial gradients received. See `schedule.lives`."""
-    kv, dkv, uses = flows.kv, flows.dkv, flows.uses
-    pieces = 1 + int(max(kv.piece.max(initial=0), uses.piece.max(initial=0)))
-    world, steps = flows.world, flows.steps + 2
-
-    def key(rank: Ints, owner: Ints, piece: Ints) -> Ints:
-        number: Ints = (rank * world + owner) * pieces + np.maximum(piece, 0)
-        return number
-
-    last = np.full(world * world * pieces, -1, dtype=np.int64)
-    into = key(kv.dst, kv.owner, kv.piece)
-    last[into] = kv.due
-    on = kv.src != kv.owner
-    np.maximum.at(last, key(kv.src, kv.owner, kv.piece)[on], kv.due[on] - 1)
-    away = uses.rank != uses.owner
-    np.maximum.at(last, key(uses.rank, uses.owner, uses.piece)[away], uses.step[away])
-    received = _alive((steps, world), kv.dst, (kv.post, last[into]), kv.rows)
-    if not len(dkv.post):
-        none = np.zeros_like(received)
-        return received, none, none
-    made_at = np.zeros(world * world * pieces, dtype=np.int64)
-    made_at[key(uses.rank, uses.owner, uses.piece)] = uses.step
-    first = made_at[key(dkv.src, dkv.owner, dkv.piece)]
-    made = _alive((steps, world), dkv.src, (first, dkv.due - 1), dkv.rows)
-    got = _alive((steps, world), dkv.dst, (dkv.post, dkv.due - 1), dkv.rows)
-    return received, made, got
+def mask_of(span: Span, workload: Workload) -> Mask:
+    """What queries of these layers see."""
+    longest = max(workload.lengths)
+    window, chunk = (n if n is not None and n < longest else None for n in (span.window, span.chunk))
+    return Mask.make(workload.causal, window if workload.causal else None, chunk)
 
 
-def _alive(shape: tuple[int, int], rank: Ints, span: tuple[Ints, Ints], rows: Ints) -> Ints:
-    change = np.zeros((shape[0] + 1, shape[1]), dtype=np.int64)
-    np.add.at(change, (span[0], rank), rows)
-    np.subtract.at(change, (span[1] + 1, rank), rows)
-    alive: Ints = change.cumsum(0)[:-1]
-    return alive
+def rank_tokens(lengths: tuple[int, ...], s: Settings) -> int:
+    """Tokens of the fullest rank, for one sequence of a batch."""
+    if len(lengths) == 1:
+        return -(-lengths[0] // s.size)
+    return _rank_tokens(lengths, s.layout, (s.size, s.head_degree), Balance(s.balance_tokens, s.balance_area))
+
+
+@lru_cache(maxsize=1024)
+def _rank_tokens(lengths: tuple[int, ...], name: str, degrees: tuple[int, int], balance: Balance) -> int:
+    size, heads = degrees
+    return max(layouts.split(layouts.make(name, lengths, size // heads, balance), heads).sizes)
+
+
+def _flight(workload: Workload, s: Settings, kernel: str) -> float:
+    """Bytes of attention's backward beside its inputs, of the layers that hold most, for one sequence of a batch."""
+    row = workload.model.row(workload.itemsize)
+    shared = row.shared(s.head_degree)
+    travels = s.backward if s.backward != "auto" else shared.cheaper(workload.tokens, workload.tokens)
+    masks = {mask_of(span, workload) for span in workload.model.spans}
+    held = [_in_flight(workload.lengths, mask, _way(s), (travels, shared, kernel)) for mask in masks]
+    if s.head_degree == 1:
+        return max(held)
+    # q, k, v, out, its gradient, log-sum-exp and delta again, of more tokens and fewer heads.
+    keys = max(row.kv_heads, s.head_degree) * (row.head_dim + row.value_dim)
+    exchanged = row.itemsize * (row.heads * (row.head_dim + 2 * row.value_dim) + keys) + 2 * row.wide * row.heads
+    return max(held) + rank_tokens(workload.lengths, s) * exchanged
+
+
+def _way(s: Settings) -> Settings:
+    """The settings on which a schedule depends, all others as they are by default, so that it is looked at once."""
+    names = s.layout, s.schedule, s.head_degree, s.node
+    return _way_of(s.size, names, s.block_tokens, (s.balance_tokens, s.balance_area))
+
+
+@lru_cache(maxsize=1024)
+def _way_of(
+    size: int, names: tuple[str, str, int, int | None], block: int | str, balance: tuple[float, float]
+) -> Settings:
+    layout, schedule, heads, node = names
+    ways = {"size": size, "layout": layout, "schedule": schedule, "heads": heads, "node": node, "block_tokens": block}
+    return Settings.parse({**ways, "balance_tokens": balance[0], "balance_area": balance[1]})
+
+
+@lru_cache(maxsize=4096)
+def _in_flight(lengths: tuple[int, ...], mask: Mask, way: Settings, how: tuple[str, object, str]) -> float:
+    travels, row, kernel = how
+    return in_flight(rows_of(lengths, mask, way, travels), row, travels, KERNELS[kernel])  # type: ignore[arg-type]

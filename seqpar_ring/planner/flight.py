@@ -1,0 +1,173 @@
+"""Flight: the bytes that attention's backward holds on a rank beside its inputs: blocks, gradients, the kernel's own.
+
+The rows are counted from the schedule's own columns, by the rules of `schedule.lives`, which is the tests' oracle.
+Forward holds less at each step, so backward is what decides. A schedule is looked at once for all models and dtypes
+that share it. No torch, no seconds.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from seqpar_ring import layout as layouts
+from seqpar_ring.config import Settings
+from seqpar_ring.geometry import Ints, Mask
+from seqpar_ring.packing import Balance
+from seqpar_ring.planner.loads import Floats, loads
+from seqpar_ring.schedule import Flows, Route, Row, Sides
+
+CANONICAL = 1 << 14
+"""Tokens a rank from which on one document's schedule is that of this many, stretched: only rows at borders differ."""
+
+
+class Kernel(NamedTuple):
+    """What block attention makes in backward beside its results in fp32, in numbers of a row's widths.
+
+    Of each home row (of the side that stays) and each cargo row (of the side that travels), in bytes:
+    `wide` x the inputs of that row (q, dout, out or k, v) + `result` x its gradient's width (dq or dk, dv).
+
+    Attributes:
+        widens: whether inputs of 16 bits are copied to fp32.
+        own: bytes of a number of the results as the kernel returns them, before they become fp32; 0: it returns fp32.
+        repeats: whether gradients of key heads are made for each query head, and then summed.
+        accumulates: whether dq is summed in a tensor of fp32 of its own.
+        scratch: bytes, however many rows.
+    """
+
+    widens: bool
+    own: bool
+    repeats: bool
+    accumulates: bool
+    scratch: int = 0
+
+
+KERNELS = {
+    # torch's CPU flash kernel as `kernels/cpu.py` calls it: 16-bit inputs in fp32, and two tiles of 256 x 512 scores.
+    "cpu": Kernel(widens=True, own=False, repeats=False, accumulates=False, scratch=2 * 256 * 512 * 4),
+    # FlashAttention-2 (read in its source): results in the inputs' dtype, dq summed in fp32, dk, dv of each query head.
+    "flash": Kernel(widens=False, own=True, repeats=True, accumulates=True),
+}
+"""By the name of the kernel that a device runs."""
+
+
+class Rows(NamedTuple):
+    """Rows at each step on each rank, arrays of (steps, world).
+
+    Attributes:
+        received: of blocks that are not the rank's own.
+        partial: of gradients of others' rows: made here, or received to be passed on or added.
+        home, cargo: spanned by the step's kernel calls, of the side that stays and the side that travels.
+        own: of each rank, (world,).
+    """
+
+    received: Floats
+    partial: Floats
+    home: Floats
+    cargo: Floats
+    own: Floats
+
+
+def in_flight(rows: Rows, row: Row, travels: str, kernel: Kernel) -> float:
+    """Bytes on the fullest rank at the fullest step, for one sequence of a batch."""
+    stays = "q" if travels == "kv" else "kv"
+    made = {side: _made(row, side, kernel) for side in ("q", "kv")}
+    # The sum of the travelling side's own gradient lives all the time; that of the side that stays from the second step
+    # on, until then it is the first step's result.
+    held = rows.received * row.out(travels) + rows.partial * row.home(travels)
+    held = held + rows.own * row.home(travels)
+    held[1:] += rows.own * row.home(stays)
+    held += rows.home * (row.home(stays) + made[stays]) + rows.cargo * made[travels]
+    held[0] += rows.cargo[0] * row.home(travels)  # of later steps the result is among the partial gradients
+    delta = 3 * row.wide * row.heads  # delta, a gradient of the log-sum-exp (zeros), and the log-sum-exp without -inf
+    before = 3 * row.heads * row.value_dim * 4 if row.itemsize < 4 else 4 * row.heads * row.value_dim
+    fullest = (held + rows.own * delta).max(initial=0)
+    return float(max(fullest, (rows.own * (before + delta)).max(initial=0)) + kernel.scratch)
+
+
+def _made(row: Row, side: str, kernel: Kernel) -> float:
+    """Bytes that the kernel makes of one row of a side, beside its result in fp32."""
+    q, out = row.heads * row.head_dim, row.heads * row.value_dim
+    k, v = row.kv_heads * row.head_dim, row.kv_heads * row.value_dim
+    inputs = q + 2 * out if side == "q" else k + v
+    gradient = q if side == "q" else k + v
+    made = 4.0 * inputs if kernel.widens and row.itemsize < 4 else 0.0
+    if kernel.own and row.itemsize < 4:
+        made += row.itemsize * gradient
+    if kernel.accumulates and side == "q":
+        made += 4 * q
+    if kernel.repeats and side == "kv" and row.heads > row.kv_heads:
+        made += row.itemsize * (q + out)
+    return made
+
+
+def rows_of(lengths: tuple[int, ...], mask: Mask, settings: Settings, travels: str) -> Rows:
+    """The rows of these documents under these settings."""
+    ring = settings.size // settings.head_degree
+    way = (settings.layout, settings.schedule, ring, settings.head_degree, settings.node or settings.size)
+    block, stretch = settings.block_tokens, 1.0
+    canonical = CANONICAL * ring
+    if len(lengths) == 1 and lengths[0] > canonical and block == "auto" and (mask.window, mask.chunk) == (None, None):
+        lengths, stretch = (canonical,), lengths[0] / canonical
+    balance = Balance(settings.balance_tokens, settings.balance_area)
+    found = _rows(lengths, mask, way, (block, travels), balance)
+    return found if stretch == 1.0 else Rows(*(column * stretch for column in found))
+
+
+@lru_cache(maxsize=512)
+def _rows(
+    lengths: tuple[int, ...],
+    mask: Mask,
+    way: tuple[str, str, int, int, int],
+    how: tuple[int | str, str],
+    balance: Balance,
+) -> Rows:
+    (layout, schedule, ring, heads, node), (block, travels) = way, how
+    side = layouts.make(layout, lengths, ring, balance)
+    sides = Sides(side, side, mask.regions(lengths))
+    names = {"size": ring * heads, "heads": heads, "schedule": schedule, "node": node, "block_tokens": block}
+    route = Route.of(Settings.parse(names), sides)
+    flows = route.flows(backward=True, travels=travels)
+    received, made, got = held_rows(flows)
+    work = loads(flows, sides, route.granularity.pieces)
+    home, cargo = (np.zeros(received.shape) for _ in range(2))
+    home[: len(work.home)], cargo[: len(work.cargo)] = work.home, work.cargo
+    return Rows(received.astype(float), (made + got).astype(float), home, cargo, np.array(side.sizes, dtype=float))
+
+
+def held_rows(flows: Flows) -> tuple[Ints, Ints, Ints]:
+    """Rows that each rank holds at each step beside its own, arrays of (steps, world): received blocks, partial
+    gradients of its own making, and partial gradients received. The rules are those of `schedule.lives`."""
+    kv, dkv, uses = flows.kv, flows.dkv, flows.uses
+    pieces = 1 + int(max(kv.piece.max(initial=0), uses.piece.max(initial=0)))
+    world, steps = flows.world, flows.steps + 1
+
+    def key(rank: Ints, owner: Ints, piece: Ints) -> Ints:
+        number: Ints = (rank * world + owner) * pieces + np.maximum(piece, 0)
+        return number
+
+    last = np.full(world * world * pieces, -1, dtype=np.int64)
+    into = key(kv.dst, kv.owner, kv.piece)
+    last[into] = kv.due
+    on = kv.src != kv.owner
+    np.maximum.at(last, key(kv.src, kv.owner, kv.piece)[on], kv.due[on] - 1)
+    away = uses.rank != uses.owner
+    np.maximum.at(last, key(uses.rank, uses.owner, uses.piece)[away], uses.step[away])
+    received = _alive((steps, world), kv.dst, (kv.post, last[into]), kv.rows)
+    made_at = np.zeros(world * world * pieces, dtype=np.int64)
+    made_at[key(uses.rank, uses.owner, uses.piece)] = uses.step
+    first = made_at[key(dkv.src, dkv.owner, dkv.piece)]
+    made = _alive((steps, world), dkv.src, (first, dkv.due - 1), dkv.rows)
+    got = _alive((steps, world), dkv.dst, (dkv.post, dkv.due - 1), dkv.rows)
+    return received, made, got
+
+
+def _alive(shape: tuple[int, int], rank: Ints, span: tuple[Ints, Ints], rows: Ints) -> Ints:
+    """Rows that live at each step, from the first and last step of each interval."""
+    change = np.zeros((shape[0] + 1, shape[1]), dtype=np.int64)
+    np.add.at(change, (span[0], rank), rows)
+    np.subtract.at(change, (span[1] + 1, rank), rows)
+    alive: Ints = change.cumsum(0)[:-1]
+    return alive
