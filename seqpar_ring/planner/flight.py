@@ -23,6 +23,12 @@ CANONICAL = 1 << 14
 """Tokens a rank from which on one document's schedule is that of this many, stretched: only rows at borders differ."""
 
 
+ENOUGH = 64
+"""Ranks of a ring from which on a rank holds the same, or with "all_gather" a block more for each rank: what is seen
+there is continued, so that a ring of thousands need not be built. For one document without a window; a test
+compares."""
+
+
 class Kernel(NamedTuple):
     """What block attention makes in backward beside its results in fp32, in numbers of a row's widths.
 
@@ -68,6 +74,49 @@ class Rows(NamedTuple):
     home: Floats
     cargo: Floats
     own: Floats
+
+
+def most_in_flight(lengths: tuple[int, ...], mask: Mask, settings: Settings, how: tuple[str, Row, str]) -> float:
+    """Bytes on the fullest rank at the fullest step of attention's backward, for one sequence of a batch.
+
+    Args:
+        lengths, mask, settings: of the documents, the layer and the ring.
+        how: what travels ("kv" or "q"), the heads as one rank of the ring sees them, and the kernel's name.
+    """
+    return _most(lengths, mask, _way(settings), how)
+
+
+@lru_cache(maxsize=4096)
+def _most(lengths: tuple[int, ...], mask: Mask, way: Settings, how: tuple[str, Row, str]) -> float:
+    travels, row, kernel = how
+    ring = way.size // way.head_degree
+    size, node = ENOUGH * way.head_degree, way.node or way.size
+    plain = len(lengths) == 1 and mask.window is None and mask.chunk is None and way.block_tokens == "auto"
+    if ring <= ENOUGH or not plain or (size // 2 % node and node != way.size):
+        return in_flight(rows_of(lengths, mask, way, travels), row, travels, KERNELS[kernel])
+    ranks = (ENOUGH, ENOUGH // 2)
+    at, before = (_most((lengths[0] * n // ring,), mask, _smaller(way, n * way.head_degree), how) for n in ranks)
+    return at + (ring - ENOUGH) * (at - before) / (ENOUGH // 2)
+
+
+def _smaller(way: Settings, size: int) -> Settings:
+    node = None if way.node == way.size else way.node
+    return way.model_copy(update={"size": size, "node": node})
+
+
+def _way(s: Settings) -> Settings:
+    """The settings on which a schedule depends, all others as they are by default, so that it is looked at once."""
+    names = s.layout, s.schedule, s.head_degree, s.node
+    return _way_of(s.size, names, s.block_tokens, (s.balance_tokens, s.balance_area))
+
+
+@lru_cache(maxsize=1024)
+def _way_of(
+    size: int, names: tuple[str, str, int, int | None], block: int | str, balance: tuple[float, float]
+) -> Settings:
+    layout, schedule, heads, node = names
+    ways = {"size": size, "layout": layout, "schedule": schedule, "heads": heads, "node": node, "block_tokens": block}
+    return Settings.parse({**ways, "balance_tokens": balance[0], "balance_area": balance[1]})
 
 
 def in_flight(rows: Rows, row: Row, travels: str, kernel: Kernel) -> float:

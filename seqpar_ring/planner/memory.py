@@ -21,7 +21,7 @@ from seqpar_ring.packing import Balance
 from seqpar_ring.planner import activations
 from seqpar_ring.planner.activations import Layer, alive, saved
 from seqpar_ring.planner.families import family
-from seqpar_ring.planner.flight import KERNELS, in_flight, rows_of
+from seqpar_ring.planner.flight import KERNELS, most_in_flight
 from seqpar_ring.planner.hardware import Device
 from seqpar_ring.planner.job import Choice, Workload
 from seqpar_ring.planner.model import Span
@@ -269,31 +269,10 @@ def _flight(workload: Workload, s: Settings, kernel: str) -> float:
     shared = row.shared(s.head_degree)
     travels = s.backward if s.backward != "auto" else shared.cheaper(workload.tokens, workload.tokens)
     masks = {mask_of(span, workload) for span in workload.model.spans}
-    held = [_in_flight(workload.lengths, mask, _way(s), (travels, shared, kernel)) for mask in masks]
+    held = [most_in_flight(workload.lengths, mask, s, (travels, shared, kernel)) for mask in masks]
     if s.head_degree == 1:
         return max(held)
     # q, k, v, out, its gradient, log-sum-exp and delta again, of more tokens and fewer heads.
     keys = max(row.kv_heads, s.head_degree) * (row.head_dim + row.value_dim)
     exchanged = row.itemsize * (row.heads * (row.head_dim + 2 * row.value_dim) + keys) + 2 * row.wide * row.heads
     return max(held) + rank_tokens(workload.lengths, s) * exchanged
-
-
-def _way(s: Settings) -> Settings:
-    """The settings on which a schedule depends, all others as they are by default, so that it is looked at once."""
-    names = s.layout, s.schedule, s.head_degree, s.node
-    return _way_of(s.size, names, s.block_tokens, (s.balance_tokens, s.balance_area))
-
-
-@lru_cache(maxsize=1024)
-def _way_of(
-    size: int, names: tuple[str, str, int, int | None], block: int | str, balance: tuple[float, float]
-) -> Settings:
-    layout, schedule, heads, node = names
-    ways = {"size": size, "layout": layout, "schedule": schedule, "heads": heads, "node": node, "block_tokens": block}
-    return Settings.parse({**ways, "balance_tokens": balance[0], "balance_area": balance[1]})
-
-
-@lru_cache(maxsize=4096)
-def _in_flight(lengths: tuple[int, ...], mask: Mask, way: Settings, how: tuple[str, object, str]) -> float:
-    travels, row, kernel = how
-    return in_flight(rows_of(lengths, mask, way, travels), row, travels, KERNELS[kernel])  # type: ignore[arg-type]
