@@ -158,8 +158,7 @@ def _activations(workload: Workload, choice: Choice, made: tuple[Layer, ...], ke
         yield from _checkpointed(workload, s, tokens)
     else:
         yield from _saved(made, s, tokens)
-    yield from _live(workload, choice, made, tokens)
-    yield Held("attention in flight", dict.fromkeys((ATTENTION,), _flight(workload, s, kernel) * workload.batch))
+    yield from _live(workload, choice, made, _flight(workload, s, kernel) * workload.batch)
     there, backward = activations.final_norm(model, b)
     yield Held("the last norm, and what the head is given", {LOSS: tokens * there, FINAL: tokens * backward})
     yield from _loss(workload, s, tokens)
@@ -189,26 +188,32 @@ def _saved(made: tuple[Layer, ...], s: Settings, tokens: int) -> Iterator[Held]:
     yield Held("saved in the layers before", dict.fromkeys((MLP, NORM, ATTENTION), whole - of_layer[-1]))
 
 
-def _live(workload: Workload, choice: Choice, made: tuple[Layer, ...], tokens: int) -> Iterator[Held]:
-    """What lives in the layer that is differentiated, whether forward left it or it is made again."""
-    s, b = choice.settings, workload.itemsize
+def _live(workload: Workload, choice: Choice, made: tuple[Layer, ...], flight: float) -> Iterator[Held]:
+    """What lives in the layer that is differentiated, whether forward left it or it is made again, and `flight`: what
+    attention's backward holds beside that."""
+    s = choice.settings
+    tokens = rank_tokens(workload.lengths, s) * workload.batch
     kept: tuple[str, ...] = ("checkpoint",) if choice.checkpointing else ()
     if kept and not s.offload and any(keeps(workload, span, s) for span in workload.model.spans):
         kept += ("remat",)
-    at = dict.fromkeys((MLP, NORM, ATTENTION, FIRST), 0.0)
+    at = dict.fromkeys(AT, 0.0)
     for one in made:
         for moment, name in AT.items():
-            rows = float(tokens)
-            if _tiled(one, s):
-                count = -(-tokens // int(s.mlp))
-                rows = -(-tokens // count)
-            size = tokens * alive(one.frame, name, kept) + rows * alive(one.mlp, name, kept)
-            if _tiled(one, s) and moment == MLP:
-                # The gradient of what the MLP was given is put together of the tiles', weights' gradients are added up.
-                size += b * (tokens * workload.model.hidden + (2 + workload.model.gated) * one.matrix)
+            size = tokens * alive(one.frame, name, kept)
+            size += _tiles(workload, one, s, tokens) if _tiled(one, s) else tokens * alive(one.mlp, name, kept)
             at[moment] = max(at[moment], size)
-    first = max(at.values())
-    yield Held("alive in a layer", at | {FIRST: first})
+    first = max(AT, key=lambda moment: at[moment] + flight * (moment == ATTENTION))
+    yield Held("alive in a layer", at | {FIRST: at[first]})
+    yield Held("attention in flight", {ATTENTION: flight, FIRST: flight * (first == ATTENTION)})
+
+
+def _tiles(workload: Workload, layer: Layer, s: Settings, tokens: int) -> float:
+    """Bytes of an MLP in tiles: what lives of one; the gradient of what the MLP was given, put together of theirs;
+    and the gradients of its matrices, which are added up."""
+    count = -(-tokens // int(s.mlp))
+    model, one = workload.model, alive(layer.mlp, activations.MLP)
+    whole = tokens * model.hidden + (2 + model.gated) * layer.matrix
+    return float(-(-tokens // count) * one + workload.itemsize * whole)
 
 
 def _tiled(layer: Layer, s: Settings) -> bool:
