@@ -15,7 +15,6 @@ import typer
 
 from seqpar_ring import __version__
 from seqpar_ring.commands import options as take
-from seqpar_ring.commands.terminal import console, show
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, did_you_mean
 from seqpar_ring.geometry import Mask
@@ -106,6 +105,8 @@ def bench(  # noqa: PLR0913 - options of a command line
     if as_json:
         print(json.dumps(as_data(case, settings, took), indent=1))
     else:
+        from seqpar_ring.commands.terminal import console, show
+
         show(console(), sections(case, settings, took))
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from seqpar_ring.errors import ConfigError, SeqparError
 from seqpar_ring.planner.asked import pairs
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from seqpar_ring.environment import Finding
     from seqpar_ring.parallel import SequenceParallel
 
@@ -45,6 +46,8 @@ def doctor(  # noqa: PLR0913 - options of a command line
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Exit code 0: all is well; 1: a problem, or a difference; 2: it could not be asked."""
+    from rich.console import Console
+
     out = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
     found = [*_findings(), _link()]
     report: dict[str, Any] = {"environment": [one._asdict() for one in found]}

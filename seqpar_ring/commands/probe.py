@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seqpar_ring.commands.terminal import console, show
 from seqpar_ring.planner.picture import written
 from seqpar_ring.planner.sections import Section
 
@@ -45,6 +44,7 @@ def probe(
     """Measure, write, and say what was found."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from seqpar_ring.commands.terminal import console, show
     from seqpar_ring.probe import Options, run
 
     options = Options(node=node, quick=quick)

@@ -236,11 +236,11 @@ def test_a_mix_of_documents_fills_the_sequence(capsys: pytest.CaptureFixture[str
     assert (found["asked"]["tokens"], found["asked"]["documents"]) == (65536, 29)
 
 
-def test_planning_needs_no_torch_and_prints_json_alone() -> None:
+def test_planning_needs_no_torch_and_json_no_rich_and_stands_alone() -> None:
     code = (
         "import sys\nfrom seqpar_ring import cli\n"
         f"code = cli.main(['plan', *{list(SHORT)!r}, '--json'])\n"
-        "print(code, [n for n in ('torch', 'matplotlib') if n in sys.modules], file=sys.stderr)"
+        "print(code, [n for n in ('torch', 'matplotlib', 'rich') if n in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.split("\n")[0] == "0 []"
