@@ -50,9 +50,11 @@ class DistributedTransport(BaseTransport):
         """See `Transport.exchange`."""
         sends, recvs = self._to_post(sends, recvs, lane)
         group = self._lanes[lane]
-        ops = [dist.P2POp(dist.isend, m.tensor.detach(), self._global_ranks[m.peer], group) for m in sends]
-        ops += [dist.P2POp(dist.irecv, m.tensor.detach(), self._global_ranks[m.peer], group) for m in recvs]
-        who = [f"rank {m.peer} to take a message" for m in sends] + [f"a message from rank {m.peer}" for m in recvs]
+        # Receives first: gloo tells a sender that its message may come over the connection on which our own would be
+        # under way already, so between two ranks that send first one direction waits for the other.
+        ops = [dist.P2POp(dist.irecv, m.tensor.detach(), self._global_ranks[m.peer], group) for m in recvs]
+        ops += [dist.P2POp(dist.isend, m.tensor.detach(), self._global_ranks[m.peer], group) for m in sends]
+        who = [f"a message from rank {m.peer}" for m in recvs] + [f"rank {m.peer} to take a message" for m in sends]
         started = time.perf_counter()
         try:
             works = dist.batch_isend_irecv(ops) if ops else []
