@@ -83,6 +83,8 @@ def details(degree: Degree, workload: Workload, machine: Machine) -> Iterator[Ma
     for tokens, schedule, layout in product(blocks, schedules, reversed(layouts)):
         if schedule == "all_gather" and isinstance(tokens, int) and tokens < block:
             continue  # everything is posted at once, in however many pieces
+        if many and layout == "zigzag" and (tokens, schedule) != ("auto", "ring"):
+            continue  # sends more than packed in every schedule; one is enough to tell by how much
         yield {"layout": layout, "schedule": schedule, "block_tokens": tokens}
 
 

@@ -7,7 +7,9 @@ path, and not installed, is read where it stands. It hands out what the files sa
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,12 @@ def named(kind: str, name: str) -> Any:
     if name not in names(kind):
         fix = did_you_mean(name, names(kind))
         raise ConfigError(f"there is no {name!r} among the {WORDS[kind]} that come with the package", fix=fix)
+    return copy.deepcopy(_parsed(kind, name))
+
+
+@lru_cache(maxsize=64)
+def _parsed(kind: str, name: str) -> Any:
+    """Files that come with the package do not change, and YAML is slow to read."""
     return yaml.safe_load(_folder(kind).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
 
 

@@ -7,8 +7,10 @@ Attention is priced by `cost.Ring`, once for all layers that see the same. Rates
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
+from seqpar_ring.config import Settings
 from seqpar_ring.geometry import Mask
 from seqpar_ring.planner.cost import Ring
 from seqpar_ring.planner.hardware import BACKWARD, Machine
@@ -69,6 +71,18 @@ class Step(NamedTuple):
         return self.tokens / self.seconds
 
 
+class Attention(NamedTuple):
+    """Attention of all layers, in seconds: both passes, what of them is exposed, and what a rank sends in them.
+
+    `sending` is told apart by links: within nodes, between nodes.
+    """
+
+    forward: float
+    backward: float
+    exposed: float
+    sending: tuple[float, float]
+
+
 class Prices:
     """Rings of one workload on one machine, each priced once."""
 
@@ -76,15 +90,40 @@ class Prices:
         self.workload, self.machine = workload, machine
         self.row: Row = workload.model.row(workload.itemsize)
         self._rings: dict[object, Ring] = {}
+        self._attention: dict[object, Attention] = {}
+
+    @cached_property
+    def flop(self) -> float:
+        """Of a step of one sequence group."""
+        return model_flop(self.workload)
+
+    def attention(self, choice: Choice) -> Attention:
+        """The attention of all layers and sequences that a rank group holds at a time."""
+        key = _key(choice.settings)
+        if key not in self._attention:
+            spans = self.workload.model.spans
+            rings = [(span.layers * self.workload.batch, self.ring(choice, span)) for span in spans]
+            self._attention[key] = Attention(
+                sum(n * ring.forward.seconds for n, ring in rings),
+                sum(n * ring.backward.seconds for n, ring in rings),
+                sum(n * (ring.forward.exposed + ring.backward.exposed) for n, ring in rings),
+                (sum(n * ring.sending[0] for n, ring in rings), sum(n * ring.sending[1] for n, ring in rings)),
+            )
+        return self._attention[key]
 
     def ring(self, choice: Choice, span: Span) -> Ring:
         """The attention of the layers of a span."""
         s, asked = choice.settings, self.workload
-        key = (s.size, s.layout, s.schedule, s.heads, s.node, s.block_tokens, s.backward, span[1:])
+        key = (*_key(s), span[1:])
         if key not in self._rings:
             mask = mask_of(span, asked)
             self._rings[key] = Ring(asked.lengths, mask, s, self.row, (self.machine, asked.dtype))
         return self._rings[key]
+
+
+def _key(s: Settings) -> tuple[object, ...]:
+    """What of the settings a ring's price depends on."""
+    return (s.size, s.layout, s.schedule, s.heads, s.node, s.block_tokens, s.backward)
 
 
 def mask_of(span: Span, workload: Workload) -> Mask:
@@ -99,17 +138,9 @@ def step(prices: Prices, choice: Choice) -> Step:
     """The seconds of a step of this workload with this choice."""
     workload, machine = prices.workload, prices.machine
     model, batch = workload.model, workload.batch
-    forward = backward = exposed = again = sending = 0.0
+    forward, backward, exposed, sending = prices.attention(choice)
     far = choice.gpus > machine.node  # then the collectives of all ranks cross nodes
-    for span in model.spans:
-        ring = prices.ring(choice, span)
-        layers = span.layers * batch
-        forward += layers * ring.forward.seconds
-        backward += layers * ring.backward.seconds
-        exposed += layers * (ring.forward.exposed + ring.backward.exposed)
-        sending += layers * ring.sending[far]
-    if choice.checkpointing and choice.settings.remat == "none":
-        again = forward
+    again = forward if choice.checkpointing and choice.settings.remat == "none" else 0.0
     tokens = workload.tokens * batch / choice.settings.size
     layers_once, head = _dense(model, workload.itemsize, machine, tokens)
     recomputed = layers_once if choice.checkpointing else 0.0
@@ -120,8 +151,8 @@ def step(prices: Prices, choice: Choice) -> Step:
     offloaded = _offloaded(workload, choice, machine, tokens)
     dense = 3 * layers_once
     # Collectives hide under computation, not under waiting, and have the link when the ring does not.
-    hiding = max(0.0, forward + backward - exposed + dense + recomputed + head - sending)
-    flop = model_flop(workload) * choice.data
+    hiding = max(0.0, forward + backward - exposed + dense + recomputed + head - sending[far])
+    flop = prices.flop * choice.data
     found = Step(
         forward,
         backward,
