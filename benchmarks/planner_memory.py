@@ -45,8 +45,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 320, "head_dim": 64, "tie_word_embeddings": True},
     "gpt2": {**SHAPE, "n_positions": 8192, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     | {"bos_token_id": 0, "eos_token_id": 0},
+    "gemma3_text": {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 384, "head_dim": 32, "sliding_window": 256},
+    "qwen3_moe": {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 384, "head_dim": 32}
+    | {"moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2},
 }
-"""Grouped heads; norms of queries and keys and a tied head; LayerNorm, an MLP of two matrices and learned positions."""
+"""Grouped heads; norms of queries and keys and a tied head; LayerNorm, an MLP of two matrices and learned positions;
+two more norms a layer, and windows; a mixture of experts."""
+
+GRID = ("llama", "qwen3", "gpt2")
+"""Models that are measured in every way."""
 
 LENGTHS = (2048, 4096, 8192)
 MODES = {"kept": (True, "attention"), "again": (True, "none"), "saved": (False, "attention")}
@@ -264,10 +271,14 @@ def compared(case: Case, found: list[dict[str, int]]) -> dict[str, Any]:
 
 def cases() -> Iterator[Case]:
     """Three models x three lengths x ZeRO 0 and 3 x layers recomputed or not, and others one at a time."""
-    for mode, tokens, zero, model in product(MODES, LENGTHS, (0, 3), MODELS):
+    for mode, tokens, zero, model in product(MODES, LENGTHS, (0, 3), GRID):
         yield Case(model, tokens, zero, mode)
-    for mode, zero, model in product(MODES, (0, 3), MODELS):
+    for mode, zero, model in product(MODES, (0, 3), GRID):
         yield Case(model, LENGTHS[1], zero, mode, "bf16")
+    for mode, model in product(("kept", "saved"), ("gemma3_text", "qwen3_moe")):
+        yield Case(model, LENGTHS[1], 0, mode, "bf16")
+    for zero in (1, 2):
+        yield Case("llama", LENGTHS[1], zero, "kept", "bf16")
     yield Case("llama", 8192, 0, "kept", settings=(("mlp", 1024), ("logits", 512)))
     yield Case("llama", 8192, 0, "saved", settings=(("block_tokens", 512),))
     yield Case("llama", 8192, 3, "kept", ranks=4)

@@ -72,6 +72,16 @@ def saved(tensors: tuple[Live, ...]) -> float:
     return sum(t.bytes for t in tensors if t.saved)
 
 
+def closing(model: Model, b: int, layer: Layer, kept: tuple[str, ...]) -> float:
+    """Bytes of a token in the backward of a norm behind the MLP, when all that forward left in the layer is there
+    yet, but for the normalised tensor of this norm; 0 where a layer ends without one."""
+    if family(model.family).norms < 4:
+        return 0.0
+    there = sum(t.bytes for t in layer.frame + layer.mlp if t.saved and t.kept not in kept)
+    normalised = (max(4, b) if model.family in WIDE_NORM else b) * model.hidden
+    return there - normalised + norm_backward(model, b) + b * model.hidden  # the last: of the residual
+
+
 def alive(tensors: tuple[Live, ...], moment: str, kept: tuple[str, ...] = ()) -> float:
     """Bytes of a token that live at a moment, but for what these keep and count already."""
     return sum(t.bytes for t in tensors if moment in t.at and t.kept not in kept)

@@ -199,9 +199,13 @@ def _live(workload: Workload, choice: Choice, made: tuple[Layer, ...], flight: f
     at = dict.fromkeys(AT, 0.0)
     for one in made:
         for moment, name in AT.items():
-            size = tokens * alive(one.frame, name, kept)
-            size += _tiles(workload, one, s, tokens) if _tiled(one, s) else tokens * alive(one.mlp, name, kept)
-            at[moment] = max(at[moment], size)
+            mlp = 0.0 if _tiled(one, s) else alive(one.mlp, name, kept)
+            at[moment] = max(at[moment], tokens * (alive(one.frame, name, kept) + mlp))
+        if _tiled(one, s):
+            tiles = _tiles(workload, one, s, tokens)
+            at[MLP] = max(at[MLP], tokens * alive(one.frame, activations.MLP, kept) + tiles)
+        else:
+            at[MLP] = max(at[MLP], tokens * activations.closing(workload.model, workload.itemsize, one, kept))
     first = max(AT, key=lambda moment: at[moment] + flight * (moment == ATTENTION))
     yield Held("alive in a layer", at | {FIRST: at[first]})
     yield Held("attention in flight", {ATTENTION: flight, FIRST: flight * (first == ATTENTION)})

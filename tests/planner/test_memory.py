@@ -148,6 +148,8 @@ def test_tiled_mlps_hold_a_tile() -> None:
     gone = rows * 2 * 6 * LLAMA.intermediate  # gate, its SiLU, up, and three gradients
     more = 2 * ((1 << 17) * LLAMA.hidden + 3 * LLAMA.hidden * LLAMA.intermediate)
     assert whole.moments[at] - tiled.moments[at] == pytest.approx(gone - more)
+    for moment in (planned.NORM, planned.ATTENTION):
+        assert tiled.moments[moment] == whole.moments[moment]
 
 
 def test_more_experts_a_token_need_more_and_more_experts_alone_no_more_activations() -> None:
