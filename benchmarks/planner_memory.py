@@ -23,7 +23,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from machine import described
@@ -38,8 +38,8 @@ from seqpar_ring.planner.model import Model, of_config
 from seqpar_ring.planner.states import Buckets
 from seqpar_ring.testing import RankPool
 
-HIDDEN, LAYERS, VOCABULARY = 128, 3, 512
-SHAPE = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+HIDDEN, VOCABULARY = 128, 512
+SHAPE = {"hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 384},
     "qwen3": {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 320, "head_dim": 64, "tie_word_embeddings": True},
@@ -88,6 +88,9 @@ class Case(NamedTuple):
         return Workload(shapes(self.model), (self.tokens,), self.dtype)
 
 
+Figures = list[dict[str, int]]
+
+
 class Block(NamedTuple):
     """A block of memory that was handed out (bytes > 0) or taken back."""
 
@@ -115,9 +118,7 @@ def predicted(case: Case) -> Memory:
 
 def device() -> Device:
     """A process of a CPU."""
-    found = load("cpu").description
-    assert isinstance(found, Device)
-    return found
+    return cast(Device, load("cpu").description)
 
 
 def measured(sp: SequenceParallel, case: Case) -> dict[str, int]:
@@ -152,8 +153,8 @@ def _steps(sp: SequenceParallel, case: Case) -> tuple[list[int], set[int], int]:
 
 
 def _engine(sp: SequenceParallel, case: Case) -> tuple[Any, dict[str, torch.Tensor]]:
-    rank, world = str(sp.groups.global_rank), str(sp.world_size)
-    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=world, DS_ACCELERATOR="cpu")
+    rank = str(sp.groups.global_rank)
+    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=str(sp.world_size), DS_ACCELERATOR="cpu")
     warnings.simplefilter("ignore")
     from deepspeed.utils import groups, logger
     from seqpar_ring.integrations.deepspeed import initialize
@@ -201,8 +202,8 @@ def _blocks(seen: profile) -> Iterator[Block]:
 
 def _operators(seen: profile, begin: int) -> Iterator[tuple[int, int]]:
     for event in _events(seen):
-        operator = event.tag == torch._C._profiler._EventType.TorchOp and event.start_time_ns >= begin
-        if operator and event.name == "seqpar_ring::attention_backward":
+        late = event.tag == torch._C._profiler._EventType.TorchOp and event.start_time_ns >= begin
+        if late and event.name == "seqpar_ring::attention_backward":
             yield event.start_time_ns, event.end_time_ns
 
 
@@ -251,20 +252,19 @@ def _most(blocks: list[Block], begin: int, end: int, last: bool = False) -> int:
     return now if last else most
 
 
-def compared(case: Case, found: list[dict[str, int]]) -> dict[str, Any]:
+def compared(case: Case, found: Figures) -> dict[str, Any]:
     """A case's row: measured on the fullest rank, and predicted."""
     most = max(found, key=lambda one: one["peak"])
     said = predicted(case)
-    steady = sum(part.bytes for part in said.parts if part.when == "always")
-    added, expected = most["peak"] - most["before"], said.peak - steady
+    before = sum(part.bytes for part in said.parts if part.when == "always")
     return {
         **case._asdict(),
         "measured": most,
-        "predicted": {"before": round(steady), "peak": round(said.peak), "at": said.at},
+        "predicted": {"before": round(before), "peak": round(said.peak), "at": said.at},
         "moments": {name: round(size) for name, size in said.moments.items()},
         "parts": {part.name: round(part.bytes) for part in said.parts},
         "error": said.peak / most["peak"] - 1,
-        "error_of_what_a_step_adds": expected / added - 1,
+        "error_of_what_a_step_adds": (said.peak - before) / (most["peak"] - most["before"]) - 1,
         "error_of_attention": said.moments["backward of attention"] / most["attention"] - 1,
     }
 
@@ -286,9 +286,6 @@ def cases() -> Iterator[Case]:
     yield Case("qwen3", 8192, 0, "again", ranks=4, settings=(("heads", 2),))
 
 
-Figures = list[dict[str, int]]
-
-
 def run(chosen: list[Case], known: dict[str, Figures], keep: Callable[[], None]) -> list[dict[str, Any]]:
     """Rows of these cases: what is not known yet is measured, cases of one world in the same processes."""
     rows = []
@@ -308,8 +305,8 @@ def line(row: dict[str, Any]) -> str:
     mib = {name: row[name]["peak"] / 2**20 for name in ("measured", "predicted")}
     what = f"{row['model']:6} {row['dtype']} x{row['ranks']} {row['tokens']:6} zero {row['zero']} {row['mode']:6}"
     errors = " ".join(f"{error:+7.1%}" for name, error in row.items() if name.startswith("error"))
-    extra = row["settings"] or ""
-    return f"{what} {mib['measured']:8.1f} {mib['predicted']:8.1f} MiB {errors} {row['predicted']['at']} {extra}"
+    at = f"{row['predicted']['at']} {row['settings'] or ''}"
+    return f"{what} {mib['measured']:8.1f} {mib['predicted']:8.1f} MiB {errors} {at}"
 
 
 def limits(known: dict[str, Figures], keep: Callable[[], None]) -> list[dict[str, Any]]:
