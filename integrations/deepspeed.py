@@ -26,6 +26,7 @@ from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, SeqparError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 
+from . import deepspeed_auto as size
 from .deepspeed_mpu import HiddenSequenceGroup, WholeModel, check, mesh_of
 
 try:
@@ -85,7 +86,12 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         _forget_earlier_engine()
         result: tuple[Any, Any, Any, Any] = original(*args, **kwargs)
         return result
-    settings = Settings.parse(config[BLOCK], f'the "{BLOCK}" block of the DeepSpeed config')
+    block = config[BLOCK]
+    if size.undecided(block):
+        _start_torch_distributed(given)
+        world = dist.get_world_size(), dist.get_rank()
+        block = size.decide(block, config, given.get("model"), world)
+    settings = Settings.parse(block, f'the "{BLOCK}" block of the DeepSpeed config')
     _refuse_other_splits(given, config)
     _refuse_cpu_checkpointing(config)
     _start_torch_distributed(given)

@@ -101,9 +101,9 @@ def load(path: Path) -> Given:
             fix = did_you_mean(str(key), Settings.model_fields)
             raise ConfigError(f"{where} has an unknown key", fix=fix, key=key)
     named_hardware = {key: str(settings.pop(key)) for key in ("hardware", "fabric") if settings.get(key) is not None}
-    choices = {**_deepspeed(config, where), **_choices(config, where)}
+    choices = {**choices_of(config, where), **_choices(config, where)}
     made_for = {**named_hardware, **_made_for(config, where)}
-    dtype = made_for.pop("dtype", "") or _dtype(config)
+    dtype = made_for.pop("dtype", "") or dtype_of(config)
     return Given(dtype=dtype, fixed=Fixed(settings=decided(settings), **choices), **made_for)
 
 
@@ -136,7 +136,7 @@ def _made_for(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: str(value) if name in texts else value for name, value in made_for.items()}
 
 
-def _deepspeed(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def choices_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The choices of a DeepSpeed config's "zero_optimization"; none are decided without it."""
     zero = config.get("zero_optimization")
     if not isinstance(zero, Mapping):
@@ -157,7 +157,7 @@ def _deepspeed(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
+def dtype_of(config: Mapping[str, Any]) -> str:
     """What a DeepSpeed config trains in, if it says so."""
     for key in ("bf16", "fp16"):
         part = config.get(key)

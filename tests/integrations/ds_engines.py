@@ -9,7 +9,7 @@ import copy
 from typing import Any
 
 import torch
-from ds_cases import VOCAB, model, optimizer_of, quietly_import_deepspeed, row
+from ds_cases import SMALL, VOCAB, model, optimizer_of, quietly_import_deepspeed, row
 from torch import Tensor
 from torch.nn import functional
 
@@ -97,6 +97,27 @@ def refusal(sp: SequenceParallel, configs: list[Any], kwargs: dict[str, Any]) ->
     except SeqparError as error:
         return type(error).__name__, str(error)
     return "none", ""
+
+
+def decided_block(sp: SequenceParallel, hardware: str, tokens: int) -> dict[str, Any]:
+    """The settings of an engine whose block leaves the size to the planner, and a step with it."""
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    made, block = model(), {"size": "auto", "tokens": tokens, "hardware": hardware, "fabric": "loopback"}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 1, **SMALL},
+        "seqpar_ring": block,
+    }
+    engine = initialize(model=made, optimizer=optimizer_of("sgd", made.parameters()), config=config)[0]
+    ids = torch.arange(64)[None] % 97
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    found: dict[str, Any] = engine.seqpar_ring.settings.model_dump()
+    engine.destroy()
+    return found
 
 
 def installed(sp: SequenceParallel) -> list[str]:

@@ -13,6 +13,7 @@ import ds_engines
 import pytest
 import torch
 
+from seqpar_ring.planner import hardware
 from seqpar_ring.testing import RankPool, relative_error
 
 
@@ -45,6 +46,9 @@ def test_deepspeeds_own_loader_gives_the_ranks_of_a_sequence_the_same_samples(po
         ({"seqpar_ring": 2}, {}, "ConfigError", "must be a mapping"),
         ({"seqpar_ring": {"size": 2, "layout": "zigzg"}}, {}, "ConfigError", 'Did you mean "zigzag"?'),
         ({"seqpar_ring": {"size": 3}}, {}, "GroupError", "3"),
+        ({"seqpar_ring": {"size": "auto"}}, {}, "ConfigError", 'Give "tokens"'),
+        ({"seqpar_ring": {"size": "auto", "tokens": 64}}, {}, "ConfigError", 'Give "hardware"'),
+        ({"seqpar_ring": {"size": "auto", "tokens": 64, "hardware": "cpux"}}, {}, "ConfigError", 'Did you mean "cpu"?'),
         ({"seqpar_ring": {"size": 2}, "sequence_parallel_size": 2}, {}, "UnsupportedError", "sequence_parallel_size"),
         ({"seqpar_ring": {"size": 2}, "expert_parallel": {}}, {}, "UnsupportedError", "Leave out expert_parallel"),
         ({"seqpar-ring": {"size": 2}}, {}, "ConfigError", 'Did you mean "seqpar_ring"?'),
@@ -75,6 +79,19 @@ def test_a_wrong_config_is_refused_on_every_rank(
     for found, message in pool2.run(ds_engines.refusal, [config], kwargs):
         assert found == kind
         assert words in message
+
+
+def test_a_size_that_is_left_open_is_the_one_that_fits(pool2: RankPool, tmp_path: Path) -> None:
+    """Beside buckets of 2 GB, 262,144 tokens of the small model fit in 450 MB only if two ranks share them; 64 tokens
+    would only wait for each other."""
+    for memory, tokens, size in ((2.45e9, 262144, 2), (4e9, 64, 1)):
+        described = {**hardware.load("cpu").description.model_dump(exclude={"links"}), "memory": memory}
+        file = tmp_path / f"{size}.yaml"
+        file.write_text(json.dumps(described))
+        found = pool2.run(ds_engines.decided_block, str(file), tokens)
+        assert found[0] == found[1]
+        assert found[0]["size"] == size
+        assert found[0]["layout"] == "zigzag"
 
 
 def test_a_config_that_is_wrong_on_one_rank_is_refused_on_both(pool2: RankPool) -> None:
