@@ -118,7 +118,8 @@ def as_torchrun(sp: SequenceParallel) -> Iterator[None]:
     """What torchrun would have set, and no state of accelerate from a run before."""
     rank, world = str(sp.groups.global_rank), str(sp.world_size)
     os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=world, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="true")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # the group exists already
+    # The group exists already. accelerate reads the number of threads: without it each rank takes all cores, and spins.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1")
     warnings.simplefilter("ignore")
     from accelerate.state import AcceleratorState
 
