@@ -220,7 +220,7 @@ def test_what_is_missing_is_named(option: str, capsys: pytest.CaptureFixture[str
         ("format: 2\nring: {size: 2}\n", "has another format"),
         ("ring: {size: 2, laoyut: zigzag}\n", 'Did you mean "layout"?'),
         ("zero_optimization: {stage: high}\n", "wrong zero_optimization.stage"),
-        ("format: 1\nring: {size: 2}\nmade_for: {modell: x}\n", 'Did you mean "model"?'),
+        ("format: 1\nring: {size: 2}\nmade_for: {models: x}\n", 'Did you mean "model"?'),
     ],
 )
 def test_a_bad_config_is_named(text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
