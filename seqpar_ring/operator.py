@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring import executor
-from seqpar_ring.kernels import Kept, Request, Scores
+from seqpar_ring.kernels import Kept, Request, Scores, architecture_of
 from seqpar_ring.plan import TRAVELS, Plan, plan_of
 from seqpar_ring.reshard import Heads, shares, to_heads, to_tokens
 
@@ -33,6 +33,8 @@ def request_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float | No
         window=plan.windowed,
         softcap=softcap is not None,
         alibi=alibi,
+        architecture=architecture_of(q.device),
+        documents=len(plan.lengths),
     )
 
 

@@ -58,11 +58,15 @@ class Capabilities:
         dtypes: input dtypes it takes; q, k and v share one.
         devices: device types ("cpu", "cuda"), or None for any.
         max_head_dim: widest D and E, or None for no limit.
+        more_widths: pairs of D and E that it takes beyond that limit.
+        architectures: major compute capabilities of the GPUs it runs on, or None for any device.
         window: whether it takes a lower edge (a sliding window).
         softcap: whether it takes a softcap.
         alibi: whether it adds position biases.
         unequal_value_dim: whether E may differ from D.
         empty_segments: whether a segment may have queries without keys, or keys without queries.
+        square: whether a segment must be a full block or a causal square; other calls are cut into those.
+        varlen: whether a call may have several segments; for a kernel without, plans of several documents look elsewhere.
         priority: among the kernels that can, "auto" takes the highest; 0 unless there is a reason.
         absent: why the kernel cannot run here at all (a missing library or op); empty when it can.
         notes: what a user should know, in a sentence.
@@ -71,18 +75,26 @@ class Capabilities:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] | None = None
     max_head_dim: int | None = None
+    more_widths: tuple[tuple[int, int], ...] = ()
+    architectures: tuple[int, ...] | None = None
     window: bool = True
     softcap: bool = False
     alibi: bool = False
     unequal_value_dim: bool = False
     empty_segments: bool = True
+    square: bool = False
+    varlen: bool = True
     priority: int = 0
     absent: str = ""
     notes: str = ""
 
 
 class Request(NamedTuple):
-    """What a plan and its tensors need from a kernel. `device` is a type ("cpu") or one device of it ("cuda:1")."""
+    """What a plan and its tensors need from a kernel.
+
+    `device` is a type ("cpu") or one device of it ("cuda:1"); `architecture` a GPU's major compute capability, None
+    where nobody asks; `documents` how many the plan packs.
+    """
 
     device: str
     dtype: torch.dtype
@@ -93,6 +105,8 @@ class Request(NamedTuple):
     window: bool = False
     softcap: bool = False
     alibi: bool = False
+    architecture: int | None = None
+    documents: int = 1
 
 
 @runtime_checkable
@@ -134,12 +148,19 @@ class Kernel(Protocol):
 def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
     """What a kernel lacks for a request, each as a few readable words; empty when it can serve it."""
     device = request.device.split(":")[0]
-    widest = max(request.head_dim, request.value_dim)
+    widths, widest = (request.head_dim, request.value_dim), max(request.head_dim, request.value_dim)
+    too_wide = can.max_head_dim is not None and widest > can.max_head_dim and widths not in can.more_widths
+    sm = request.architecture
     complaints = (
         (bool(can.absent), can.absent),
         (can.devices is not None and device not in can.devices, f"device {device} (has {_listed(can.devices or ())})"),
         (request.dtype not in can.dtypes, f"{_listed((request.dtype,))} (has {_listed(can.dtypes)})"),
-        (can.max_head_dim is not None and widest > can.max_head_dim, f"head width {widest} (up to {can.max_head_dim})"),
+        (too_wide, f"head width {widest} (up to {can.max_head_dim})"),
+        (
+            sm is not None and can.architectures is not None and sm not in can.architectures,
+            f"GPUs of compute capability {sm}.x (has {_listed(can.architectures or ())})",
+        ),
+        (request.documents > 1 and not can.varlen, f"several documents in a call ({request.documents})"),
         (request.window and not can.window, "sliding window"),
         (request.softcap and not can.softcap, "softcap"),
         (request.alibi and not can.alibi, "ALiBi"),
@@ -196,6 +217,11 @@ def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Sco
         softcap=scores.softcap is not None,
         alibi=scores.slopes is not None,
     )
+
+
+def architecture_of(device: torch.device) -> int | None:
+    """A GPU's major compute capability: 9 for Hopper; None for other devices."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

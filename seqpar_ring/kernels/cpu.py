@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seqpar_ring.geometry import Part, split
 from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
+from seqpar_ring.kernels.delta import stand_in
 from seqpar_ring.kernels.merge import merge_
 from seqpar_ring.schedule import Call
 
@@ -116,7 +117,7 @@ class CpuKernel:
         width = max(head_width, value_width)
         qkv = self._by_head(*(_padded(x.to(computed), width) for x in kept[:3]))
         dout_BSHE = dout_BSHE.to(computed)
-        out_BSHE = _stand_in(dout_BSHE, kept.delta) if kept.out is None else kept.out.to(computed)
+        out_BSHE = stand_in(dout_BSHE, kept.delta) if kept.out is None else kept.out.to(computed)
         dout, out = (_readable(_padded(x, width)).transpose(1, 2) for x in (dout_BSHE, out_BSHE))
         lse = kept.lse.masked_fill(kept.lse == -torch.inf, torch.inf)  # exp(s - inf) is 0, with -inf it would be nan
         masks: Masks = {}
@@ -210,18 +211,6 @@ def _large(p: Part) -> bool:
 def _padded(x_BSHD: Tensor, width: int) -> Tensor:
     """With zeros up to this width: they add nothing to q . k, and columns of v that are cut off again."""
     return x_BSHD if x_BSHD.shape[3] == width else torch.nn.functional.pad(x_BSHD, (0, width - x_BSHD.shape[3]))
-
-
-def _stand_in(dout_BSHE: Tensor, delta_BHS: Tensor | None) -> Tensor:
-    """Any `out` will do whose product with dout is delta, since the op uses it for nothing else: a multiple of dout.
-
-    Scaled by dout's largest element first, so that no square under- or overflows; a row without gradient has delta 0.
-    """
-    assert delta_BHS is not None  # one of out and delta is given
-    largest = dout_BSHE.abs().amax(-1, keepdim=True)
-    unit = torch.where(largest > 0, dout_BSHE / largest, 0.0)
-    delta_BSH1 = delta_BHS.transpose(1, 2).unsqueeze(-1)
-    return torch.where(largest > 0, unit * (delta_BSH1 / largest) / (unit * unit).sum(-1, keepdim=True), 0.0)
 
 
 def _readable(x_BSHD: Tensor) -> Tensor:

@@ -2,19 +2,30 @@
 
 A backend is one file that implements `Kernel` and one call of `register`. Selection compares what a plan needs with
 what each kernel declares, before any tensor exists, and says why it chose; what no kernel can do is refused here and
-not answered wrongly later. This registry holds kernels only, and never imports a backend by itself.
+not answered wrongly later. On a GPU a declaration is not enough: kernels are tried there (`trial`), those that err are
+passed over, and the fastest is taken. This registry holds kernels only, and never imports a backend by itself.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from seqpar_ring.errors import ConfigError, UnsupportedError, did_you_mean
 from seqpar_ring.kernels.base import Kernel, Request, lacks
 from seqpar_ring.kernels.gapless import Gapless
+from seqpar_ring.kernels.squares import Squares
+from seqpar_ring.kernels.trial import tried
 
 AUTO = "auto"
 """The name that lets `select` choose."""
+
+NEAR = 0.97
+"""A kernel stays the preferred one if it is as fast as this share of the fastest, for timings are noisy."""
+
+SLOWEST = 0
+"""Priority below which a kernel is a fallback, which is not timed against the others."""
 
 _KERNELS: dict[str, Kernel] = {}
 
@@ -69,9 +80,16 @@ def select(request: Request, name: str = AUTO) -> Choice:
     able = [kernel for kernel in _preferred() if not missing[kernel.name]]
     if name != AUTO:
         kernel = _named(name)
+        missing[name] += _erring(kernel, request) if not missing[name] else ()
         if missing[name]:
-            raise _cannot(name, missing[name], able)
-        return _fitted(kernel, f'"{name}": asked for by name')
+            raise _cannot(name, missing[name], [other for other in able if other is not kernel])
+        return _fitted(kernel, request, f'"{name}": asked for by name')
+    rates: dict[str, float] = {}
+    if _on_gpu(request):
+        for kernel in [kernel for kernel in able if kernel.capabilities.priority >= SLOWEST]:
+            missing[kernel.name] += _erring(kernel, request)
+            rates[kernel.name] = tried(kernel, _kind(request)).rate
+        able = [kernel for kernel in able if not missing[kernel.name]]
     if not able:
         each = "; ".join(f"{kernel} lacks {', '.join(words)}" for kernel, words in missing.items())
         raise UnsupportedError(
@@ -79,14 +97,44 @@ def select(request: Request, name: str = AUTO) -> Choice:
             fix="Change what the first of them lacks, or register a kernel that has it.",
             **request._asdict(),
         )
-    return _fitted(able[0], _why(able[0], missing))
+    best = max((rates[kernel.name] for kernel in able if kernel.name in rates), default=0.0)
+    chosen = next(kernel for kernel in able if rates.get(kernel.name, 0.0) >= NEAR * best)
+    near = {name: words for name, words in missing.items() if not _elsewhere(_KERNELS[name], request)}
+    return _fitted(chosen, request, _why(chosen, near, rates))
 
 
-def _fitted(kernel: Kernel, reason: str) -> Choice:
-    """The choice, with rows gathered around what the kernel cannot take."""
-    if kernel.capabilities.empty_segments:
-        return Choice(kernel, reason)
-    return Choice(Gapless(kernel), f"{reason}; rows are gathered, as it takes no empty segments")
+def _elsewhere(kernel: Kernel, request: Request) -> bool:
+    """Whether it is made for other devices, so that nobody expects it here."""
+    devices = kernel.capabilities.devices
+    return devices is not None and request.device.split(":")[0] not in devices
+
+
+def _on_gpu(request: Request) -> bool:
+    return request.device.startswith("cuda") and torch.cuda.is_available()
+
+
+def _kind(request: Request) -> Request:
+    """What a trial depends on: not on how many documents there are."""
+    return request._replace(documents=1)
+
+
+def _erring(kernel: Kernel, request: Request) -> tuple[str, ...]:
+    """What a trial on the GPU says the kernel lacks, its declaration notwithstanding; nothing elsewhere."""
+    found = tried(kernel, _kind(request)).wrong if _on_gpu(request) else ""
+    return (found,) if found else ()
+
+
+def _fitted(kernel: Kernel, request: Request, reason: str) -> Choice:
+    """The choice, with calls cut or rows gathered around what the kernel cannot take."""
+    can = kernel.capabilities
+    if can.square:
+        return Choice(Squares(kernel), f"{reason}; calls are cut into full and square causal blocks")
+    if not can.empty_segments:
+        return Choice(Gapless(kernel), f"{reason}; rows are gathered, as it takes no empty segments")
+    gaps = tried(kernel, _kind(request)).gaps if _on_gpu(request) else ""
+    if gaps:
+        return Choice(Gapless(kernel), f"{reason}; rows are gathered, as it lacks {gaps}")
+    return Choice(kernel, reason)
 
 
 def refuse_impossible(window: bool, name: str = AUTO) -> None:
@@ -112,10 +160,17 @@ def refuse_impossible(window: bool, name: str = AUTO) -> None:
         )
 
 
-def _why(chosen: Kernel, missing: dict[str, tuple[str, ...]]) -> str:
-    """The preferred kernels that were passed over, each with what it lacks, or that there was none."""
+def _why(chosen: Kernel, missing: dict[str, tuple[str, ...]], rates: dict[str, float]) -> str:
+    """The kernels that were passed over, each with what it lacks or how fast it is, or that there was none."""
     order = list(missing)
-    passed = [f'"{other}" lacks {", ".join(missing[other])}' for other in order[: order.index(chosen.name)]]
+    passed = [
+        f'"{other}" lacks {", ".join(missing[other])}'
+        for other in order[: order.index(chosen.name)]
+        if missing[other]
+    ]
+    timed = [f'"{other}" {rates[other] / 1e12:.0f}' for other in rates if other != chosen.name and not missing[other]]
+    if rates.get(chosen.name):
+        passed.insert(0, f"{rates[chosen.name] / 1e12:.0f} TFLOP/s here" + (f", {', '.join(timed)}" if timed else ""))
     return f'"{chosen.name}": ' + ("; ".join(passed) if passed else "preferred of all that can")
 
 

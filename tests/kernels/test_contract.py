@@ -3,21 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from seqpar_ring.errors import PlanError, UnsupportedError
 from seqpar_ring.geometry import INF
-from seqpar_ring.kernels import CpuKernel, Kept, Kernel, ReferenceKernel, Scores, merge_
+from seqpar_ring.kernels import (
+    CpuKernel,
+    CudnnKernel,
+    Flash2Kernel,
+    Flash3Kernel,
+    Flash4Kernel,
+    Kept,
+    Kernel,
+    ReferenceKernel,
+    Scores,
+    TorchCudnnKernel,
+    TorchFlashKernel,
+    merge_,
+)
+from seqpar_ring.kernels.gapless import Gapless
+from seqpar_ring.kernels.squares import Squares
+from seqpar_ring.kernels.varlen import VarlenKernel
 from seqpar_ring.schedule import Call
 
-KERNELS: tuple[Kernel, ...] = (CpuKernel(), ReferenceKernel())
+from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4
+
+
+def on_cpu(kernel: VarlenKernel | TorchCudnnKernel) -> Kernel:
+    """A GPU's kernel over a stand-in for its library, in any dtype, as it is selected."""
+    kernel.capabilities = replace(kernel.capabilities, dtypes=tuple(TOLERANCE))
+    can = kernel.capabilities
+    return Squares(kernel) if can.square else kernel if can.empty_segments else Gapless(kernel)
+
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+KERNELS: tuple[Kernel, ...] = (
+    CpuKernel(),
+    ReferenceKernel(),
+    on_cpu(Flash2Kernel(FlashAttn2(), ("cpu",))),
+    on_cpu(Flash3Kernel(FlashAttn3(), ("cpu",))),
+    on_cpu(Flash4Kernel(FlashAttn4(), ("cpu",))),
+    on_cpu(TorchFlashKernel(AtenFlash(), ("cpu",))),
+    on_cpu(TorchCudnnKernel(AtenCudnn(), ("cpu",))),
+    on_cpu(CudnnKernel(CudnnFrontend(), ("cpu",))),
+)
 HEADS = {"MHA": (3, 3), "GQA": (6, 2), "MQA": (4, 1)}
 
 
@@ -158,14 +194,29 @@ def check(kernel: Kernel, calls: Sequence[Call], tensors: tuple[Tensor, ...], sc
     assert_close(got, dense(tensors, seen, scores), TOLERANCE[tensors[0].dtype])
 
 
+def able(kernel: Kernel, calls: Sequence[Call]) -> bool:
+    """Whether the kernel declares what these calls need."""
+    return kernel.capabilities.window or not any(c.windowed for c in calls)
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
-def test_every_call_matches_dense(
+def test_every_call_matches_dense_or_is_refused(
     kernel: Kernel, dtype: torch.dtype, heads: tuple[int, int], calls: list[Call]
 ) -> None:
-    check(kernel, calls, inputs(calls, heads, dtype), Scores(0.4))
+    if able(kernel, calls):
+        check(kernel, calls, inputs(calls, heads, dtype), Scores(0.4))
+    else:
+        with pytest.raises(UnsupportedError, match="sliding window"):
+            check(kernel, calls, inputs(calls, heads, dtype), Scores(0.4))
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.capabilities.softcap], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+def test_a_softcap_matches_dense_where_it_is_declared(kernel: Kernel, calls: list[Call]) -> None:
+    check(kernel, calls, inputs(calls, (6, 2), torch.float64), Scores(0.4, softcap=0.9))
 
 
 @st.composite
@@ -184,10 +235,11 @@ def any_calls(draw: st.DrawFn) -> list[Call]:
 @settings(max_examples=60, deadline=None)
 @given(calls=any_calls(), heads=st.sampled_from(list(HEADS.values())))
 def test_random_calls_match_dense(kernel: Kernel, calls: list[Call], heads: tuple[int, int]) -> None:
+    assume(able(kernel, calls))
     check(kernel, calls, inputs(calls, heads, torch.float64, batch=1), Scores(0.7))
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.capabilities.window], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize(
     ("left", "right", "m", "n"),
     [(20, 0, 1301, 1301), (10, 20, 512, 502)],
@@ -224,17 +276,19 @@ def test_a_seeded_fault_is_caught(kernel: Kernel, fault: str, monkeypatch: pytes
     calls = CALLS["a ring: a causal square and two full blocks"]
     tensors, scores = inputs(calls, (6, 2), torch.float64), Scores(0.4)
     check(kernel, calls, tensors, scores)
+    true_forward, true_backward = kernel.forward, kernel.backward
 
     def average(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         first = (lse == -torch.inf).transpose(1, 2).unsqueeze(-1)
         out.copy_(torch.where(first, part, (out + part) / 2))
         lse.copy_(torch.logaddexp(lse, part_lse))
 
-    class Faulty(type(kernel)):  # type: ignore[misc]
+    class Faulty:
+        name, capabilities, forward = kernel.name, kernel.capabilities, staticmethod(kernel.forward)
+
         def backward(self, dout: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
-            own = super().forward(kept.q, kept.k, kept.v, call, scores)[1]
-            wrong = kept.lse + 0.01 if fault == "lse + 0.01" else own
-            return super().backward(dout, kept._replace(lse=wrong), call, scores)  # type: ignore[no-any-return]
+            wrong = kept.lse + 0.01 if fault == "lse + 0.01" else true_forward(kept.q, kept.k, kept.v, call, scores)[1]
+            return true_backward(dout, kept._replace(lse=wrong), call, scores)
 
     if fault == "average instead of merge":
         monkeypatch.setitem(globals(), "merge_", average)

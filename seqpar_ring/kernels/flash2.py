@@ -1,0 +1,110 @@
+"""flash-attention 2 (package flash-attn), varlen: the kernel that most GPUs of the field run.
+
+Three traps of its interface, read in csrc/flash_attn/flash_api.cpp, are closed in `bounds`. A right side of the window
+that is not below the longest key segment is dropped, though with more queries than keys it still cuts; a side that is
+unbounded beside one that is not becomes as wide as the keys, which then cuts; and segments of one query each take a path
+of their own, which goes wrong beside empty segments (flash-attention issue 1537). Its log-sum-exp of an empty row is +inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.kernels.base import Capabilities, Scores
+from seqpar_ring.kernels.library import Library
+from seqpar_ring.kernels.varlen import HALVES, UNBOUNDED, Packed, Results, Rows, VarlenKernel, room
+
+MODULE = "flash_attn.flash_attn_interface"
+FORWARD, BACKWARD = "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"
+LIBRARY = Library("flash-attn", MODULE, (FORWARD, BACKWARD), oldest=(2, 7))
+
+
+class Bounds(NamedTuple):
+    """Lengths and a window that flash-attention 2 reads as they are meant."""
+
+    max_q: int
+    max_k: int
+    left: int
+    right: int
+
+
+def bounds(packed: Packed) -> Bounds:
+    """What to tell flash-attention 2 about a call. Longer bounds than the segments' cost blocks that end at once."""
+    max_q = max(packed.max_q, 2)  # not 1: see the module
+    left, right = packed.left, packed.right
+    if packed.causal or (left == UNBOUNDED and right == UNBOUNDED):
+        return Bounds(max_q, packed.max_k, left, right)
+    right = packed.max_q if right == UNBOUNDED else right  # so wide that it cuts nothing, and said
+    return Bounds(max_q, max(packed.max_k, right + 1), left, right)
+
+
+class Flash2Kernel(VarlenKernel):
+    """flash-attn 2.7 or newer. See the module."""
+
+    name = "flash2"
+    can = Capabilities(
+        dtypes=HALVES,
+        max_head_dim=256,
+        softcap=True,
+        unequal_value_dim=True,
+        architectures=(8, 9, 10, 12),
+        priority=200,
+        notes="flash-attention 2; values of another width than keys are padded",
+    )
+
+    def __init__(self, library: Library = LIBRARY, devices: tuple[str, ...] = ("cuda",)) -> None:
+        super().__init__(library, devices)
+
+    def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
+        """See `VarlenKernel.attend`."""
+        at = bounds(packed)
+        out, lse, *_ = self._library.function(FORWARD)(
+            q=rows.q,
+            k=rows.k,
+            v=rows.v,
+            cu_seqlens_q=packed.cu_q,
+            cu_seqlens_k=packed.cu_k,
+            max_seqlen_q=at.max_q,
+            max_seqlen_k=at.max_k,
+            dropout_p=0.0,
+            softmax_scale=scores.scale,
+            causal=packed.causal,
+            window_size_left=at.left,
+            window_size_right=at.right,
+            softcap=scores.softcap or 0.0,
+            alibi_slopes=None,
+            return_softmax=False,
+        )
+        return out, lse
+
+    def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
+        """See `VarlenKernel.differentiate`."""
+        at, gradients = bounds(packed), room(rows)
+        self._library.function(BACKWARD)(
+            dout=results.dout,
+            q=rows.q,
+            k=rows.k,
+            v=rows.v,
+            out=results.out,
+            softmax_lse=results.lse,
+            dq=gradients[0],
+            dk=gradients[1],
+            dv=gradients[2],
+            cu_seqlens_q=packed.cu_q,
+            cu_seqlens_k=packed.cu_k,
+            max_seqlen_q=at.max_q,
+            max_seqlen_k=at.max_k,
+            dropout_p=0.0,
+            softmax_scale=scores.scale,
+            causal=packed.causal,
+            window_size_left=at.left,
+            window_size_right=at.right,
+            softcap=scores.softcap or 0.0,
+            alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return gradients

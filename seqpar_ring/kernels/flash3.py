@@ -1,0 +1,86 @@
+"""flash-attention 3 (built from `hopper/` of its repository), varlen: the fastest kernel of its family on Hopper.
+
+Its windows are aligned bottom right and mean what they say: sides that cut nothing are dropped by the right rule (read
+in hopper/flash_api.cpp), so lengths go as they are. Log-sum-exp (H, T), -inf for an empty row. It sums no dropout and
+knows no position biases. Its package has no version that could be asked for, so its functions are looked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.kernels.base import Capabilities, Scores
+from seqpar_ring.kernels.library import Library
+from seqpar_ring.kernels.varlen import HALVES, Packed, Results, Rows, VarlenKernel, room
+
+MODULE = "flash_attn_interface"
+FORWARD, BACKWARD = "_flash_attn_forward", "_flash_attn_backward"
+LIBRARY = Library("flash-attn-3", MODULE, (FORWARD, BACKWARD))
+
+DETERMINISTIC_WIDTH = 192
+"""The widest head whose backward can be deterministic."""
+
+
+class Flash3Kernel(VarlenKernel):
+    """flash-attention 3. See the module."""
+
+    name = "flash3"
+    can = Capabilities(
+        dtypes=HALVES,
+        max_head_dim=256,
+        softcap=True,
+        unequal_value_dim=True,
+        architectures=(9,),
+        priority=400,
+        notes="flash-attention 3; values of another width than keys are padded",
+    )
+
+    def __init__(self, library: Library = LIBRARY, devices: tuple[str, ...] = ("cuda",)) -> None:
+        super().__init__(library, devices)
+
+    def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
+        """See `VarlenKernel.attend`."""
+        out, lse, *_ = self._library.function(FORWARD)(
+            q=rows.q,
+            k=rows.k,
+            v=rows.v,
+            cu_seqlens_q=packed.cu_q,
+            cu_seqlens_k=packed.cu_k,
+            max_seqlen_q=packed.max_q,
+            max_seqlen_k=packed.max_k,
+            softmax_scale=scores.scale,
+            causal=packed.causal,
+            window_size_left=packed.left,
+            window_size_right=packed.right,
+            softcap=scores.softcap or 0.0,
+        )
+        return out, lse
+
+    def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
+        """See `VarlenKernel.differentiate`."""
+        gradients = room(rows)
+        self._library.function(BACKWARD)(
+            dout=results.dout,
+            q=rows.q,
+            k=rows.k,
+            v=rows.v,
+            out=results.out,
+            softmax_lse=results.lse,
+            cu_seqlens_q=packed.cu_q,
+            cu_seqlens_k=packed.cu_k,
+            max_seqlen_q=packed.max_q,
+            max_seqlen_k=packed.max_k,
+            dq=gradients[0],
+            dk=gradients[1],
+            dv=gradients[2],
+            softmax_scale=scores.scale,
+            is_causal=packed.causal,
+            window_size_left=packed.left,
+            window_size_right=packed.right,
+            softcap=scores.softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled() and rows.q.shape[2] <= DETERMINISTIC_WIDTH,
+        )
+        return gradients

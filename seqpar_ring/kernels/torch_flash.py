@@ -1,0 +1,104 @@
+"""torch's own varlen flash kernel on a GPU: flash-attention 2 inside of torch, which needs nothing installed.
+
+A private op of aten, so it is named in this file only; called with what all releases from 2.6 on share. It is the same
+code as the package's and has the same traps, closed by the same `bounds`. It has no softcap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.kernels.base import Capabilities, Scores
+from seqpar_ring.kernels.flash2 import bounds
+from seqpar_ring.kernels.library import NO_GPU, Function, Library
+from seqpar_ring.kernels.varlen import HALVES, UNBOUNDED, Packed, Results, Rows, VarlenKernel
+
+FORWARD, BACKWARD = "_flash_attention_forward", "_flash_attention_backward"
+
+
+class Aten(Library):
+    """Operators of torch itself."""
+
+    def __init__(self, *functions: str) -> None:
+        super().__init__("torch", "torch", functions)
+
+    @property
+    def absent(self) -> str:  # type: ignore[override]
+        """See `Library.absent`."""
+        missing = [name for name in self._functions if not hasattr(torch.ops.aten, name)]
+        if missing:
+            return f"aten.{' and '.join(missing)} (torch is {torch.__version__})"
+        return "" if torch.cuda.is_available() else NO_GPU
+
+    def function(self, name: str) -> Function:
+        """See `Library.function`."""
+        found: Function = getattr(torch.ops.aten, name).default
+        return found
+
+
+LIBRARY = Aten(FORWARD, BACKWARD)
+
+
+class TorchFlashKernel(VarlenKernel):
+    """aten's varlen flash attention. See the module."""
+
+    name = "torch_flash"
+    can = Capabilities(
+        dtypes=HALVES,
+        max_head_dim=256,
+        unequal_value_dim=True,
+        architectures=(8, 9, 10, 12),
+        priority=150,
+        notes="torch's own flash-attention 2; values of another width than keys are padded",
+    )
+
+    def __init__(self, library: Library = LIBRARY, devices: tuple[str, ...] = ("cuda",)) -> None:
+        super().__init__(library, devices)
+
+    def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
+        """See `VarlenKernel.attend`."""
+        at = bounds(packed)
+        out, lse, *_ = self._library.function(FORWARD)(
+            *rows,
+            packed.cu_q,
+            packed.cu_k,
+            at.max_q,
+            at.max_k,
+            0.0,
+            packed.causal,
+            False,
+            scale=scores.scale,
+            window_size_left=_side(at.left),
+            window_size_right=_side(at.right),
+        )
+        return out, lse
+
+    def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
+        """See `VarlenKernel.differentiate`."""
+        at, device = bounds(packed), rows.q.device
+        seed = torch.zeros(2, dtype=torch.uint64, device=device)  # of a dropout that there is none of
+        found: Iterable[Tensor] = self._library.function(BACKWARD)(
+            results.dout,
+            *rows,
+            results.out,
+            results.lse,
+            packed.cu_q,
+            packed.cu_k,
+            at.max_q,
+            at.max_k,
+            0.0,
+            packed.causal,
+            seed,
+            torch.empty(0, device=device),
+            scale=scores.scale,
+            window_size_left=_side(at.left),
+            window_size_right=_side(at.right),
+        )
+        return found
+
+
+def _side(side: int) -> int | None:
+    return None if side == UNBOUNDED else side

@@ -1,0 +1,176 @@
+"""What all varlen flash kernels on a GPU have in common: a call becomes packed rows, cumulative lengths and one window.
+
+Their libraries agree on that form and differ in names, orders and traps; a backend's file holds only those. Here rows
+are packed (a batch becomes more segments), widths are padded with zeros to what the library takes, log-sum-exps come
+back in one layout with -inf where a row sees nothing and go in with +inf there (exp(s - inf) is 0, with -inf it would be
+nan). Cumulative lengths go to the device once for each call of a plan, so a step never waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqpar_ring.geometry import INF
+from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
+from seqpar_ring.kernels.delta import stand_in
+from seqpar_ring.kernels.library import Library
+from seqpar_ring.schedule import Call
+
+ALIGNED = 8
+"""Head widths are multiples of it (16 bytes of a 16-bit number)."""
+
+HALVES = (torch.bfloat16, torch.float16)
+"""What tensor cores compute with, and so the dtypes of these kernels."""
+
+UNBOUNDED = -1
+"""How flash-attention writes a side of a window that cuts nothing."""
+
+
+class Packed(NamedTuple):
+    """A call as varlen kernels take it.
+
+    Attributes:
+        cu_q, cu_k: int32 cumulative lengths on the device, one more than segments.
+        max_q, max_k: the longest segment of each side.
+        left, right: the window, aligned bottom right; `UNBOUNDED` where it cuts nothing.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+    left: int
+    right: int
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is the window that kernels have a fast path for."""
+        return self.left == UNBOUNDED and self.right == 0
+
+
+class Rows(NamedTuple):
+    """Packed rows of queries, keys and values: (T, heads, width), the last dimension of stride 1."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Results(NamedTuple):
+    """What backward takes beside the inputs: dout and out as queries, lse (H, T) in fp32, +inf for an empty row."""
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def pack(cu_q: tuple[int, ...], cu_k: tuple[int, ...], batch: int, window: tuple[int, int], device: str) -> Packed:
+    """The segments of a call, once for each row of the batch."""
+    left, right = (UNBOUNDED if side >= INF else side for side in window)
+    longest = (max((b - a for a, b in zip(cu, cu[1:], strict=False)), default=0) for cu in (cu_q, cu_k))
+    return Packed(*(_repeated(cu, batch, device) for cu in (cu_q, cu_k)), *longest, left, right)
+
+
+def _repeated(cu: tuple[int, ...], batch: int, device: str) -> Tensor:
+    starts = torch.tensor([b * cu[-1] + x for b in range(batch) for x in cu[:-1]] + [batch * cu[-1]], dtype=torch.int32)
+    return starts if device == "cpu" else starts.pin_memory().to(device, non_blocking=True)
+
+
+class VarlenKernel:
+    """The half of a kernel that does not depend on its library; a backend gives `can`, `attend` and `differentiate`.
+
+    Args:
+        library: where its functions are.
+        devices: the device types it takes; another than "cuda" is for tests.
+        cached: packed calls to remember: those of some plans.
+    """
+
+    name: ClassVar[str]
+    can: ClassVar[Capabilities]
+
+    def __init__(self, library: Library, devices: tuple[str, ...] = ("cuda",), cached: int = 1024) -> None:
+        self._library, self._devices = library, devices
+        self._pack: Callable[[tuple[int, ...], tuple[int, ...], int, tuple[int, int], str], Packed]
+        self._pack = lru_cache(cached)(pack)
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """What it can do on this machine."""
+        return replace(self.can, devices=self._devices, absent=self._library.absent)
+
+    def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
+        """(out as q with v's width, lse (H, T)); rows that see nothing may have any infinity for an lse."""
+        raise NotImplementedError
+
+    def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
+        """(dq, dk, dv) of packed rows; dk and dv with the heads of k and v."""
+        raise NotImplementedError
+
+    def widths(self, head: int, value: int) -> tuple[int, int]:
+        """The widths to pad q, k and v to; most libraries want one, a multiple of 8."""
+        width = -(-max(head, value) // ALIGNED) * ALIGNED
+        return width, width
+
+    def forward(
+        self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, call: Call, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
+        (B, S, H, D), E = q_BSHD.shape, v_BSGE.shape[3]
+        if not q_BSHD.numel() or not k_BSGD.numel():  # nothing to see: libraries differ in what they do with no rows
+            return q_BSHD.new_zeros((B, S, H, E)), q_BSHD.new_full((B, H, S), -torch.inf, dtype=wide(q_BSHD.dtype))
+        rows = self._rows(q_BSHD, k_BSGD, v_BSGE)
+        out, lse_HT = self.attend(rows, self._packed(call, q_BSHD), scores)
+        lse_BHS = lse_HT.view(H, B, S).transpose(0, 1)
+        return out.view(B, S, H, -1)[..., :E], lse_BHS.masked_fill(lse_BHS == torch.inf, -torch.inf)
+
+    def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`. Gradients come in the inputs' dtype, as these kernels write them."""
+        admit(self, kept[:3], call, scores)
+        if not kept.q.numel() or not kept.k.numel():
+            dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in kept[:3])
+            return dq, dk, dv
+        (B, S, H, D), E = kept.q.shape, kept.v.shape[3]
+        dtype, width = kept.q.dtype, self.widths(D, E)[1]
+        out = stand_in(dout_BSHE.to(wide(dtype)), kept.delta) if kept.out is None else kept.out
+        dout, out = (_flat(padded(x.to(dtype), width)) for x in (dout_BSHE, out))
+        lse_HT = kept.lse.transpose(0, 1).reshape(H, B * S).to(wide(dtype))
+        results = Results(dout, out, lse_HT.masked_fill(lse_HT == -torch.inf, torch.inf))
+        rows = self._rows(*kept[:3])
+        dq, dk, dv = self.differentiate(rows, results, self._packed(call, kept.q), scores)
+        return (
+            dq.view(B, S, H, -1)[..., :D],
+            dk.view(*kept.k.shape[:3], -1)[..., :D],
+            dv.view(*kept.v.shape[:3], -1)[..., :E],
+        )
+
+    def _packed(self, call: Call, like: Tensor) -> Packed:
+        return self._pack(call.cu_q, call.cu_k, like.shape[0], (call.left, call.right), str(like.device))
+
+    def _rows(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> Rows:
+        head, value = self.widths(q_BSHD.shape[3], v_BSGE.shape[3])
+        return Rows(_flat(padded(q_BSHD, head)), _flat(padded(k_BSGD, head)), _flat(padded(v_BSGE, value)))
+
+
+def room(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for dq, dk and dv, for libraries that write into what they are given."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in rows)
+    return dq, dk, dv
+
+
+def _flat(x_BSHD: Tensor) -> Tensor:
+    """(B * S, H, D), the last dimension of stride 1; a view where the batch is of one row."""
+    x = x_BSHD if x_BSHD.stride(3) == 1 else x_BSHD.contiguous()
+    return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
+
+
+def padded(x_BSHD: Tensor, width: int) -> Tensor:
+    """With zeros up to this width: they add nothing to q . k, and columns of v that are cut off again."""
+    return x_BSHD if x_BSHD.shape[3] == width else torch.nn.functional.pad(x_BSHD, (0, width - x_BSHD.shape[3]))
+

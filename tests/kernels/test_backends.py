@@ -1,0 +1,234 @@
+"""What the GPU's kernels hand to their libraries, what they make of a library that is not there, and the traps' proofs.
+
+The contract suite runs all of them over stand-ins; here single arguments are looked at, and each trap is opened again to
+see that the suite would notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4, StandIn
+from torch import Tensor
+
+from seqpar_ring.errors import PlanError, UnsupportedError
+from seqpar_ring.geometry import INF
+from seqpar_ring.kernels import (
+    CudnnKernel,
+    Flash2Kernel,
+    Flash3Kernel,
+    Flash4Kernel,
+    Kept,
+    Kernel,
+    ReferenceKernel,
+    Scores,
+    TorchCudnnKernel,
+    TorchFlashKernel,
+    flash2,
+    library,
+    torch_flash,
+)
+from seqpar_ring.kernels.library import NO_GPU, Library
+from seqpar_ring.kernels.varlen import Packed, VarlenKernel, pack
+from seqpar_ring.schedule import Call
+
+SQUARE = Call(0, 0, INF, 0, (0, 9), (0, 9))
+VARLEN: dict[str, tuple[type[VarlenKernel], type[StandIn]]] = {
+    "flash2": (Flash2Kernel, FlashAttn2),
+    "flash3": (Flash3Kernel, FlashAttn3),
+    "flash4": (Flash4Kernel, FlashAttn4),
+    "torch_flash": (TorchFlashKernel, AtenFlash),
+    "cudnn": (CudnnKernel, CudnnFrontend),
+}
+
+
+def inputs(m: int, n: int, heads: tuple[int, int] = (4, 2), widths: tuple[int, int] = (8, 8)) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = (m, heads[0], widths[0]), (n, heads[1], widths[0]), (n, heads[1], widths[1]), (m, heads[0], widths[1])
+    return tuple(torch.randn(1, *shape, generator=generator).bfloat16() for shape in shapes)
+
+
+def made(name: str) -> tuple[VarlenKernel, StandIn]:
+    kernel, stand_in = VARLEN[name]
+    there = stand_in()
+    return kernel(there, ("cpu",)), there  # type: ignore[call-arg, arg-type]
+
+
+def answers(kernel: Kernel, tensors: tuple[Tensor, ...], call: Call, scores: Scores) -> list[Tensor]:
+    q, k, v, dout = tensors
+    out, lse = kernel.forward(q, k, v, call, scores)
+    delta = (dout.float() * out.to(q.dtype).float()).sum(-1).transpose(1, 2)
+    kept = Kept(q, k, v, out.to(q.dtype), lse, delta)
+    return [out, lse, *kernel.backward(dout, kept, call, scores)]
+
+
+def off(got: list[Tensor], want: list[Tensor]) -> float:
+    """The worst relative error of out and gradients, and nan where other rows are empty."""
+    if not torch.equal(got[1] == -torch.inf, want[1] == -torch.inf):
+        return float("nan")
+    pairs = [(x, y) for i, (x, y) in enumerate(zip(got, want, strict=True)) if i != 1]
+    return max(float((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-9)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", VARLEN)
+@pytest.mark.parametrize("widths", [(20, 20), (24, 16), (16, 24), (192, 128)], ids=str)
+def test_widths_that_the_library_does_not_take_are_padded_and_cut_off_again(name: str, widths: tuple[int, int]) -> None:
+    kernel, _ = made(name)
+    kernel.capabilities = replace(kernel.capabilities, max_head_dim=256)
+    tensors, scores = inputs(9, 9, widths=widths), Scores(0.2)
+    got = answers(kernel, tensors, SQUARE, scores)
+    want = answers(ReferenceKernel(), tensors, SQUARE, scores)
+    assert [x.shape for x in got] == [x.shape for x in want]
+    assert off(got, want) < 1e-2
+
+
+def test_latent_attention_goes_to_flash_attention_4_unpadded() -> None:
+    kernel, there = made("flash4")
+    q, k, v, _ = inputs(9, 9, widths=(192, 128))
+    kernel.forward(q, k, v, SQUARE, Scores(0.2))
+    assert [x.shape[-1] for x in there.calls[0][1]] == [192, 192, 128]
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_a_batch_becomes_more_segments(name: str) -> None:
+    kernel, there = made(name)
+    q, k, v, _ = (x.expand(3, -1, -1, -1) for x in inputs(9, 9))
+    out, _ = kernel.forward(q, k, v, SQUARE, Scores(0.2))
+    cu = [x for x in (*there.calls[0][1], *there.calls[0][2].values()) if isinstance(x, Tensor) and x.dim() == 1]
+    assert [x.tolist() for x in cu] == [[0, 9, 18, 27]] * 2
+    assert torch.equal(out[0], out[2])
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_a_plans_lengths_go_to_the_device_once(name: str) -> None:
+    kernel, there = made(name)
+    q, k, v, _ = inputs(9, 9)
+    for _ in range(2):
+        kernel.forward(q, k, v, SQUARE, Scores(0.2))
+    first, second = (
+        [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 1]
+        for _, args, kwargs in there.calls
+    )
+    assert all(a is b for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", VARLEN)
+def test_where_only_delta_is_known_backward_takes_a_stand_in_for_out(name: str) -> None:
+    kernel, _ = made(name)
+    q, k, v, dout = inputs(9, 9)
+    scores = Scores(0.2)
+    out, lse = ReferenceKernel().forward(q, k, v, SQUARE, scores)
+    delta = (dout.float() * out).sum(-1).transpose(1, 2)
+    want = ReferenceKernel().backward(dout, Kept(q, k, v, None, lse, delta), SQUARE, scores)
+    got = kernel.backward(dout, Kept(q, k, v, None, lse, delta), SQUARE, scores)
+    assert all(float((x - y).norm() / y.norm()) < 2e-2 for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", ["flash2", "torch_flash"])
+@pytest.mark.parametrize(
+    ("call", "trap"),
+    [
+        (Call(0, 0, INF, 8, (0, 10), (0, 4)), "a right side as wide as the keys is dropped"),
+        (Call(0, 0, 3, INF, (0, 10), (0, 4)), "a side that cuts nothing becomes as wide as the keys"),
+        (Call(0, 0, INF, INF, (0, 1, 1, 2), (0, 3, 5, 9)), "segments of one query beside empty ones"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_flash_attention_2_answers_wrongly_without_our_bounds_and_rightly_with_them(
+    name: str, call: Call, trap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_they_are(p: Packed) -> flash2.Bounds:
+        return flash2.Bounds(p.max_q, p.max_k, p.left, p.right)
+
+    tensors, scores = inputs(call.cu_q[-1], call.cu_k[-1]), Scores(0.2)
+    want = answers(ReferenceKernel(), tensors, call, scores)
+    assert off(answers(made(name)[0], tensors, call, scores), want) < 1e-2
+    for module in (flash2, torch_flash):
+        monkeypatch.setattr(module, "bounds", as_they_are)
+    assert not off(answers(made(name)[0], tensors, call, scores), want) < 1e-2
+
+
+def test_a_window_is_written_as_each_library_reads_it() -> None:
+    packed = pack((0, 9), (0, 9), 1, (4, 0), "cpu")
+    assert (packed.left, packed.right, packed.causal) == (4, 0, False)
+    packed = pack((0, 9), (0, 9), 1, (INF, 0), "cpu")
+    assert (packed.left, packed.right, packed.causal) == (-1, 0, True)
+    kernel, there = made("flash4")
+    q, k, v, _ = inputs(9, 9)
+    for call in (SQUARE, SQUARE._replace(left=4), SQUARE._replace(right=INF), SQUARE._replace(right=2)):
+        kernel.forward(q, k, v, call, Scores(0.2))
+    sides = [tuple(kw[name] for name in ("causal", "window_size_left", "window_size_right")) for _, _, kw in there.calls]
+    assert sides == [(True, None, None), (False, 4, 0), (False, None, None), (False, None, 2)]
+
+
+@pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
+def test_deterministic_algorithms_are_asked_for(name: str) -> None:
+    kernel, there = made(name)
+    answers(kernel, inputs(9, 9), SQUARE, Scores(0.2))  # conftest turns them on
+    assert there.calls[1][2]["deterministic"] is True
+
+
+def test_the_dense_kernel_refuses_several_segments_by_itself() -> None:
+    kernel = TorchCudnnKernel(AtenCudnn(), ("cpu",))
+    q, k, v, _ = inputs(9, 9)
+    with pytest.raises(PlanError, match=r"takes one segment \[segments=2\]"):
+        kernel.forward(q, k, v, Call(0, 0, INF, 0, (0, 4, 9), (0, 4, 9)), Scores(0.2))
+
+
+def test_cudnns_dense_operator_takes_what_is_given_up_to_its_device() -> None:
+    kernel = TorchCudnnKernel(torch_flash.Aten("_scaled_dot_product_cudnn_attention"), ("cpu",))
+    kernel.capabilities = replace(kernel.capabilities, absent="")
+    q, k, v, dout = inputs(9, 9)
+    with pytest.raises(NotImplementedError, match="CPU"):  # no TypeError of an argument before that
+        kernel.forward(q, k, v, SQUARE, Scores(0.2))
+    lse = torch.zeros(1, 4, 9)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        kernel.backward(dout, Kept(q, k, v, q, lse, lse), SQUARE, Scores(0.2))
+
+
+def test_torchs_flash_operator_takes_what_is_given_up_to_its_device() -> None:
+    kernel = TorchFlashKernel(torch_flash.LIBRARY, ("cpu",))
+    kernel.capabilities = replace(kernel.capabilities, absent="")
+    q, k, v, dout = inputs(9, 9)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        kernel.forward(q, k, v, SQUARE, Scores(0.2))
+    lse = torch.zeros(1, 4, 9)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        kernel.backward(dout, Kept(q, k, v, q, lse, lse), SQUARE, Scores(0.2))
+
+
+def test_a_library_that_is_not_installed_is_named() -> None:
+    assert Library("no-such-kernels", "no_such_kernels.interface", ("f",)).absent == "no-such-kernels (not installed)"
+    assert Library("no-such-kernels", "no_such_kernels", ("f",)).absent == "no-such-kernels (not installed)"
+
+
+def test_a_library_that_is_too_old_is_named_with_both_versions() -> None:
+    assert Library("pytest", "pytest", (), oldest=(99, 1)).absent.startswith("pytest 99.1 or newer (has ")
+
+
+def test_nothing_is_imported_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Library("pytest", "pytest", ("fixture",)).absent == NO_GPU
+
+
+def test_a_library_that_fails_to_import_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_kernels.py").write_text("raise OSError('undefined symbol: _ZN3c10\\nand more')\n")
+    (tmp_path / "bare_kernels.py").write_text("def forward(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    broken = Library("broken-kernels", "broken_kernels", ("forward",))
+    assert broken.absent == "broken-kernels that imports (OSError: undefined symbol: _ZN3c10)"
+    bare = Library("bare-kernels", "bare_kernels", ("forward", "backward"))
+    assert bare.absent == "backward of bare_kernels (bare-kernels of an unknown version)"
+    assert Library("bare-kernels", "bare_kernels", ("forward",)).function("forward")() is None
+
+
+@pytest.mark.parametrize("kernel", [Flash2Kernel(), Flash3Kernel(), Flash4Kernel(), CudnnKernel()], ids=lambda k: k.name)
+def test_a_kernel_whose_library_is_missing_refuses_by_its_name(kernel: Kernel) -> None:
+    q, k, v, _ = inputs(9, 9)
+    with pytest.raises(UnsupportedError, match=f'kernel "{kernel.name}" cannot compute this call: it lacks'):
+        kernel.forward(q, k, v, SQUARE, Scores(0.2))
