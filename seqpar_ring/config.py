@@ -35,9 +35,12 @@ class Settings(BaseModel):
         fabric: links of that hardware, "inner+outer": "nvlink+ndr"; a probe's file holds its own.
         tokens: of the sequence that "auto" is decided for; None: those of the first batch.
         backward: what travels in backward: "kv", "q", or by the bytes of the model's heads ("auto").
+        kv_dtype: what keys and values travel in: theirs ("same"), or one byte a number ("int8"), which is not exact.
+        dkv_dtype: what their gradients travel in: "fp32" (fp64 for fp64), or "bf16", which rounds at each hop.
         balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
         balance_area: the same for attention work.
-        kernel: block attention kernel: "auto" (by capability, with a reason), "cpu" or "reference".
+        kernel: block attention kernel: "auto" (by capability, and on a GPU by a trial and its rate), or its name: "flash3",
+            "flash4", "cudnn", "torch_cudnn", "flash2", "torch_flash", "cpu", "reference", or one that you registered.
         remat: what becomes of attention in a checkpointed layer of a transformers model: its result is kept
             ("attention"), it runs again ("none"), or that is chosen by the length of the documents ("auto").
         offload: whether results that are kept wait in the host's memory instead of the device's.
@@ -59,6 +62,8 @@ class Settings(BaseModel):
     fabric: str | None = None
     tokens: int | None = Field(default=None, ge=1)
     backward: Literal["auto", "kv", "q"] = "auto"
+    kv_dtype: Literal["same", "int8"] = "same"
+    dkv_dtype: Literal["fp32", "bf16"] = "fp32"
     balance_tokens: float = Field(default=1.01, gt=1)
     balance_area: float = Field(default=1.03, gt=1)
     kernel: str = "auto"
@@ -115,6 +120,11 @@ class Settings(BaseModel):
         return self.heads
 
     @property
+    def backward_travels(self) -> str:
+        """What travels in backward: "kv", "q" or "auto". Keys that were coded have to be the ones that travel again."""
+        return "kv" if self.kv_dtype != "same" else self.backward
+
+    @property
     def undecided(self) -> tuple[str, ...]:
         """Names of the settings that are left to the planner."""
         names = [name for name in ("heads", "layout", "schedule") if getattr(self, name) == "auto"]
@@ -131,6 +141,13 @@ class Settings(BaseModel):
                     fix=f"Give {' or '.join(map(str, fitting))}.",
                     **{name: degree, "size": whole},
                 )
+        if self.kv_dtype == "int8" and self.backward == "q":
+            raise ConfigError(
+                f'{where} has "kv_dtype": "int8" and lets queries travel in backward',
+                fix="Leave backward at auto: gradients are those of the coded keys, which only travel with the keys.",
+                kv_dtype=self.kv_dtype,
+                backward=self.backward,
+            )
         if self.schedule == "double_ring" and self.node is None:
             raise ConfigError(
                 f'{where} has the schedule "double_ring" and no "node"',
@@ -173,6 +190,8 @@ def _expected(key: str) -> str:
         "fabric": 'links as a string, e.g. "nvlink+ndr"',
         "node": "a whole number of ranks, at least 1, or none",
         "backward": '"auto", "kv" or "q"',
+        "kv_dtype": '"same" or "int8"',
+        "dkv_dtype": '"fp32" or "bf16"',
         "balance_tokens": "a factor above 1, e.g. 1.01",
         "balance_area": "a factor above 1, e.g. 1.03",
         "block_tokens": 'a whole number of tokens, or "auto"',

@@ -27,7 +27,9 @@ TESTED = {
     "trl": ("1.16", "SFTTrainer"),
     "peft": ("0.21", "LoRA"),
     "megatron-core": ("", "not supported yet"),
-    "flash-attn": ("", "no kernel of it is used yet"),
+    "flash-attn": ("", 'kernel "flash2"; never run by us'),
+    "flash-attn-4": ("", 'kernel "flash4"; never run by us'),
+    "nvidia-cudnn-frontend": ("", 'kernel "cudnn"; never run by us'),
 }
 """Packages, the version each was tested with, and what for."""
 
@@ -93,12 +95,17 @@ def _devices() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     request = Request(device, torch.bfloat16, 128, 128, 32, 8)
-    able = 0
+    able, elsewhere = 0, []
     for kernel in registered():
+        if device not in (kernel.capabilities.devices or (device,)):
+            elsewhere.append(f'"{kernel.name}"')
+            continue
         missing = lacks(kernel.capabilities, request)
         able += not missing
         found = f"lacks {', '.join(missing)}" if missing else f"computes bf16 attention on {device}"
         yield Finding("note" if missing else "ok", f'kernel "{kernel.name}"', found)
+    if elsewhere:
+        yield Finding("note", "other kernels", f"{', '.join(elsewhere)} are not for {device}")
     if not able:
         yield Finding("problem", "kernels", f"none computes bf16 attention on {device}", f"Known: {kernels.names()}.")
 

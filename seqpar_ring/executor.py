@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from seqpar_ring.cargo import Cargo, Fields, add_rows, pick
+from seqpar_ring.cargo import AsTheyAre, Cargo, Coded, Fields, Form, Narrowed, add_rows, pick
 from seqpar_ring.geometry import count
 from seqpar_ring.kernels import Kept, Kernel, Scores
-from seqpar_ring.kernels.merge import merge_
+from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
 from seqpar_ring.plan import Pass, Plan
 from seqpar_ring.schedule import Block, Call, Move, Stage, Work
 from seqpar_ring.transport import Handle, Messenger, Recv, Send
@@ -41,7 +41,8 @@ def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scor
         for call in work.calls:
             rows, cols = slice(call.q0, call.q1), slice(call.k0, call.k1)
             part = kernel.forward(q[:, rows], keys[:, cols], values[:, cols], call, _at(placed, call))
-            partial.merge(call.q0, call.q1, *part)
+            partial.take(Part(call.q0, *part))
+        partial.merge()
 
     _Run(plan, plan.forward_pass, (k, v)).go(compute)
     return partial.result()
@@ -136,13 +137,22 @@ class _Partial:
         self._dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
+        self._waiting: list[Part] = []
 
-    def merge(self, q0: int, q1: int, out: Tensor, lse: Tensor) -> None:
-        if self._out is None and q1 - q0 == self._q.shape[1]:
-            self._out, self._lse = out, lse  # nothing to merge with yet; with W = 1 this is the answer
+    def take(self, part: Part) -> None:
+        """A part of these rows' answer. It is merged at once, or on a GPU with others of the same step."""
+        if self._out is None and part.lse.shape[2] == self._q.shape[1]:
+            _, self._out, self._lse = part  # nothing to merge with yet; with W = 1 this is the answer
             return
-        whole_out, whole_lse = self._accumulators()
-        merge_(whole_out[:, q0:q1], whole_lse[:, :, q0:q1], out, lse)
+        self._waiting.append(part)
+        if len(self._waiting) == at_once(self._accumulators()[0]):
+            self.merge()
+
+    def merge(self) -> None:
+        """Merge what waits."""
+        if self._waiting:
+            merge_parts_(*self._accumulators(), self._waiting)
+            self._waiting = []
 
     def result(self) -> Pair:
         return self._accumulators() if self._out is None or self._lse is None else (self._out, self._lse)
@@ -154,6 +164,8 @@ class _Partial:
             self._lse = self._q.new_full((B, H, S), -torch.inf, dtype=self._dtype)
         elif self._out.dtype is not self._dtype:
             self._out = self._out.to(self._dtype)
+        if self._q.is_cuda:  # as the kernel that merges there reads them
+            self._out, self._lse = self._out.contiguous(), self._lse.contiguous()
         return self._out, self._lse
 
 
@@ -189,13 +201,17 @@ class _Run:
         self._ring: Messenger = plan.documents.ring
         self._recorder = plan.sequence.recorder
         self._label = "forward" if gradient_dtype is None else BACKWARD[what.traffic.travels]
-        self._pass, self._node, self._own, self._cargo = what, plan.fabric.node, own, Cargo(own)
+        self._pass, self._node, self._own = what, plan.fabric.node, own
+        keys_travel, settings = what.traffic.travels == "kv", plan.documents.settings
+        self._out: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else AsTheyAre(Cargo(own))
         self._arrived: dict[Block, Fields] = {}
         self._made: dict[Block, Fields] = {}
         self._under_way: dict[tuple[str, Move], tuple[Handle, Fields]] = {}
         self._gradient_dtype = gradient_dtype
         if gradient_dtype is not None:
             self._returns = Cargo(own[:gradients], gradient_dtype)
+            narrow = keys_travel and settings.dkv_dtype == "bf16"
+            self._back: Form = Narrowed(self._returns, torch.bfloat16) if narrow else AsTheyAre(self._returns)
             self._total = self._returns.zeros(own[0].shape[1])
 
     def go(self, compute: Callable[[Work, Fields], None]) -> None:
@@ -267,7 +283,7 @@ class _Run:
 
     def _fields(self, block: Block) -> Fields:
         if block.owner != self._ring.rank:
-            return self._arrived[block]
+            return self._out.unpacked(self._arrived[block])
         return pick(self._own, block.rows)
 
     def _post(self, kind: str, moves: tuple[Move, ...]) -> None:
@@ -282,8 +298,8 @@ class _Run:
                     messages.append(self._message(kind, move.block))
                     sends += [Send(move.dst, tensor) for tensor in messages[-1]]
                 else:
-                    cargo = self._cargo if kind == "kv" else self._returns
-                    messages.append(cargo.room(count(move.block.rows)))
+                    form = self._out if kind == "kv" else self._back
+                    messages.append(form.room(count(move.block.rows)))
                     recvs += [Recv(move.src, tensor) for tensor in messages[-1]]
             handle = self._ring.exchange(sends, recvs, lane)
             for move, message in zip(together, messages, strict=True):
@@ -301,8 +317,8 @@ class _Run:
 
     def _message(self, kind: str, block: Block) -> Fields:
         if kind == "dkv":
-            return self._made.pop(block)
-        return tuple(x.contiguous() for x in self._fields(block))
+            return self._back.packed(self._made.pop(block))
+        return self._out.packed(pick(self._own, block.rows)) if block.owner == self._ring.rank else self._arrived[block]
 
     def _take_gradient(self, block: Block, landed: Fields) -> None:
         if block.owner == self._ring.rank:

@@ -274,9 +274,10 @@ class Plan:
         """Which side travels in backward for tensors of this kind: by the bytes that each would send. See `freight`."""
         assert request.dtype is not None
         widths = request.heads, request.kv_heads, request.head_dim, request.value_dim
-        row, keys = Row(*widths, request.dtype.itemsize), sum(self.documents.kv_lengths or self.lengths)
+        settings, keys = self.documents.settings, sum(self.documents.kv_lengths or self.lengths)
+        row = Row(*widths, request.dtype.itemsize).sent(settings.kv_dtype, settings.dkv_dtype)
         q, kv = row.both("q"), row.both("kv") * keys / self.tokens
-        asked = self.documents.settings.backward
+        asked = settings.backward_travels
         counted = f"queries {q} bytes a token, keys and values {kv:.0f}"
         if asked != "auto":
             return Reason("backward", TRAVELS[asked], f"asked for; {counted}")

@@ -4,13 +4,32 @@ A pair (out, lse) is an element of a commutative monoid: merging is associative,
 nothing, is its identity. So blocks may land in any order and any grouping. Done in place on the accumulator, in its
 precision (fp32, or fp64), with weights by the sigmoid of the difference of the two lse, which overflows nowhere;
 never `log(1 + exp(x))`, which does from x = 89 on. This is the split-KV combination of Flash-Decoding and of Ring
-Attention (arXiv 2310.01889). It knows nothing of masks or calls.
+Attention (arXiv 2310.01889). It knows nothing of masks or calls. On a GPU several parts are merged in one pass by a kernel of our
+own (`merge_triton`), where triton is there, as it is with torch's builds for CUDA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+AT_ONCE = 4
+"""Parts that one launch of the GPU's kernel merges."""
+
+
+class Part(NamedTuple):
+    """(out_BSHE, lse_BHS) of an accumulator's rows from `q0` on; see `merge_`."""
+
+    q0: int
+    out: Tensor
+    lse: Tensor
 
 
 def merge_(out_BSHE: Tensor, lse_BHS: Tensor, part_out_BSHE: Tensor, part_lse_BHS: Tensor) -> None:
@@ -27,3 +46,30 @@ def merge_(out_BSHE: Tensor, lse_BHS: Tensor, part_out_BSHE: Tensor, part_lse_BH
     weight_BHS = torch.sigmoid(part_lse - lse_BHS).masked_fill_(part_lse == -torch.inf, 0.0)
     out_BSHE.lerp_(part_out, weight_BHS.transpose(1, 2).unsqueeze(-1))
     lse_BHS.copy_(torch.logaddexp(lse_BHS, part_lse))
+
+
+def at_once(out_BSHE: Tensor) -> int:
+    """How many parts are worth waiting for, to merge them into this accumulator in one pass."""
+    return AT_ONCE if out_BSHE.is_cuda and out_BSHE.dtype == torch.float32 and fused() else 1
+
+
+def merge_parts_(out_BSHE: Tensor, lse_BHS: Tensor, parts: Sequence[Part]) -> None:
+    """Merges some parts into an accumulator of all rows, in place; their rows may overlap.
+
+    Args:
+        out_BSHE: the accumulator, fp32 or fp64; contiguous where parts are merged at once.
+        lse_BHS: its log-sum-exp, same dtype; contiguous where parts are merged at once.
+        parts: as `merge_` takes them.
+    """
+    if at_once(out_BSHE) > 1:
+        import_module("seqpar_ring.kernels.merge_triton").merge_parts_(out_BSHE, lse_BHS, parts)
+        return
+    for q0, out, lse in parts:
+        rows = slice(q0, q0 + lse.shape[2])
+        merge_(out_BSHE[:, rows], lse_BHS[:, :, rows], out, lse)
+
+
+@cache
+def fused() -> bool:
+    """Whether parts are merged by our own kernel on a GPU."""
+    return find_spec("triton") is not None

@@ -46,7 +46,7 @@ def overlap(option: Option, workload: Workload, machine: Machine) -> Iterator[st
     exposed = option.step.exposed / attention if attention else 0.0
     far = s.size > machine.node
     link = machine.outer if far else machine.inner
-    row = workload.model.row(workload.itemsize).shared(s.head_degree)
+    row = workload.model.row(workload.itemsize).shared(s.head_degree).sent(s.kv_dtype, s.dkv_dtype)
     # Heads that are shared out leave a rank fewer heads and more tokens: its hop carries those of all who share.
     enough = overlap_tokens(row, machine.device.paces(workload.dtype), link, machine.node, workload.causal)
     have = workload.tokens / ring

@@ -78,7 +78,7 @@ class Ring:
         self, lengths: tuple[int, ...], mask: Mask, settings: Settings, row: Row, priced: tuple[Machine, str]
     ) -> None:
         self.machine, dtype = priced
-        self.settings, self.row = settings, row.shared(settings.head_degree)
+        self.settings, self.row = settings, row.shared(settings.head_degree).sent(settings.kv_dtype, settings.dkv_dtype)
         self._whole, self._tokens = row, sum(lengths)
         self.paces = self.machine.device.paces(dtype)
         side = _side(settings.layout, lengths, settings.size // settings.head_degree, settings)
@@ -89,7 +89,7 @@ class Ring:
     @cached_property
     def travels(self) -> str:
         """What travels in backward: "kv" or "q"."""
-        asked = self.settings.backward
+        asked = self.settings.backward_travels
         return asked if asked != "auto" else self.row.cheaper(self._tokens, self._tokens)
 
     @cached_property
@@ -114,14 +114,14 @@ class Ring:
         home, back = (row.home("q"), row.home("kv")) if travels == "kv" else (row.home("kv"), row.home("q"))
         added = _later(work.home) * home + _joined(flows, seconds.shape) * back
         seconds = seconds + added * TOUCHED / device.bandwidth
-        run = simulate(flows, seconds, (row.out(travels), row.home(travels)), self.place)
+        run = simulate(flows, seconds, (row.out(travels), row.back(travels)), self.place)
         return Pass(flows, work, run, exchanged(BACK, self._whole, self.settings, (self._tokens, self.machine)))
 
     @cached_property
     def sending(self) -> tuple[float, float]:
         """Seconds of both passes that the busiest rank sends, within nodes and between them."""
         travels = self.travels
-        sizes = (self.row.out("kv"), 0), (self.row.out(travels), self.row.home(travels))
+        sizes = (self.row.out("kv"), 0), (self.row.out(travels), self.row.back(travels))
         both = zip((self.forward, self.backward), sizes, strict=True)
         near, far = zip(
             *((one.sending(False, self.place, s), one.sending(True, self.place, s)) for one, s in both), strict=True

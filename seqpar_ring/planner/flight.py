@@ -129,6 +129,8 @@ def in_flight(rows: Rows, row: Row, travels: str, kernel: Kernel) -> float:
     held = held + rows.own * row.home(travels)
     held[1:] += rows.own * row.home(stays)
     held += rows.home * (row.home(stays) + made[stays]) + rows.cargo * made[travels]
+    if row.coded and travels == "kv":
+        held += rows.cargo * row._replace(coded=False).out("kv")  # what is computed with, made of what came
     held[0] += rows.cargo[0] * row.home(travels)  # of later steps the result is among the partial gradients
     delta = 3 * row.wide * row.heads  # delta, a gradient of the log-sum-exp (zeros), and the log-sum-exp without -inf
     before = 3 * row.heads * row.value_dim * 4 if row.itemsize < 4 else 4 * row.heads * row.value_dim
@@ -194,7 +196,7 @@ def held_rows(flows: Flows) -> tuple[Ints, Ints, Ints]:
     world, steps = flows.world, flows.steps + 1
 
     def key(rank: Ints, owner: Ints, piece: Ints) -> Ints:
-        number: Ints = (rank * world + owner) * pieces + np.maximum(piece, 0)
+        number: Ints = (rank * world + owner) * pieces + piece
         return number
 
     last = np.full(world * world * pieces, -1, dtype=np.int64)

@@ -63,8 +63,7 @@ def loads(flows: Flows, sides: Sides, pieces: int) -> Loads:
     order = np.argsort(key, kind="stable")
     mine, key = mine.take(order), key[order]
     size = np.array(cargo.sizes, dtype=np.int64)[uses.owner]
-    part, parts = np.maximum(uses.piece, 0), np.where(uses.piece < 0, 1, pieces)
-    begin, end = size * part // parts, size * (part + 1) // parts
+    begin, end = size * uses.piece // pieces, size * (uses.piece + 1) // pieces
     # Uses are looked at in slices of about AT_ONCE pairs of runs.
     runs_of_rank = int(np.diff(home.bounds).max()) * max(1, int(np.diff(cargo.bounds).max()))
     stride = max(1, AT_ONCE // max(1, runs_of_rank))

@@ -30,7 +30,7 @@ class Granularity(NamedTuple):
             largest: tokens of the largest block.
             world: ranks.
         """
-        if block_tokens is None or largest == 0:
+        if block_tokens is None or largest == 0 or world == 1:
             return Granularity()
         if block_tokens >= largest:
             return Granularity(hops=max(1, min(block_tokens // largest, world - 1)))
@@ -48,23 +48,33 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
     """
     uses: list[Use] = []
     kv: list[Move] = []
-    # The first pieces of all blocks go round before the second ones leave, so no rank holds more than two at a time.
-    round_ = max((visit.step for visit in builder(0, fabric)), default=0)
+    length = round_length(builder, fabric, needs.pieces)
     for owner in range(needs.world):
         path = builder(owner, fabric)
         relayed = any(visit.source != owner for visit in path)
-        if needs.sizes[owner]:
-            uses.append(Use(0, owner, Block(owner, ((0, needs.sizes[owner]),))))
         for p, part in enumerate(needs.parts[owner]):
             if part[0] == part[1]:
                 continue
+            at, early = p * length, int(p > 0)
+            uses.append(Use(at, owner, Block(owner, (part,))))
             sent = _relayed(path, needs, owner, p) if relayed else _direct(path, needs, owner, p)
-            at = p * round_
-            kv += [Move(at + v.post, at + v.step, v.source, v.rank, block) for v, block, _ in sent]
+            kv += [Move(at + v.post - early * (v.post == 0), at + v.step, v.source, v.rank, block) for v, block, _ in sent]
             uses += [Use(at + v.step, v.rank, block) for v, block, used in sent if used]
     uses.sort()
     kv.sort()
     return Traffic(needs.world, 1 + (uses[-1].step if uses else 0), tuple(uses), tuple(kv), (), travels)
+
+
+def round_length(builder: Builder, fabric: Fabric, pieces: int) -> int:
+    """Steps from where one piece of a block sets out to where the next one does.
+
+    The first pieces of all blocks go round before the second ones do, so no rank holds more than two at a time. A rank
+    computes with its own rows in as many pieces, each in a step of its own at the beginning of a round, and what is
+    sent first in a round is posted a step before that: so each piece has two computations to hide under where the last
+    of one round meets the first of the next, and no computation is used up before there is anything to hide.
+    """
+    last = max((visit.step for visit in builder(0, fabric)), default=0)
+    return last + 1 if pieces > 1 else last
 
 
 def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tuple[Traffic, str]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqpar_ring.geometry import Ints, count
+from seqpar_ring.schedule.build import round_length
 from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric
 
@@ -21,7 +22,7 @@ Flags = NDArray[np.bool_]
 
 
 class UseColumns(NamedTuple):
-    """At `step`, `rank` computes with piece `piece` of `owner`; -1 stands for all of one's own rows. See `Use`."""
+    """At `step`, `rank` computes with piece `piece` of `owner`. See `Use`."""
 
     step: Ints
     rank: Ints
@@ -64,7 +65,8 @@ class Flows(NamedTuple):
 def flows(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> Flows:
     """The traffic that `choose` takes: of the schedule of this name, in the variant that sends the fewest rows."""
     every = [_Sent(builder, needs, fabric) for builder in BUILDERS[name].values()]
-    return _flows(min(every, key=lambda one: one.total), needs, travels)
+    best = min(every, key=lambda one: one.total)
+    return _flows(best, needs, round_length(best.builder, fabric, needs.pieces), travels)
 
 
 def return_flows(forward: Flows, node: int) -> Flows:
@@ -110,7 +112,7 @@ class _Blocks:
         self._rows[self.of(forward.kv.owner, forward.kv.piece), forward.kv.dst] = forward.kv.rows
 
     def of(self, owner: Ints, piece: Ints) -> Ints:
-        number: Ints = owner * self._pieces + np.maximum(piece, 0)
+        number: Ints = owner * self._pieces + piece
         return number
 
     def rows(self, owner: Ints, piece: Ints, rank: Ints) -> Ints:
@@ -122,7 +124,8 @@ class _Sent:
     """What one order of visits sends: `there[p]` tells of each owner and visit whether it happens for piece p."""
 
     def __init__(self, builder: Builder, needs: Needs, fabric: Fabric) -> None:
-        self.visits = _, rank, _, source = _visits(builder, fabric)
+        self.builder, self.visits = builder, _visits(builder, fabric)
+        _, rank, _, source = self.visits
         owners = np.arange(needs.world)[:, None]
         relayed = bool((source != owners).any())
         self.rows = [_rows(needs, piece, relayed) for piece in range(needs.pieces)]
@@ -134,19 +137,19 @@ class _Sent:
         self.total = sum(int(r[owners, rank][t].sum()) for r, t in zip(self.rows, self.there, strict=True))
 
 
-def _flows(sent: _Sent, needs: Needs, travels: str) -> Flows:
+def _flows(sent: _Sent, needs: Needs, length: int, travels: str) -> Flows:
     step, rank, post, source = sent.visits
-    own = np.flatnonzero(needs.sizes)
-    uses = [np.stack([np.zeros_like(own), own, own, np.full_like(own, -1)])]
-    moves = [np.zeros((7, 0), dtype=np.int64)]
-    rounds = int(step.max(initial=0))
+    uses, moves = [np.zeros((4, 0), dtype=np.int64)], [np.zeros((7, 0), dtype=np.int64)]
     for piece, (rows, there) in enumerate(zip(sent.rows, sent.there, strict=True)):
+        at = piece * length
+        own = np.flatnonzero([part[piece][0] < part[piece][1] for part in needs.parts])
+        uses.append(np.stack([np.full_like(own, at), own, own, np.full_like(own, piece)]))
         o, v = np.nonzero(there)
         to, which = rank[o, v], np.full_like(o, piece)
         computes = needs.wanted[to, o, piece]
-        due = piece * rounds + step[o, v]
+        due, posted = at + step[o, v], at + post[o, v] - ((post[o, v] == 0) & (piece > 0))
         uses.append(np.stack([due, to, o, which])[:, computes])
-        moves.append(np.stack([piece * rounds + post[o, v], due, source[o, v], to, o, which, rows[o, to]]))
+        moves.append(np.stack([posted, due, source[o, v], to, o, which, rows[o, to]]))
     every = np.concatenate(uses, axis=1)
     found = UseColumns(*every[:, np.lexsort(every[::-1])])
     kv = _sorted(MoveColumns(*np.concatenate(moves, axis=1)))

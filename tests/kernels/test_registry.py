@@ -23,9 +23,13 @@ from seqpar_ring.kernels import (
     lacks,
     names,
     register,
+    registry,
     select,
     unregister,
 )
+from seqpar_ring.kernels.gapless import Gapless
+from seqpar_ring.kernels.squares import Squares
+from seqpar_ring.kernels.trial import Entry
 from seqpar_ring.schedule import Call
 
 
@@ -52,12 +56,32 @@ def registered(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     unregister(kernel.name)
 
 
+GPU = ("flash3", "flash4", "cudnn", "torch_cudnn", "flash2", "torch_flash")
+"""What is made for GPUs, in the order of preference."""
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Entry]]:
+    """A machine with a GPU and two kernels for it, whose trials find what the test writes here."""
+    found: dict[str, Entry] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(registry, "tried", lambda kernel, request: found[kernel.name])
+    monkeypatch.setattr(registry, "_KERNELS", {})
+    for name, priority in (("quick", 300), ("slow", 200)):
+        kernel = Mine(devices=("cuda",), priority=priority)
+        kernel.name, kernel.capabilities = name, replace(kernel.capabilities, dtypes=(torch.bfloat16,))
+        register(kernel)
+    register(CpuKernel())
+    register(ReferenceKernel())
+    yield found
+
+
 def request(**changes: Any) -> Request:
     return Request("cpu", torch.float32, 64, 64, 8, 2)._replace(**changes)
 
 
 def test_the_built_in_kernels_are_there_in_the_order_auto_prefers_them() -> None:
-    assert names() == ("cpu", "reference")
+    assert names() == (*GPU, "cpu", "reference")
     assert isinstance(select(request()).kernel, Kernel)
 
 
@@ -71,17 +95,105 @@ def test_auto_takes_the_cpu_kernel_on_a_cpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"device": "cuda:1"}, '"reference": "cpu" lacks device cuda (has cpu)'),
         ({"softcap": True}, '"reference": "cpu" lacks softcap'),
         ({"alibi": True}, '"reference": "cpu" lacks ALiBi'),
     ],
-    ids=["cuda", "softcap", "ALiBi"],
+    ids=["softcap", "ALiBi"],
 )
 def test_auto_falls_back_to_the_reference_and_says_what_the_cpu_kernel_lacks(
     changes: dict[str, Any], reason: str
 ) -> None:
     choice = select(request(**changes))
     assert (choice.kernel.name, choice.reason) == ("reference", reason)
+
+
+def test_on_a_gpu_that_is_not_there_each_kernel_made_for_it_says_what_it_lacks() -> None:
+    kernel, reason = select(request(device="cuda:1", dtype=torch.bfloat16))
+    assert kernel.name == "reference"
+    assert [part.split(" lacks ")[0] for part in reason.removeprefix('"reference": ').split("; ")] == [
+        f'"{name}"' for name in GPU
+    ]
+    assert '"torch_flash" lacks a GPU with CUDA' in reason
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen", "reason"),
+    [
+        (
+            {"quick": Entry("", "", 600e12), "slow": Entry("", "", 350e12)},
+            "quick",
+            '"quick": 600 TFLOP/s here, "slow" 350',
+        ),
+        (
+            {"quick": Entry("", "", 345e12), "slow": Entry("", "", 350e12)},
+            "quick",
+            '"quick": 345 TFLOP/s here, "slow" 350',
+        ),
+        (
+            {"quick": Entry("", "", 300e12), "slow": Entry("", "", 350e12)},
+            "slow",
+            '"slow": 350 TFLOP/s here, "quick" 300',
+        ),
+        (
+            {"quick": Entry("right answers here (dq is off by 0.5)", "", 0.0), "slow": Entry("", "", 350e12)},
+            "slow",
+            '"slow": 350 TFLOP/s here; "quick" lacks right answers here (dq is off by 0.5)',
+        ),
+        (
+            {"quick": Entry("a working call", "", 0.0), "slow": Entry("right answers here", "", 0.0)},
+            "reference",
+            '"reference": "quick" lacks a working call; "slow" lacks right answers here',
+        ),
+    ],
+    ids=["the fastest", "nearly as fast", "faster than the preferred", "one errs", "all err"],
+)
+def test_on_a_gpu_the_fastest_of_those_that_pass_a_trial_is_taken(
+    found: dict[str, Entry], chosen: str, reason: str, on_gpu: dict[str, Entry]
+) -> None:
+    on_gpu.update(found)
+    kernel, why = select(request(device="cuda", dtype=torch.bfloat16))
+    assert kernel.name == chosen
+    assert why == reason
+
+
+def test_a_kernel_that_errs_in_empty_segments_gets_calls_without_them(on_gpu: dict[str, Entry]) -> None:
+    gaps = "right answers here (out of empty segments is off by nan)"
+    on_gpu.update({"quick": Entry("", gaps, 9e12), "slow": Entry("", "", 1e12)})
+    kernel, why = select(request(device="cuda", dtype=torch.bfloat16))
+    assert isinstance(kernel, Gapless)
+    assert f"rows are gathered, as it lacks {gaps}" in why
+
+
+def test_a_kernel_that_is_asked_for_by_name_and_errs_is_refused(on_gpu: dict[str, Entry]) -> None:
+    on_gpu.update({"quick": Entry("right answers here (dq is off by 0.5)", "", 0.0), "slow": Entry("", "", 1e12)})
+    with pytest.raises(UnsupportedError, match=r'"quick" lacks right answers here .* Use kernel "slow" or "reference"'):
+        select(request(device="cuda", dtype=torch.bfloat16), "quick")
+
+
+def test_kernels_that_need_squares_get_calls_that_are_cut() -> None:
+    square = Mine(square=True, priority=500)
+    register(square)
+    try:
+        kernel, why = select(request())
+    finally:
+        unregister(square.name)
+    assert isinstance(kernel, Squares)
+    assert why == '"mine": preferred of all that can; calls are cut into full and square causal blocks'
+
+
+def test_a_dense_kernel_is_not_chosen_for_several_documents() -> None:
+    can = Capabilities(dtypes=(torch.float32,), varlen=False)
+    assert lacks(can, request(documents=1)) == ()
+    assert lacks(can, request(documents=3)) == ("several documents in a call (3)",)
+
+
+def test_a_gpu_of_another_architecture_and_widths_beyond_the_limit_are_lacks() -> None:
+    can = Capabilities(dtypes=(torch.float32,), architectures=(9, 10), max_head_dim=128, more_widths=((192, 128),))
+    assert lacks(can, request(architecture=9)) == ()
+    assert lacks(can, request(architecture=8)) == ("GPUs of compute capability 8.x (has 9, 10)",)
+    can = replace(can, unequal_value_dim=True)
+    assert lacks(can, request(head_dim=192, value_dim=128)) == ()
+    assert lacks(can, request(head_dim=192, value_dim=192)) == ("head width 192 (up to 128)",)
 
 
 def test_a_named_kernel_is_taken_though_auto_would_prefer_another() -> None:
@@ -117,7 +229,7 @@ def test_heads_that_do_not_divide_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("registered", [{"softcap": True}], indirect=True)
 def test_a_users_kernel_comes_before_the_reference_and_after_the_cpu_kernel(registered: Kernel) -> None:
-    assert names() == ("cpu", "mine", "reference")
+    assert names() == (*GPU, "cpu", "mine", "reference")
     assert select(request()).kernel.name == "cpu"
     assert select(request(softcap=True)).kernel is registered
     assert select(request(), "mine").kernel is registered
@@ -134,7 +246,7 @@ def test_a_users_kernel_with_a_higher_priority_is_preferred_where_it_can(registe
 def test_a_name_can_be_taken_once(registered: Kernel) -> None:
     with pytest.raises(ConfigError, match="registered already"):
         register(registered)
-    assert names() == ("cpu", "mine", "reference")
+    assert names() == (*GPU, "cpu", "mine", "reference")
 
 
 def test_auto_is_not_a_name_for_a_kernel() -> None:

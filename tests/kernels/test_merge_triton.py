@@ -1,0 +1,52 @@
+"""The GPU's merge, run by Triton's interpreter on the CPU, against the plain one, in a process of its own.
+
+Whether Triton interprets is decided when a kernel is defined; the process keeps that from other tests.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqpar_ring.kernels import merge
+from seqpar_ring.kernels.merge import Part, merge_
+
+CASES = Path(__file__).with_name("merge_cases.py")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is made for Linux only, and is not installed here")
+def test_the_kernel_merges_as_the_plain_merge_does_and_seeded_faults_show() -> None:
+    done = subprocess.run(
+        [sys.executable, str(CASES)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all right" in done.stdout
+
+
+def test_on_a_cpu_parts_are_merged_one_by_one_and_none_waits() -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def some(rows: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(2, rows, 3, 5, generator=generator), torch.randn(2, 3, rows, generator=generator)
+
+    (out, lse), parts = some(9), [Part(2, *some(4)), Part(0, *some(9)), Part(8, *some(1))]
+    want_out, want_lse = out.clone(), lse.clone()
+    for q0, part_out, part_lse in parts:
+        rows = slice(q0, q0 + part_lse.shape[2])
+        merge_(want_out[:, rows], want_lse[:, :, rows], part_out, part_lse)
+    assert merge.at_once(out) == 1
+    merge.merge_parts_(out, lse, parts)
+    assert torch.equal(out, want_out)
+    assert torch.equal(lse, want_lse)

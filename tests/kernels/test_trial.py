@@ -1,0 +1,122 @@
+"""Trials before a kernel is chosen: what is right passes, each kind of error is found and named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from stand_ins import AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4
+from torch import Tensor
+
+from seqpar_ring.geometry import INF
+from seqpar_ring.kernels import (
+    CpuKernel,
+    CudnnKernel,
+    Flash2Kernel,
+    Flash3Kernel,
+    Flash4Kernel,
+    Kept,
+    Kernel,
+    ReferenceKernel,
+    Request,
+    Scores,
+    TorchFlashKernel,
+)
+from seqpar_ring.kernels.trial import calls_for, gaps_for, rate, seconds, tried, wrong
+from seqpar_ring.schedule import Call
+
+REQUEST = Request("cpu", torch.bfloat16, 16, 16, 4, 2, window=True)
+RIGHT: tuple[Kernel, ...] = (
+    CpuKernel(),
+    ReferenceKernel(),
+    Flash2Kernel(FlashAttn2(), ("cpu",)),
+    Flash3Kernel(FlashAttn3(), ("cpu",)),
+    Flash4Kernel(FlashAttn4(), ("cpu",)),
+    TorchFlashKernel(AtenFlash(), ("cpu",)),
+    CudnnKernel(CudnnFrontend(), ("cpu",)),
+)
+
+
+class Wrong:
+    """A kernel with an error that somebody once made."""
+
+    name = "wrong"
+    capabilities = replace(ReferenceKernel.capabilities, priority=0)
+
+    def __init__(self, error: str, **can: Any) -> None:
+        self.error, self.capabilities = error, replace(self.capabilities, **can)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scores: Scores) -> tuple[Tensor, Tensor]:
+        if self.error == "raises":
+            raise RuntimeError("no kernel image is available for execution on the device\nand more")
+        if self.error == "top left" and call.right < INF:
+            call = call._replace(right=call.right + call.cu_q[1] - call.cu_k[1] if len(call.cu_q) == 2 else call.right)
+            call = call._replace(right=max(call.right, 0))
+        if self.error == "no window":
+            call = call._replace(left=INF)
+        out, lse = ReferenceKernel().forward(q, k, v, call, scores)
+        if self.error == "inf":
+            lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        if self.error == "lse in log2":
+            lse = lse * 1.4427
+        return out, lse
+
+    def backward(self, dout: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        if self.error == "lse of the block":
+            kept = kept._replace(lse=kept.lse + 0.2)
+        dq, dk, dv = ReferenceKernel().backward(dout, kept, call, scores)
+        return dq, torch.zeros_like(dk) if self.error == "no dk" else dk, dv
+
+
+@pytest.mark.parametrize("kernel", RIGHT, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
+def test_kernels_that_are_right_pass(kernel: Kernel, softcap: bool) -> None:
+    request = REQUEST._replace(softcap=softcap and kernel.capabilities.softcap)
+    assert wrong(kernel, request, calls_for(request, kernel)) == ""
+    assert wrong(kernel, request, gaps_for(kernel)) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("raises", "a working call of a full block (RuntimeError: no kernel image is available for execution on the de"),
+        ("top left", "right answers here (out of a diagonal with more keys is off by "),
+        ("no window", "right answers here (out of a window is off by "),
+        ("lse in log2", "right answers here (lse of a full block is off by "),
+        ("lse of the block", "right answers here (dq of a full block is off by "),
+        ("no dk", "right answers here (dk of a full block is off by "),
+    ],
+)
+def test_an_error_is_found_and_named(error: str, words: str) -> None:
+    kernel = Wrong(error)
+    assert wrong(kernel, REQUEST, calls_for(REQUEST, kernel)).startswith(words)
+
+
+def test_a_wrong_sign_of_infinity_shows_in_empty_segments_only() -> None:
+    kernel = Wrong("inf")
+    assert wrong(kernel, REQUEST, calls_for(REQUEST, kernel)) == ""
+    assert wrong(kernel, REQUEST, gaps_for(kernel)) == "right answers here (lse of empty segments is off by nan)"
+
+
+def test_only_what_is_declared_is_tried() -> None:
+    square = Wrong("", square=True, varlen=False, window=False)
+    assert list(calls_for(REQUEST, square)) == ["a full block", "a causal square"]
+    assert gaps_for(square) == {}
+    assert len(calls_for(REQUEST, Wrong(""))) == 7
+
+
+def test_a_trial_is_made_once_for_a_kind_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Wrong("no dk")
+    first = tried(kernel, REQUEST)
+    assert first.rate == 0.0
+    assert tried(kernel, REQUEST) is first
+
+
+def test_a_rate_counts_the_unmasked_pairs_of_forward_and_backward() -> None:
+    flop = 3.5 * 4 * 16 * 4 * (4096 * 4097 / 2)
+    assert rate(ReferenceKernel(), REQUEST, lambda work, device: 2.0) == pytest.approx(flop / 2)
+    runs: list[int] = []
+    assert seconds(lambda: runs.append(1), "cpu", repeats=2) >= 0.0
+    assert len(runs) == 3
