@@ -95,7 +95,7 @@ def test_coded_keys_give_the_attention_of_coded_keys_exactly(
     lengths = [23, 1, 40]
     q, k, v, dout = (some(1, 64, h, 8, seed=s) for s, h in enumerate((4, 2, 2, 4)))
     how: dict[str, Any] = {"schedule": schedule, "block_tokens": block_tokens, "node": 2 if world == 4 else world}
-    got = run_lockstep(on_rank, world, lengths, [q, k, v, dout], kv_dtype="int8", **how)[0]
+    got = run_lockstep(lambda sp: on_rank(sp, lengths, [q, k, v, dout]), world, kv_dtype="int8", **how)[0]
 
     def owners(sp: SequenceParallel) -> Tensor:
         plan = sp.plan(lengths)

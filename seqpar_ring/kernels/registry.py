@@ -16,7 +16,7 @@ from seqpar_ring.errors import ConfigError, UnsupportedError, did_you_mean
 from seqpar_ring.kernels.base import Kernel, Request, lacks
 from seqpar_ring.kernels.gapless import Gapless
 from seqpar_ring.kernels.squares import Squares
-from seqpar_ring.kernels.trial import tried
+from seqpar_ring.kernels.trial import Entry, tried
 
 AUTO = "auto"
 """The name that lets `select` choose."""
@@ -24,8 +24,8 @@ AUTO = "auto"
 NEAR = 0.97
 """A kernel stays the preferred one if it is as fast as this share of the fastest, for timings are noisy."""
 
-SLOWEST = 0
-"""Priority below which a kernel is a fallback, which is not timed against the others."""
+FALLBACK = 0
+"""Priority below which a kernel is a fallback, which is neither tried nor timed."""
 
 _KERNELS: dict[str, Kernel] = {}
 
@@ -80,16 +80,16 @@ def select(request: Request, name: str = AUTO) -> Choice:
     able = [kernel for kernel in _preferred() if not missing[kernel.name]]
     if name != AUTO:
         kernel = _named(name)
-        missing[name] += _erring(kernel, request) if not missing[name] else ()
+        missing[name] += () if missing[name] else _erring(kernel, request)
         if missing[name]:
             raise _cannot(name, missing[name], [other for other in able if other is not kernel])
         return _fitted(kernel, request, f'"{name}": asked for by name')
     rates: dict[str, float] = {}
-    if _on_gpu(request):
-        for kernel in [kernel for kernel in able if kernel.capabilities.priority >= SLOWEST]:
-            missing[kernel.name] += _erring(kernel, request)
-            rates[kernel.name] = tried(kernel, _kind(request)).rate
-        able = [kernel for kernel in able if not missing[kernel.name]]
+    for kernel in able:
+        missing[kernel.name] += _erring(kernel, request)
+        if (found := _tried(kernel, request)) is not None:
+            rates[kernel.name] = found.rate
+    able = [kernel for kernel in able if not missing[kernel.name]]
     if not able:
         each = "; ".join(f"{kernel} lacks {', '.join(words)}" for kernel, words in missing.items())
         raise UnsupportedError(
@@ -109,19 +109,17 @@ def _elsewhere(kernel: Kernel, request: Request) -> bool:
     return devices is not None and request.device.split(":")[0] not in devices
 
 
-def _on_gpu(request: Request) -> bool:
-    return request.device.startswith("cuda") and torch.cuda.is_available()
-
-
-def _kind(request: Request) -> Request:
-    """What a trial depends on: not on how many documents there are."""
-    return request._replace(documents=1)
+def _tried(kernel: Kernel, request: Request) -> Entry | None:
+    """What a trial on the GPU found; None where there is none, and for kernels that are fallbacks."""
+    if not request.device.startswith("cuda") or not torch.cuda.is_available() or kernel.capabilities.priority < FALLBACK:
+        return None
+    return tried(kernel, request._replace(documents=1))
 
 
 def _erring(kernel: Kernel, request: Request) -> tuple[str, ...]:
     """What a trial on the GPU says the kernel lacks, its declaration notwithstanding; nothing elsewhere."""
-    found = tried(kernel, _kind(request)).wrong if _on_gpu(request) else ""
-    return (found,) if found else ()
+    found = _tried(kernel, request)
+    return (found.wrong,) if found is not None and found.wrong else ()
 
 
 def _fitted(kernel: Kernel, request: Request, reason: str) -> Choice:
@@ -131,9 +129,9 @@ def _fitted(kernel: Kernel, request: Request, reason: str) -> Choice:
         return Choice(Squares(kernel), f"{reason}; calls are cut into full and square causal blocks")
     if not can.empty_segments:
         return Choice(Gapless(kernel), f"{reason}; rows are gathered, as it takes no empty segments")
-    gaps = tried(kernel, _kind(request)).gaps if _on_gpu(request) else ""
-    if gaps:
-        return Choice(Gapless(kernel), f"{reason}; rows are gathered, as it lacks {gaps}")
+    found = _tried(kernel, request)
+    if found is not None and found.gaps:
+        return Choice(Gapless(kernel), f"{reason}; rows are gathered, as it lacks {found.gaps}")
     return Choice(kernel, reason)
 
 

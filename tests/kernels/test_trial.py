@@ -51,9 +51,8 @@ class Wrong:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scores: Scores) -> tuple[Tensor, Tensor]:
         if self.error == "raises":
             raise RuntimeError("no kernel image is available for execution on the device\nand more")
-        if self.error == "top left" and call.right < INF:
-            call = call._replace(right=call.right + call.cu_q[1] - call.cu_k[1] if len(call.cu_q) == 2 else call.right)
-            call = call._replace(right=max(call.right, 0))
+        if self.error == "top left" and call.right < INF and len(call.cu_q) == 2:
+            call = call._replace(right=call.right - (call.cu_k[1] - call.cu_q[1]))
         if self.error == "no window":
             call = call._replace(left=INF)
         out, lse = ReferenceKernel().forward(q, k, v, call, scores)
