@@ -55,7 +55,7 @@ def of_traffic(traffic: Traffic, needs: Needs) -> Told:
         return next(p for p, (a, b) in enumerate(needs.parts[owner]) if a <= first < b)
 
     uses = [
-        (step, rank, block.owner, -1 if rank == block.owner else piece(block.owner, block.rows[0][0]))
+        (step, rank, block.owner, piece(block.owner, block.rows[0][0]))
         for step, rank, block in traffic.uses
     ]
     kv, dkv = (
