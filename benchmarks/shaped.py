@@ -55,6 +55,9 @@ class Setting(NamedTuple):
     block_tokens: int = 0
     heads_degree: int = 1
     rate_bytes_per_s: float = 0.0
+    kv_dtype: str = "same"
+    dkv_dtype: str = "fp32"
+    cut: str = "even"
 
     @property
     def node(self) -> int | None:
@@ -72,6 +75,9 @@ class Setting(NamedTuple):
                 "block_tokens": self.block_tokens or "auto",
                 "heads": self.heads_degree,
                 "node": self.node,
+                "kv_dtype": self.kv_dtype,
+                "dkv_dtype": self.dkv_dtype,
+                "cut": self.cut,
             }
         )
 

@@ -31,6 +31,8 @@ class Settings(BaseModel):
         node: ranks of a sequence group that share a node; "double_ring" needs it; None: all of them.
         block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"; where `hardware` is
             given, the planner decides), pieces of it (a smaller number), or several blocks at once (a larger one).
+        cut: how pieces are cut: "even" (equal work on all ranks at each step) or "halves" (in a causal zigzag a ring sends up
+            to a quarter less, and ranks wait more).
         hardware: what the planner decides for: a preset ("h100"), or a file that `seqpar-ring probe` wrote.
         fabric: links of that hardware, "inner+outer": "nvlink+ndr"; a probe's file holds its own.
         tokens: of the sequence that "auto" is decided for; None: those of the first batch.
@@ -58,6 +60,7 @@ class Settings(BaseModel):
     heads: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     node: int | None = Field(default=None, ge=1)
     block_tokens: int | Literal["auto"] = "auto"
+    cut: Literal["even", "halves"] = "even"
     hardware: str | None = None
     fabric: str | None = None
     tokens: int | None = Field(default=None, ge=1)
@@ -190,6 +193,7 @@ def _expected(key: str) -> str:
         "fabric": 'links as a string, e.g. "nvlink+ndr"',
         "node": "a whole number of ranks, at least 1, or none",
         "backward": '"auto", "kv" or "q"',
+        "cut": '"even" or "halves"',
         "kv_dtype": '"same" or "int8"',
         "dkv_dtype": '"fp32" or "bf16"',
         "balance_tokens": "a factor above 1, e.g. 1.01",

@@ -106,17 +106,17 @@ def _smaller(way: Settings, size: int) -> Settings:
 
 def _way(s: Settings) -> Settings:
     """The settings on which a schedule depends, all others as they are by default, so that it is looked at once."""
-    names = s.layout, s.schedule, s.head_degree, s.node
+    names = s.layout, s.schedule, s.cut, s.head_degree, s.node
     return _way_of(s.size, names, s.block_tokens, (s.balance_tokens, s.balance_area))
 
 
 @lru_cache(maxsize=1024)
 def _way_of(
-    size: int, names: tuple[str, str, int, int | None], block: int | str, balance: tuple[float, float]
+    size: int, names: tuple[str, str, str, int, int | None], block: int | str, balance: tuple[float, float]
 ) -> Settings:
-    layout, schedule, heads, node = names
-    ways = {"size": size, "layout": layout, "schedule": schedule, "heads": heads, "node": node, "block_tokens": block}
-    return Settings.parse({**ways, "balance_tokens": balance[0], "balance_area": balance[1]})
+    layout, schedule, cut, heads, node = names
+    ways = {"size": size, "layout": layout, "schedule": schedule, "cut": cut, "heads": heads, "node": node}
+    return Settings.parse({**ways, "block_tokens": block, "balance_tokens": balance[0], "balance_area": balance[1]})
 
 
 def in_flight(rows: Rows, row: Row, travels: str, kernel: Kernel) -> float:
@@ -163,7 +163,7 @@ def rows_of(lengths: tuple[int, ...], mask: Mask, settings: Settings, travels: s
     if len(lengths) == 1 and lengths[0] > canonical and block == "auto" and (mask.window, mask.chunk) == (None, None):
         lengths, stretch = (canonical,), lengths[0] / canonical
     balance = Balance(settings.balance_tokens, settings.balance_area)
-    found = _rows(lengths, mask, way, (block, travels), balance)
+    found = _rows(lengths, mask, way, (block, settings.cut, travels), balance)
     return found if stretch == 1.0 else Rows(*(column * stretch for column in found))
 
 
@@ -172,17 +172,17 @@ def _rows(
     lengths: tuple[int, ...],
     mask: Mask,
     way: tuple[str, str, int, int, int],
-    how: tuple[int | str, str],
+    how: tuple[int | str, str, str],
     balance: Balance,
 ) -> Rows:
-    (layout, schedule, ring, heads, node), (block, travels) = way, how
+    (layout, schedule, ring, heads, node), (block, cut, travels) = way, how
     side = layouts.make(layout, lengths, ring, balance)
     sides = Sides(side, side, mask.regions(lengths))
-    names = {"size": ring * heads, "heads": heads, "schedule": schedule, "node": node, "block_tokens": block}
-    route = Route.of(Settings.parse(names), sides)
+    names = {"size": ring * heads, "heads": heads, "schedule": schedule, "node": node}
+    route = Route.of(Settings.parse({**names, "block_tokens": block, "cut": cut}), sides)
     flows = route.flows(backward=True, travels=travels)
     received, made, got = held_rows(flows)
-    work = loads(flows, sides, route.granularity.pieces)
+    work = loads(flows, sides, route.pieces)
     home, cargo = (np.zeros(received.shape) for _ in range(2))
     home[: len(work.home)], cargo[: len(work.cargo)] = work.home, work.cargo
     return Rows(received.astype(float), (made + got).astype(float), home, cargo, np.array(side.sizes, dtype=float))

@@ -26,6 +26,7 @@ from seqpar_ring.geometry import (
 )
 from seqpar_ring.layout import Layout, cut
 from seqpar_ring.schedule import Flows, Sides
+from seqpar_ring.schedule.pieces import Pieces
 
 Floats = NDArray[np.float64]
 
@@ -49,8 +50,8 @@ class Loads(NamedTuple):
     calls: Floats
 
 
-def loads(flows: Flows, sides: Sides, pieces: int) -> Loads:
-    """The work of a traffic whose blocks travel in so many pieces."""
+def loads(flows: Flows, sides: Sides, pieces: Pieces) -> Loads:
+    """The work of a traffic whose blocks are cut like this."""
     queries_travel = flows.travels == "q"
     home, cargo = (sides.k, sides.q) if queries_travel else (sides.q, sides.k)
     steps, uses = flows.steps + 1, flows.uses
@@ -62,21 +63,31 @@ def loads(flows: Flows, sides: Sides, pieces: int) -> Loads:
     key = rank * len(sides.regions) + mine.doc
     order = np.argsort(key, kind="stable")
     mine, key = mine.take(order), key[order]
-    size = np.array(cargo.sizes, dtype=np.int64)[uses.owner]
-    begin, end = size * uses.piece // pieces, size * (uses.piece + 1) // pieces
+    which, rows = _ranges(uses.owner * pieces.number + uses.piece, pieces.columns(cargo.sizes), pieces.number)
     # Uses are looked at in slices of about AT_ONCE pairs of runs.
     runs_of_rank = int(np.diff(home.bounds).max()) * max(1, int(np.diff(cargo.bounds).max()))
     stride = max(1, AT_ONCE // max(1, runs_of_rank))
     first = np.full(found.home.shape, np.inf)
     seen = _Seen(mine, key, cargo, sides.regions, queries_travel, first)
-    for a in range(0, len(uses.step), stride):
-        some = slice(a, a + stride)
-        seen.add(found, uses.step[some], uses.rank[some], (uses.owner[some], begin[some], end[some]))
+    for a in range(0, len(which), stride):
+        use, some = which[a : a + stride], slice(a, a + stride)
+        seen.add(found, uses.step[use], uses.rank[use], (uses.owner[use], rows[0][some], rows[1][some]))
     found.home[...] -= np.where(found.home > 0, first, 0)
     if not sides.regions.lower_edge:
         # Without windows the tiles of a step are one call, or a few for blocks that arrive together; priced as one.
         found.calls[...] = found.pairs > 0
     return found
+
+
+def _ranges(block: Ints, columns: tuple[Ints, Ints, Ints, Ints], pieces: int) -> tuple[Ints, tuple[Ints, Ints]]:
+    """For each range of rows of each use's block: which use, and its first and end row."""
+    owner, piece, begin, end = columns
+    key = owner * pieces + piece  # ascending
+    first = np.searchsorted(key, block, "left")
+    counts = np.searchsorted(key, block, "right") - first
+    which = np.repeat(np.arange(len(block)), counts)
+    at = np.repeat(first, counts) + ramp(counts)
+    return which, (begin[at], end[at])
 
 
 class _Seen(NamedTuple):

@@ -6,6 +6,7 @@ from seqpar_ring.schedule.check import check
 from seqpar_ring.schedule.flows import Flows, MoveColumns, UseColumns, flows, return_flows
 from seqpar_ring.schedule.freight import Row
 from seqpar_ring.schedule.needs import Needs
+from seqpar_ring.schedule.pieces import CUTS, Pieces
 from seqpar_ring.schedule.program import Stage, lives, peak, program
 from seqpar_ring.schedule.route import Route
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
@@ -15,6 +16,7 @@ from seqpar_ring.schedule.work import Sides, Work, view_runs, work
 
 __all__ = [
     "BUILDERS",
+    "CUTS",
     "Block",
     "Builder",
     "Call",
@@ -24,6 +26,7 @@ __all__ = [
     "Move",
     "MoveColumns",
     "Needs",
+    "Pieces",
     "Route",
     "Row",
     "Sides",

@@ -53,10 +53,10 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
         path = builder(owner, fabric)
         relayed = any(visit.source != owner for visit in path)
         for p, part in enumerate(needs.parts[owner]):
-            if part[0] == part[1]:
+            if not part:
                 continue
             at, early = p * length, int(p > 0)
-            uses.append(Use(at, owner, Block(owner, (part,))))
+            uses.append(Use(at, owner, Block(owner, part)))
             sent = _relayed(path, needs, owner, p) if relayed else _direct(path, needs, owner, p)
             kv += [Move(at + v.post - early * (v.post == 0), at + v.step, v.source, v.rank, block) for v, block, _ in sent]
             uses += [Use(at + v.step, v.rank, block) for v, block, used in sent if used]

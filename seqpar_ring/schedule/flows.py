@@ -142,7 +142,7 @@ def _flows(sent: _Sent, needs: Needs, length: int, travels: str) -> Flows:
     uses, moves = [np.zeros((4, 0), dtype=np.int64)], [np.zeros((7, 0), dtype=np.int64)]
     for piece, (rows, there) in enumerate(zip(sent.rows, sent.there, strict=True)):
         at = piece * length
-        own = np.flatnonzero([part[piece][0] < part[piece][1] for part in needs.parts])
+        own = np.flatnonzero([bool(part[piece]) for part in needs.parts])
         uses.append(np.stack([np.full_like(own, at), own, own, np.full_like(own, piece)]))
         o, v = np.nonzero(there)
         to, which = rank[o, v], np.full_like(o, piece)

@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 
 from seqpar_ring.geometry import Ints, Regions, Rows, RunColumns, ramp, restrict, tiles_between
 from seqpar_ring.layout import Layout, cut
+from seqpar_ring.schedule.pieces import Pieces
 
 ABSENT = 1 << 62
 """Beyond every position, and far enough beyond INF that adding one to the other stays beyond."""
+
+WHOLE = Pieces()
+"""Blocks that travel in one."""
 
 AT_ONCE = 1 << 20
 """Pairs of runs that are looked at together: bounds the memory of planning."""
@@ -31,18 +35,18 @@ class Needs:
         home: where the stationary side lies (queries, in forward).
         cargo: where the travelling side lies (keys and values, in forward).
         regions: the mask, with the stationary side as its queries.
-        pieces: into how many pieces each rank's rows are cut; they travel on their own.
+        pieces: how each rank's rows are cut into what travels on its own.
     """
 
-    def __init__(self, home: Layout, cargo: Layout, regions: Regions, pieces: int = 1) -> None:
-        self.world, self.pieces, self.sizes = len(cargo), pieces, cargo.sizes
+    def __init__(self, home: Layout, cargo: Layout, regions: Regions, pieces: Pieces = WHOLE) -> None:
+        self.world, self.pieces, self.sizes = len(cargo), pieces.number, cargo.sizes
         self._regions = regions
-        self.parts = [[(n * p // pieces, n * (p + 1) // pieces) for p in range(pieces)] for n in self.sizes]
-        begin, end = (np.array([part[i] for of_rank in self.parts for part in of_rank]) for i in (0, 1))
+        self.parts = [pieces.of(n) for n in self.sizes]
+        owner, piece, begin, end = pieces.columns(self.sizes)
         shared = _shared(home, cargo)
         mine, self._rank = _of_shared(home.runs, home.rank, shared)
-        theirs, which = cut(cargo, np.repeat(np.arange(self.world), pieces), begin, end)
-        theirs, self._piece = _of_shared(theirs, which, shared)
+        theirs, which = cut(cargo, owner, begin, end)
+        theirs, self._piece = _of_shared(theirs, (owner * self.pieces + piece)[which], shared)
         self._home, source = restrict(mine, regions, keys=False)
         self._rank = self._rank[source]
         self._cargo, source = restrict(theirs, regions, keys=True)

@@ -12,6 +12,7 @@ from seqpar_ring.config import Settings
 from seqpar_ring.schedule.build import Granularity, choose
 from seqpar_ring.schedule.flows import Flows, flows, return_flows
 from seqpar_ring.schedule.needs import Needs
+from seqpar_ring.schedule.pieces import Pieces
 from seqpar_ring.schedule.traffic import Traffic
 from seqpar_ring.schedule.transpose import transpose
 from seqpar_ring.schedule.visits import Fabric
@@ -24,12 +25,14 @@ class Route(NamedTuple):
     Attributes:
         sides: layouts of queries and keys over the ring, and the mask.
         granularity: in how many pieces a block travels, or how many blocks arrive together.
+        pieces: how blocks are cut.
         fabric: ranks of the ring, ranks of a node, blocks a step.
         schedule: the name of the order of visits.
     """
 
     sides: Sides
     granularity: Granularity
+    pieces: Pieces
     fabric: Fabric
     schedule: str
 
@@ -40,14 +43,15 @@ class Route(NamedTuple):
         asked = None if settings.block_tokens == "auto" else settings.block_tokens
         granularity = Granularity.of(asked, max(sides.k.sizes), ring)
         node = max(1, (settings.node or settings.size) // settings.head_degree)
-        return Route(sides, granularity, Fabric(ring, min(node, ring), granularity.hops), settings.schedule)
+        pieces = Pieces(granularity.pieces, settings.cut)
+        return Route(sides, granularity, pieces, Fabric(ring, min(node, ring), granularity.hops), settings.schedule)
 
     def needs(self, travels: str = "kv") -> Needs:
         """What the ranks need of each other where keys travel, or queries."""
         q, k, regions = self.sides
         if travels == "q":
-            return Needs(k, q, regions.transposed(), self.granularity.pieces)
-        return Needs(q, k, regions, self.granularity.pieces)
+            return Needs(k, q, regions.transposed(), self.pieces)
+        return Needs(q, k, regions, self.pieces)
 
     def forward(self, travels: str = "kv") -> tuple[Traffic, str]:
         """The forward traffic, and why this variant of the schedule."""

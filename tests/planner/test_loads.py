@@ -34,7 +34,7 @@ def both(lengths: tuple[int, ...], mask: Mask, travels: str, **settings: object)
     side = layouts.make(chosen.layout, lengths, chosen.size)
     sides = Sides(side, side, mask.regions(lengths))
     route = Route.of(chosen, sides)
-    counted = loads(route.flows(backward=True, travels=travels), sides, route.granularity.pieces)
+    counted = loads(route.flows(backward=True, travels=travels), sides, route.pieces)
     traffic = route.backward(travels)
     found = Loads(*(np.zeros_like(column) for column in counted))
     for rank in range(chosen.size):
@@ -77,3 +77,14 @@ def test_a_wrong_mask_would_show() -> None:
     counted, _ = both((37,), Mask(), "kv", size=4)
     _, other = both((37,), Mask(window=30), "kv", size=4)
     assert (counted.pairs != other.pairs).any()
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_even_pieces_of_a_causal_zigzag_are_equal_work_for_all_ranks_at_each_step(pieces: int) -> None:
+    counted, held = both((3200,), Mask(), "kv", size=4, block_tokens=800 // pieces)
+    busy = counted.pairs[counted.pairs.max(1) > 0]
+    assert len(busy) == 4 * pieces
+    assert (busy.max(1) <= 1.02 * busy.min(1)).all()
+    assert np.array_equal(counted.pairs, held.pairs)
+    uneven, _ = both((3200,), Mask(), "kv", size=4, block_tokens=800 // pieces, cut="halves")
+    assert not (uneven.pairs.max(1) <= 1.02 * uneven.pairs.min(1)).all()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from seqpar_ring import layout as layouts
 from seqpar_ring import schedule
 from seqpar_ring.geometry import Mask
-from seqpar_ring.schedule import BUILDERS, Fabric, Granularity, Needs, Sides, Traffic
+from seqpar_ring.schedule import BUILDERS, CUTS, Fabric, Granularity, Needs, Pieces, Sides, Traffic
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 worlds = st.sampled_from([1, 2, 3, 4, 6, 8])
@@ -42,7 +42,7 @@ class Drawn(NamedTuple):
     sides: Sides
     name: str
     fabric: Fabric
-    pieces: int
+    pieces: Pieces
 
     def traffic(self, travels: str = "kv") -> Traffic:
         """The traffic without gradients, with keys or queries travelling."""
@@ -65,14 +65,14 @@ def problems(draw: st.DrawFn) -> Drawn:
         regions = draw(masks(len(n))).regions(n)
     node = draw(st.sampled_from([d for d in (1, 2, 3, 4, 8) if world % d == 0]))
     pieces, hops = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (1, 7)]))
-    return Drawn(Sides(q, k, regions), draw(st.sampled_from(sorted(BUILDERS))), Fabric(world, node, hops), pieces)
+    return Drawn(Sides(q, k, regions), draw(st.sampled_from(sorted(BUILDERS))), Fabric(world, node, hops), Pieces(pieces, draw(st.sampled_from(CUTS))))
 
 
 def plain(
-    name: str, lengths: Sequence[int], world: int, mask: Mask | None = None, how: str = "ring", **options: int
+    name: str, lengths: Sequence[int], world: int, mask: Mask | None = None, how: str = "ring", cut: str = "even", **options: int
 ) -> Drawn:
     """A problem of self-attention with the settings that one would write down."""
     layout = layouts.make(name, lengths, world)
     size = Granularity.of(options.get("block_tokens"), max(layout.sizes), world)
     fabric = Fabric(world, options.get("node", world), size.hops)
-    return Drawn(Sides(layout, layout, (mask or Mask()).regions(lengths)), how, fabric, size.pieces)
+    return Drawn(Sides(layout, layout, (mask or Mask()).regions(lengths)), how, fabric, Pieces(size.pieces, cut))

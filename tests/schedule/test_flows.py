@@ -52,7 +52,7 @@ def of_traffic(traffic: Traffic, needs: Needs) -> Told:
     """Tuples, with a block told by its owner, its piece and its number of rows."""
 
     def piece(owner: int, first: int) -> int:
-        return next(p for p, (a, b) in enumerate(needs.parts[owner]) if a <= first < b)
+        return next(p for p, part in enumerate(needs.parts[owner]) if any(a <= first < b for a, b in part))
 
     uses = [
         (step, rank, block.owner, piece(block.owner, block.rows[0][0]))

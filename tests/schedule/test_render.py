@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from schedule_cases import plain
 
 from seqpar_ring import layout
-from seqpar_ring.schedule import Block, Move, Traffic, Use, transpose
+from seqpar_ring.schedule import Block, Move, Pieces, Traffic, Use, transpose
 from seqpar_ring.schedule.render import render
 
 HERE, THERE = Block(0, ((0, 3),)), Block(1, ((0, 1), (2, 4)))
 
 
 def traffic_of(name: str, lengths: list[int], world: int, pieces: int = 1) -> Traffic:
-    return plain(name, lengths, world)._replace(pieces=pieces).traffic()
+    return plain(name, lengths, world)._replace(pieces=Pieces(pieces)).traffic()
 
 
 def test_a_small_schedule_is_printed_in_full() -> None:

@@ -10,7 +10,7 @@ from schedule_cases import Drawn, plain, problems
 from seqpar_ring import layout as layouts
 from seqpar_ring import schedule
 from seqpar_ring.geometry import Mask, Tile, count
-from seqpar_ring.schedule import Block, Granularity, Move, Traffic, Use, rows_sent
+from seqpar_ring.schedule import CUTS, Block, Granularity, Move, Pieces, Traffic, Use, rows_sent
 
 LAYOUTS, SCHEDULES = sorted(layouts.LAYOUTS), sorted(schedule.BUILDERS)
 
@@ -82,9 +82,23 @@ def test_chunks_send_nothing_where_they_lie_on_one_rank_and_a_prefix_only_itself
 
 
 def test_zigzag_in_two_pieces_sends_three_quarters_of_a_full_ring() -> None:
-    problem = plain("zigzag", [1600], 8, block_tokens=100)
-    assert problem.pieces == 2
+    problem = plain("zigzag", [1600], 8, cut="halves", block_tokens=100)
+    assert problem.pieces.number == 2
     assert rows_sent(problem.traffic()) / (7 * 1600) == pytest.approx(0.75, abs=0.04)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("number", [1, 2, 3, 8])
+def test_pieces_hold_every_row_once(number: int, rows: int, cut: str) -> None:
+    found = [row for part in Pieces(number, cut).of(rows) for a, b in part for row in range(a, b)]
+    assert sorted(found) == list(range(rows))
+
+
+def test_even_pieces_take_from_both_halves_and_halves_one_after_the_other() -> None:
+    assert Pieces(2).of(8) == [((0, 2), (4, 6)), ((2, 4), (6, 8))]
+    assert Pieces(2, "halves").of(8) == [((0, 4),), ((4, 8),)]
+    assert Pieces(1).of(8) == [((0, 8),)]
 
 
 @pytest.mark.parametrize("how", SCHEDULES)

@@ -28,9 +28,8 @@ def rows_needed(problem: Drawn, travels: str, rank: int, owner: int, piece: int)
             theirs = within(run, region.k0, region.k1)
             tiles = [t for m in mine if theirs and (t := tile(m, theirs, Band(region.lo, region.hi)))]
             found += [(t.k0, t.k1) for t in tiles]
-    size = cargo.sizes[owner]
-    pieces = problem.pieces
-    return clip(union(found), size * piece // pieces, size * (piece + 1) // pieces)
+    whole = union(found)
+    return union(part for a, b in problem.pieces.of(cargo.sizes[owner])[piece] for part in clip(whole, a, b))
 
 
 @settings(max_examples=200, deadline=None)
@@ -41,7 +40,7 @@ def test_needs_are_those_of_every_pair_of_runs(problem: Drawn) -> None:
         home, cargo, mask = (q, k, regions) if travels == "kv" else (k, q, regions.transposed())
         needs, world = Needs(home, cargo, mask, problem.pieces), len(q)
         for owner in range(world):
-            for piece in range(problem.pieces):
+            for piece in range(problem.pieces.number):
                 expected = {r: rows_needed(problem, travels, r, owner, piece) for r in range(world) if r != owner}
                 assert needs.by_rank(owner, piece) == {r: rows for r, rows in expected.items() if rows}
                 assert all(bool(needs.wanted[r, owner, piece]) == (rows != ()) for r, rows in expected.items())

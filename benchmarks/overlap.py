@@ -1,0 +1,112 @@
+"""How well transfers hide: ring attention on links on which a pass's transfers take 0.8 or 3 times its computation.
+
+    python benchmarks/overlap.py [--world 2 4] [--tokens 8192] [--seconds 3] [--nice -10] [--out benchmarks/results]
+
+Needs root (`netns.py`). First the same attention is timed without a limit: that is its computation. Then links are
+shaped so that what the busiest rank sends takes that much longer or shorter, and forward and backward are timed with
+blocks whole and in pieces, and on the slow link with keys and values as int8 and their gradients as bf16 too. Each
+figure is the wall time over the larger of the two: 1.0 is a transfer that hides perfectly, or a link that never waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import described
+from shaped import Result, Setting, measure
+
+from seqpar_ring.geometry import Mask
+from seqpar_ring.layout import make
+from seqpar_ring.schedule import Row, Route, Sides
+
+PIECES = (1, 2, 4, 8)
+HIDES, SHOWS = 0.8, 3.0
+"""Transfer over computation: where all of it could hide, and where the link is what takes the time."""
+
+FORMS = (("same", "fp32"), ("same", "bf16"), ("int8", "fp32"), ("int8", "bf16"))
+"""What keys and values travel in, and their gradients."""
+
+
+def sent(setting: Setting) -> float:
+    """Bytes that the busiest rank sends in forward and backward, from the schedules that are run."""
+    side = make(setting.layout, (setting.tokens,), setting.world)
+    route = Route.of(setting.settings, Sides(side, side, Mask().regions((setting.tokens,))))
+    row = Row(setting.heads, setting.kv_heads, setting.head_dim, setting.head_dim, 4)
+    row = row.sent(setting.kv_dtype, setting.dkv_dtype)
+    by_rank = [0.0] * setting.world
+    for backward in (False, True):
+        flows = route.flows(backward=backward)
+        for moves, size in ((flows.kv, row.out("kv")), (flows.dkv, row.back("kv"))):
+            for rank, rows in zip(moves.src.tolist(), moves.rows.tolist(), strict=True):
+                by_rank[rank] += rows * size
+    return max(by_rank)
+
+
+def pieces_of(setting: Setting, pieces: int) -> Setting:
+    """The setting with blocks in so many pieces."""
+    block = 0 if pieces == 1 else -(-setting.tokens // setting.world // pieces)
+    return setting._replace(block_tokens=block)
+
+
+def case(world: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one number of ranks."""
+    plain = Setting(world, chosen.tokens)
+
+    def timed(settings: list[Setting]) -> list[Result]:
+        return measure(settings, chosen.seconds, chosen.nice, lambda line: print(line, flush=True))
+
+    [alone] = timed([plain])
+    rows = []
+    for times in (HIDES, SHOWS):
+        rate = sent(plain) / (times * alone.both)
+        some = [pieces_of(plain, n) for n in PIECES]
+        if times == SHOWS:
+            some += [pieces_of(plain, n)._replace(cut="halves") for n in PIECES[-2:]]
+            some += [pieces_of(plain, PIECES[-1])._replace(kv_dtype=kv, dkv_dtype=dkv) for kv, dkv in FORMS[1:]]
+        for result in timed([setting._replace(rate_bytes_per_s=rate) for setting in some]):
+            transfer = sent(result.setting) / rate
+            rows.append(
+                {
+                    **result.setting._asdict(),
+                    "transfer_over_computation": times,
+                    "computation": alone.both,
+                    "transfer": transfer,
+                    "forward": result.forward,
+                    "backward": result.backward,
+                    "both": result.both,
+                    "over_the_larger": result.both / max(alone.both, transfer),
+                    "cpu": result.cpu,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, nargs="*", default=[2, 4], choices=[2, 4], help="numbers of ranks")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the sequence")
+    parser.add_argument("--seconds", type=float, default=3.0, help="that the repetitions of a setting may take")
+    parser.add_argument("--nice", type=int, default=0, help="priority of the ranks; below 0 where others compute too")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
+    chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are removed
+    rows = [row for world in chosen.world for row in case(world, chosen)]
+    for r in rows:
+        form = f"{r['cut']}, keys {r['kv_dtype']}, gradients {r['dkv_dtype']}"
+        print(
+            f"W={r['world']} transfer {r['transfer_over_computation']} x computation, "
+            f"{r['block_tokens'] or 'whole':>5} rows, {form}: {r['both']:.3f} s, {r['over_the_larger']:.3f} of the larger"
+        )
+    record = {"machine": described(), "rows": rows}
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "overlap.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

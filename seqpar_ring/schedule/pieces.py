@@ -1,0 +1,51 @@
+"""Pieces: how a rank's block is cut where it does not travel whole.
+
+"even": each piece has rows of both halves of the block, as many of each. In a causal zigzag the first half is a chunk that
+all later ranks need with all their queries, the second one that few need; so a step's work is the same on all ranks, and no
+rank waits for another that has more to do. "halves": pieces of the first half go before those of the second. Then what few
+need travels apart, and a ring sends up to a quarter less: that is for links that take longer than the work.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from seqpar_ring.geometry import Ints, Rows
+
+CUTS = ("even", "halves")
+
+
+class Pieces(NamedTuple):
+    """So many pieces of each block, cut in one of the `CUTS`."""
+
+    number: int = 1
+    cut: str = "even"
+
+    def of(self, rows: int) -> list[Rows]:
+        """The rows of each piece of a block of so many rows; pieces may be empty."""
+        many = self.number
+        if self.cut == "halves" or many == 1:
+            return [_ranges((rows * p // many, rows * (p + 1) // many)) for p in range(many)]
+        half = (rows + 1) // 2
+        return [
+            _ranges(*((at + n * p // many, at + n * (p + 1) // many) for at, n in ((0, half), (half, rows - half))))
+            for p in range(many)
+        ]
+
+    def columns(self, sizes: tuple[int, ...]) -> tuple[Ints, Ints, Ints, Ints]:
+        """(owner, piece, first row, end row) of the ranges of all pieces of blocks of these sizes."""
+        found = [
+            (owner, p, a, b) for owner, rows in enumerate(sizes) for p, part in enumerate(self.of(rows)) for a, b in part
+        ]
+        owner, piece, begin, end = np.array(found, dtype=np.int64).reshape(-1, 4).T
+        return owner, piece, begin, end
+
+
+def _ranges(*ranges: tuple[int, int]) -> Rows:
+    """Ranges that are not empty; two that meet are one."""
+    some = [r for r in ranges if r[0] < r[1]]
+    if len(some) == 2 and some[0][1] == some[1][0]:
+        return ((some[0][0], some[1][1]),)
+    return tuple(some)
