@@ -22,7 +22,7 @@ from shaped import Result, Setting, measure
 
 from seqpar_ring.geometry import Mask
 from seqpar_ring.layout import make
-from seqpar_ring.schedule import Row, Route, Sides
+from seqpar_ring.schedule import Route, Row, Sides
 
 PIECES = (1, 2, 4, 8)
 HIDES, SHOWS = 0.8, 3.0

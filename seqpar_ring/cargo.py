@@ -1,10 +1,10 @@
 """Cargo: the tensors that travel of each row.
 
-In forward a row is its key and value; where queries travel in backward it is query, dout, lse and delta; gradients are
-cargo too. All tensors hold rows along dim 1, and each travels as a message of its own: so rows that lie together are
-sent from where they are and used where they land, without a copy. Rows may travel in another form than the one they are
-computed with (`Form`): keys and values as one byte a number, gradients as bf16, where the user trades exactness for a slow
-link. It knows shapes and rows, not what they mean.
+In forward a row is its key and value; where queries travel in backward it is query, dout, lse and delta; gradients
+are cargo too. All tensors hold rows along dim 1, and each travels as a message of its own: so rows that lie together
+are sent from where they are and used where they land, without a copy. Rows may travel in another form than the one
+they are computed with (`Form`): keys and values as one byte a number, gradients as bf16, where the user trades
+exactness for a slow link. It knows shapes and rows, not what they mean.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Narrowed:
 class Coded:
     """Each token's row of each head as int8 with one fp32 scale: its largest number over 127.
 
-    A number is off by at most half a step, 1 / 254 of the largest of its row: about 0.9 % of a row of normal numbers (64
-    to 128 of them) in the mean square, a quarter of what fp8 (e4m3) is off at the same bytes.
+    A number is off by at most half a step, 1 / 254 of the largest of its row: about 0.9 % of a row of normal numbers
+    (64 to 128 of them) in the mean square, a quarter of what fp8 (e4m3) is off at the same bytes.
     """
 
     def __init__(self, like: Sequence[Tensor]) -> None:
@@ -137,7 +137,8 @@ class Coded:
 
     def packed(self, fields: Fields) -> Fields:
         """See `Form.packed`."""
-        scales = [(x.abs().amax(-1).to(torch.float32) / 127).clamp_(min=torch.finfo(torch.float32).tiny) for x in fields]
+        least = torch.finfo(torch.float32).tiny  # of a row of zeros
+        scales = [(x.abs().amax(-1).to(torch.float32) / 127).clamp_(min=least) for x in fields]
         numbers = [
             (x / scale.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
             for x, scale in zip(fields, scales, strict=True)

@@ -31,8 +31,8 @@ class Settings(BaseModel):
         node: ranks of a sequence group that share a node; "double_ring" needs it; None: all of them.
         block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"; where `hardware` is
             given, the planner decides), pieces of it (a smaller number), or several blocks at once (a larger one).
-        cut: how pieces are cut: "even" (equal work on all ranks at each step) or "halves" (in a causal zigzag a ring sends up
-            to a quarter less, and ranks wait more).
+        cut: how pieces are cut: "even" (equal work on all ranks at each step) or "halves" (in a causal zigzag a ring
+            sends up to a quarter less, and ranks wait more).
         hardware: what the planner decides for: a preset ("h100"), or a file that `seqpar-ring probe` wrote.
         fabric: links of that hardware, "inner+outer": "nvlink+ndr"; a probe's file holds its own.
         tokens: of the sequence that "auto" is decided for; None: those of the first batch.
@@ -41,8 +41,9 @@ class Settings(BaseModel):
         dkv_dtype: what their gradients travel in: "fp32" (fp64 for fp64), or "bf16", which rounds at each hop.
         balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
         balance_area: the same for attention work.
-        kernel: block attention kernel: "auto" (by capability, and on a GPU by a trial and its rate), or its name: "flash3",
-            "flash4", "cudnn", "torch_cudnn", "flash2", "torch_flash", "cpu", "reference", or one that you registered.
+        kernel: block attention kernel: "auto" (by capability, and on a GPU by a trial and its rate), or its name:
+            "flash3", "flash4", "cudnn", "torch_cudnn", "flash2", "torch_flash", "cpu", "reference", or one that you
+            registered.
         remat: what becomes of attention in a checkpointed layer of a transformers model: its result is kept
             ("attention"), it runs again ("none"), or that is chosen by the length of the documents ("auto").
         offload: whether results that are kept wait in the host's memory instead of the device's.

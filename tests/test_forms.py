@@ -1,4 +1,4 @@
-"""Keys and values as one byte a number, gradients as bf16: exactly what was asked for, its error, and what is refused."""
+"""Keys and values as one byte a number, gradients as bf16: just what was asked for, its error, what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.schedule import BUILDERS, Row
-from seqpar_ring.testing import Case, RankPool, dense_attention, dense_results, relative_error, ring_results, run_lockstep
+from seqpar_ring.testing import (
+    Case,
+    RankPool,
+    dense_attention,
+    dense_results,
+    relative_error,
+    ring_results,
+    run_lockstep,
+)
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 

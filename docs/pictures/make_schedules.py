@@ -13,7 +13,7 @@ from seqpar_ring import layout as layouts
 from seqpar_ring.geometry import Mask
 from seqpar_ring.packing import Balance
 from seqpar_ring.planner.schedule_picture import HEAD, LINE, draw_traffic
-from seqpar_ring.schedule import Fabric, Granularity, Needs, Sides, Traffic, choose, transpose
+from seqpar_ring.schedule import Fabric, Granularity, Needs, Pieces, Sides, Traffic, choose, transpose
 
 DOCUMENTS = [52, 18, 18, 14, 14, 12, 12, 10, 10]
 LOOSE = Balance(1.1, 1.35)  # so few tokens cannot be as even as a hundred thousand
@@ -37,7 +37,7 @@ class Panel(NamedTuple):
         sides = Sides(placed, placed, Mask().regions(self.lengths))
         size = Granularity.of(self.block_tokens, max(placed.sizes), self.world)
         fabric = Fabric(self.world, self.node or self.world, size.hops)
-        traffic, _ = choose(self.schedule, Needs(*sides, size.pieces), fabric)
+        traffic, _ = choose(self.schedule, Needs(*sides, Pieces(size.pieces)), fabric)
         return transpose(traffic, fabric.node) if self.backward else traffic
 
 

@@ -66,7 +66,8 @@ class Capabilities:
         unequal_value_dim: whether E may differ from D.
         empty_segments: whether a segment may have queries without keys, or keys without queries.
         square: whether a segment must be a full block or a causal square; other calls are cut into those.
-        varlen: whether a call may have several segments; for a kernel without, plans of several documents look elsewhere.
+        varlen: whether a call may have several segments; for a kernel without, plans of several documents look
+            elsewhere.
         priority: among the kernels that can, "auto" takes the highest; 0 unless there is a reason.
         absent: why the kernel cannot run here at all (a missing library or op); empty when it can.
         notes: what a user should know, in a sentence.

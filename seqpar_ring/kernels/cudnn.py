@@ -1,9 +1,10 @@
 """cuDNN's flash attention, varlen, by NVIDIA's own Python package (nvidia-cudnn-frontend).
 
 Taken for full blocks and square causal ones only: those mean the same with its diagonal at the top left and at the
-bottom right, and with them nothing depends on what a release of cuDNN makes of other bands. Everything else is cut into
-those (`squares`). Its log-sum-exp of packed rows is (T, H, 1), and its backward wants it padded to (B, H, max_q, 1), for
-which its own helper stays on the device. A graph is built for each set of lengths' bounds, so those are rounded up.
+bottom right, and with them nothing depends on what a release of cuDNN makes of other bands. Everything else is cut
+into those (`squares`). Its log-sum-exp of packed rows is (T, H, 1), and its backward wants it padded to (B, H, max_q,
+1), for which its own helper stays on the device. A graph is built for each set of lengths' bounds, so those are
+rounded up.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """flash-attention 2 (package flash-attn), varlen: the kernel that most GPUs of the field run.
 
-Three traps of its interface, read in csrc/flash_attn/flash_api.cpp, are closed in `bounds`. A right side of the window
-that is not below the longest key segment is dropped, though with more queries than keys it still cuts; a side that is
-unbounded beside one that is not becomes as wide as the keys, which then cuts; and segments of one query each take a path
-of their own, which goes wrong beside empty segments (flash-attention issue 1537). Its log-sum-exp of an empty row is +inf.
+Three traps of its interface, read in csrc/flash_attn/flash_api.cpp, are closed in `bounds`. A right side of the
+window that is not below the longest key segment is dropped, though with more queries than keys it still cuts; a side
+that is unbounded beside one that is not becomes as wide as the keys, which then cuts; and segments of one query each
+take a path of their own, which goes wrong beside empty segments (flash-attention issue 1537). Its log-sum-exp of an
+empty row is +inf.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Library:
             return NO_GPU  # nothing is imported in vain
         try:
             module = import_module(self._module)
-        except Exception as error:  # noqa: BLE001 - a build for another torch fails with whatever it likes
+        except Exception as error:
             return f"{self._package} that imports ({type(error).__name__}: {_first_line(error)})"
         missing = [name for name in self._functions if not hasattr(module, name)]
         if missing:

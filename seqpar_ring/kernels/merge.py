@@ -4,8 +4,8 @@ A pair (out, lse) is an element of a commutative monoid: merging is associative,
 nothing, is its identity. So blocks may land in any order and any grouping. Done in place on the accumulator, in its
 precision (fp32, or fp64), with weights by the sigmoid of the difference of the two lse, which overflows nowhere;
 never `log(1 + exp(x))`, which does from x = 89 on. This is the split-KV combination of Flash-Decoding and of Ring
-Attention (arXiv 2310.01889). It knows nothing of masks or calls. On a GPU several parts are merged in one pass by a kernel of our
-own (`merge_triton`), where triton is there, as it is with torch's builds for CUDA.
+Attention (arXiv 2310.01889). It knows nothing of masks or calls. On a GPU several parts are merged in one pass by a
+kernel of our own (`merge_triton`), where triton is there, as it is with torch's builds for CUDA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
 
 AT_ONCE = 4
 """Parts that one launch of the GPU's kernel merges."""

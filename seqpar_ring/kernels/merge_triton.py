@@ -2,8 +2,8 @@
 
 The same sum as `merge.merge_`, which is the oracle: there a part costs some ten passes over memory in plain torch
 operators, here the accumulator is read and written once however many parts wait. What a part holds in rows that saw
-nothing is not read. Imported only where triton is there and a GPU asks; under TRITON_INTERPRET=1 it runs on the CPU, for
-tests. It knows fp32 accumulators only: fp64 is for the CPU.
+nothing is not read. Imported only where triton is there and a GPU asks; under TRITON_INTERPRET=1 it runs on the CPU,
+for tests. It knows fp32 accumulators only: fp64 is for the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS = 16
 
 
 @triton.jit
-def _with(acc, total, part, part_lse, q0, m, rows, columns, b, h, H, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _with(acc, total, part, part_lse, q0, m, rows, columns, b, h, H, E: tl.constexpr):
     """The accumulated rows of one head and their lse, with those of one part."""
     inside = (rows >= q0) & (rows < q0 + m)
     at = (rows - q0).to(tl.int64)
@@ -41,7 +41,7 @@ def _with(acc, total, part, part_lse, q0, m, rows, columns, b, h, H, E: tl.const
 
 
 @triton.jit
-def _merge(  # type: ignore[no-untyped-def]
+def _merge(
     out, lse, S, H, begin, end,
     part0, lse0, q0, m0, part1, lse1, q1, m1, part2, lse2, q2, m2, part3, lse3, q3, m3,
     N: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,

@@ -111,7 +111,11 @@ def _elsewhere(kernel: Kernel, request: Request) -> bool:
 
 def _tried(kernel: Kernel, request: Request) -> Entry | None:
     """What a trial on the GPU found; None where there is none, and for kernels that are fallbacks."""
-    if not request.device.startswith("cuda") or not torch.cuda.is_available() or kernel.capabilities.priority < FALLBACK:
+    if (
+        not request.device.startswith("cuda")
+        or not torch.cuda.is_available()
+        or kernel.capabilities.priority < FALLBACK
+    ):
         return None
     return tried(kernel, request._replace(documents=1))
 
@@ -162,9 +166,7 @@ def _why(chosen: Kernel, missing: dict[str, tuple[str, ...]], rates: dict[str, f
     """The kernels that were passed over, each with what it lacks or how fast it is, or that there was none."""
     order = list(missing)
     passed = [
-        f'"{other}" lacks {", ".join(missing[other])}'
-        for other in order[: order.index(chosen.name)]
-        if missing[other]
+        f'"{other}" lacks {", ".join(missing[other])}' for other in order[: order.index(chosen.name)] if missing[other]
     ]
     timed = [f'"{other}" {rates[other] / 1e12:.0f}' for other in rates if other != chosen.name and not missing[other]]
     if rates.get(chosen.name):

@@ -1,10 +1,10 @@
 """Squares: a kernel that knows full and square causal blocks, given calls of any kind without a window.
 
-Some libraries align a causal diagonal top left, some refuse one with more queries than keys, some change their mind with
-a release. All agree on full blocks and on causal squares. So the segments of a call are cut into those
+Some libraries align a causal diagonal top left, some refuse one with more queries than keys, some change their mind
+with a release. All agree on full blocks and on causal squares. So the segments of a call are cut into those
 (`geometry.split`), the parts of a kind make one call on gathered rows (or one each, where a kernel takes no varlen
-calls), and what comes back is merged where it belongs. Calls that are of one kind already go through untouched: most of
-contiguous and zigzag layouts are. It copies rows, so it is done only for kernels that say so.
+calls), and what comes back is merged where it belongs. Calls that are of one kind already go through untouched: most
+of contiguous and zigzag layouts are. It copies rows, so it is done only for kernels that say so.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def cut(call: Call, varlen: bool) -> tuple[Gathered, ...]:
 def _groups(parts: list[Part], varlen: bool) -> Iterator[list[Part]]:
     """Parts that make one call: no query row twice, or its results would overwrite each other."""
     while parts:
-        taken, rest, end = [], [], -1
+        taken: list[Part] = []
+        rest: list[Part] = []
+        end = -1
         for p in parts:
             if p.q0 >= end and (varlen or not taken):
                 taken.append(p)

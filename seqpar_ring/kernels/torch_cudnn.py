@@ -88,5 +88,7 @@ def _causal(call: Call) -> bool:
         PlanError: it is neither, or there are several: `squares` cuts calls into such.
     """
     if len(call.cu_q) != 2:
-        raise PlanError("a dense kernel takes one segment", fix="Select it by name or auto.", segments=len(call.cu_q) - 1)
+        raise PlanError(
+            "a dense kernel takes one segment", fix="Select it by name or auto.", segments=len(call.cu_q) - 1
+        )
     return call.right == 0 and call.cu_q[1] > 1

@@ -26,7 +26,7 @@ class Aten(Library):
         super().__init__("torch", "torch", functions)
 
     @property
-    def absent(self) -> str:  # type: ignore[override]
+    def absent(self) -> str:
         """See `Library.absent`."""
         missing = [name for name in self._functions if not hasattr(torch.ops.aten, name)]
         if missing:

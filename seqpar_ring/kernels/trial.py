@@ -1,17 +1,17 @@
 """A trial of kernels on the GPU at hand: whether each computes right there, and how fast.
 
 A library that was built for another GPU, a release with a known fault, an operator that misreads empty segments: all
-of them answer, and wrongly. So before a kernel is chosen on a GPU it computes a few small calls of every kind that it says
-it can do, forward and backward, and is compared with the reference. Those that pass are timed on a causal block, and the
-fastest is taken. It is done once for each kind of tensors and takes less than a second, compilation apart.
+of them answer, and wrongly. So before a kernel is chosen on a GPU it computes a few small calls of every kind that it
+says it can do, forward and backward, and is compared with the reference. Those that pass are timed on a causal block,
+and the fastest is taken. It is done once for each kind of tensors and takes less than a second, compilation apart.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -42,9 +42,13 @@ class Entry(NamedTuple):
     rate: float
 
 
-@lru_cache(maxsize=256)  # once for each kind of tensors
 def tried(kernel: Kernel, request: Request) -> Entry:
-    """Try a kernel on the request's device."""
+    """Try a kernel on the request's device, once for each kind of tensors."""
+    return _tried(cast(Hashable, kernel), request)
+
+
+@lru_cache(maxsize=256)
+def _tried(kernel: Any, request: Request) -> Entry:
     fault = wrong(kernel, request, calls_for(request, kernel))
     gaps = "" if fault else wrong(kernel, request, gaps_for(kernel))
     return Entry(fault, gaps, 0.0 if fault else rate(kernel, request))
@@ -86,7 +90,7 @@ def wrong(kernel: Kernel, request: Request, calls: Mapping[str, Call]) -> str:
         qkv, dout = _inputs(request, call.cu_q[-1], call.cu_k[-1])
         try:
             mine = _answers(kernel, qkv, dout, call, scores)
-        except Exception as error:  # noqa: BLE001 - whatever a library fails with, it cannot be used
+        except Exception as error:
             return f"a working call of {what} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
         truth = _answers(ReferenceKernel(), qkv, dout, call, scores)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), mine, truth, strict=True):
@@ -126,9 +130,7 @@ def _inputs(request: Request, rows: int, columns: int) -> tuple[tuple[Tensor, Te
     generator = torch.Generator().manual_seed(7)
     D, E, H, G = request.head_dim, request.value_dim, request.heads, request.kv_heads
     shapes = (rows, H, D), (columns, G, D), (columns, G, E), (rows, H, E)
-    q, k, v, dout = (
-        torch.randn(1, *shape, generator=generator).to(request.device, request.dtype) for shape in shapes
-    )
+    q, k, v, dout = (torch.randn(1, *shape, generator=generator).to(request.device, request.dtype) for shape in shapes)
     return (q, k, v), dout
 
 

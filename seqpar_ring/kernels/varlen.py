@@ -2,8 +2,8 @@
 
 Their libraries agree on that form and differ in names, orders and traps; a backend's file holds only those. Here rows
 are packed (a batch becomes more segments), widths are padded with zeros to what the library takes, log-sum-exps come
-back in one layout with -inf where a row sees nothing and go in with +inf there (exp(s - inf) is 0, with -inf it would be
-nan). Cumulative lengths go to the device once for each call of a plan, so a step never waits for the host.
+back in one layout with -inf where a row sees nothing and go in with +inf there (exp(s - inf) is 0, with -inf it would
+be nan). Cumulative lengths go to the device once for each call of a plan, so a step never waits for the host.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -73,8 +74,9 @@ class Results(NamedTuple):
 def pack(cu_q: tuple[int, ...], cu_k: tuple[int, ...], batch: int, window: tuple[int, int], device: str) -> Packed:
     """The segments of a call, once for each row of the batch."""
     left, right = (UNBOUNDED if side >= INF else side for side in window)
-    longest = (max((b - a for a, b in zip(cu, cu[1:], strict=False)), default=0) for cu in (cu_q, cu_k))
-    return Packed(*(_repeated(cu, batch, device) for cu in (cu_q, cu_k)), *longest, left, right)
+    longest_q, longest_k = (max((b - a for a, b in pairwise(cu)), default=0) for cu in (cu_q, cu_k))
+    starts_q, starts_k = (_repeated(cu, batch, device) for cu in (cu_q, cu_k))
+    return Packed(starts_q, starts_k, longest_q, longest_k, left, right)
 
 
 def _repeated(cu: tuple[int, ...], batch: int, device: str) -> Tensor:
@@ -122,7 +124,7 @@ class VarlenKernel:
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
-        (B, S, H, D), E = q_BSHD.shape, v_BSGE.shape[3]
+        (B, S, H, _), E = q_BSHD.shape, v_BSGE.shape[3]
         if not q_BSHD.numel() or not k_BSGD.numel():  # nothing to see: libraries differ in what they do with no rows
             return q_BSHD.new_zeros((B, S, H, E)), q_BSHD.new_full((B, H, S), -torch.inf, dtype=wide(q_BSHD.dtype))
         rows = self._rows(q_BSHD, k_BSGD, v_BSGE)
@@ -173,4 +175,3 @@ def _flat(x_BSHD: Tensor) -> Tensor:
 def padded(x_BSHD: Tensor, width: int) -> Tensor:
     """With zeros up to this width: they add nothing to q . k, and columns of v that are cut off again."""
     return x_BSHD if x_BSHD.shape[3] == width else torch.nn.functional.pad(x_BSHD, (0, width - x_BSHD.shape[3]))
-

@@ -19,6 +19,7 @@ from seqpar_ring.geometry import INF, Mask, area
 from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import (
     BUILDERS,
+    CUTS,
     Route,
     Sides,
     Traffic,
@@ -67,6 +68,7 @@ def _parser(called: str) -> argparse.ArgumentParser:
     add("--schedule", default="ring", help=f"{', '.join(sorted(BUILDERS))} (ring)")
     add("--node", type=int, metavar="N", help="ranks of a node, for double_ring (all)")
     add("--block-tokens", type=int, metavar="N", help="tokens computed with at a time (a rank's block)")
+    add("--cut", default="even", help=f"how blocks are cut into pieces: {', '.join(CUTS)} (even)")
     add("--full", action="store_true", help="every key of the document, instead of causal")
     add("--window", type=int, metavar="N", help="only the last N keys")
     add("--chunk", type=int, metavar="N", help="only keys of the same chunk of N positions")
@@ -132,7 +134,7 @@ def report(asked: argparse.Namespace) -> list[str]:
 def _settings(asked: argparse.Namespace) -> Settings:
     block = {"size": asked.size, "layout": asked.layout, "schedule": asked.schedule, "node": asked.node}
     block_tokens = "auto" if asked.block_tokens is None else asked.block_tokens
-    settings = Settings.parse({**block, "block_tokens": block_tokens}, "the command line")
+    settings = Settings.parse({**block, "block_tokens": block_tokens, "cut": asked.cut}, "the command line")
     if settings.schedule not in BUILDERS:
         fix = did_you_mean(settings.schedule, BUILDERS)
         raise ConfigError("unknown schedule", fix=fix, schedule=settings.schedule)

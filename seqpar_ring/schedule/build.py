@@ -58,7 +58,8 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
             at, early = p * length, int(p > 0)
             uses.append(Use(at, owner, Block(owner, part)))
             sent = _relayed(path, needs, owner, p) if relayed else _direct(path, needs, owner, p)
-            kv += [Move(at + v.post - early * (v.post == 0), at + v.step, v.source, v.rank, block) for v, block, _ in sent]
+            for v, block, _ in sent:
+                kv.append(Move(at + v.post - early * (v.post == 0), at + v.step, v.source, v.rank, block))
             uses += [Use(at + v.step, v.rank, block) for v, block, used in sent if used]
     uses.sort()
     kv.sort()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-
 SCALE = 4
 """Bytes of the scale of a coded key or value."""
 

@@ -1,9 +1,10 @@
 """Pieces: how a rank's block is cut where it does not travel whole.
 
-"even": each piece has rows of both halves of the block, as many of each. In a causal zigzag the first half is a chunk that
-all later ranks need with all their queries, the second one that few need; so a step's work is the same on all ranks, and no
-rank waits for another that has more to do. "halves": pieces of the first half go before those of the second. Then what few
-need travels apart, and a ring sends up to a quarter less: that is for links that take longer than the work.
+"even": each piece has rows of both halves of the block, as many of each. In a causal zigzag the first half is a chunk
+that all later ranks need with all their queries, the second one that few need; so a step's work is the same on all
+ranks, and no rank waits for another that has more to do. "halves": pieces of the first half go before those of the
+second. Then what few need travels apart, and a ring sends up to a quarter less: that is for links that take longer
+than the work.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Pieces(NamedTuple):
     def columns(self, sizes: tuple[int, ...]) -> tuple[Ints, Ints, Ints, Ints]:
         """(owner, piece, first row, end row) of the ranges of all pieces of blocks of these sizes."""
         found = [
-            (owner, p, a, b) for owner, rows in enumerate(sizes) for p, part in enumerate(self.of(rows)) for a, b in part
+            (owner, p, a, b)
+            for owner, rows in enumerate(sizes)
+            for p, part in enumerate(self.of(rows))
+            for a, b in part
         ]
         owner, piece, begin, end = np.array(found, dtype=np.int64).reshape(-1, 4).T
         return owner, piece, begin, end

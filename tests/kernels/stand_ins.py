@@ -1,9 +1,9 @@
 """GPU libraries as they read in source, computed on the CPU in plain torch: names, orders, layouts, and every trap.
 
-What a wrapper gets wrong (an argument in the wrong place, a window that the library reads otherwise, an infinity of the
-wrong sign) gives wrong numbers here as it would there. Sources: csrc/flash_attn/flash_api.cpp and
-hopper/flash_api.cpp of flash-attention, flash_attn/cute/interface.py of flash-attn-4 4.0.0b36, the operators' schemas of
-torch 2.13, cudnn/sdpa/fwd/torch_op.py of nvidia-cudnn-frontend 1.32.
+What a wrapper gets wrong (an argument in the wrong place, a window that the library reads otherwise, an infinity of
+the wrong sign) gives wrong numbers here as it would there. Sources: csrc/flash_attn/flash_api.cpp and
+hopper/flash_api.cpp of flash-attention, flash_attn/cute/interface.py of flash-attn-4 4.0.0b36, the operators' schemas
+of torch 2.13, cudnn/sdpa/fwd/torch_op.py of nvidia-cudnn-frontend 1.32.
 """
 
 from __future__ import annotations
@@ -49,12 +49,18 @@ def logits(q: Tensor, k: Tensor, allowed: Allowed, scale: float, softcap: float)
 
 
 def attend(
-    qkv: tuple[Tensor, Tensor, Tensor], cu: tuple[Tensor, Tensor], allowed: Allowed, scores: tuple[float, float], empty: float
+    qkv: tuple[Tensor, Tensor, Tensor],
+    cu: tuple[Tensor, Tensor],
+    allowed: Allowed,
+    scores: tuple[float, float],
+    empty: float,
 ) -> tuple[Tensor, Tensor]:
     """(out (T, H, E), lse (H, T)); `empty` is the lse of a row that sees nothing."""
     q, k, v = qkv
     out = torch.full((q.shape[0], q.shape[1], v.shape[2]), torch.nan, dtype=q.dtype)
-    lse = torch.full((q.shape[1], q.shape[0]), torch.nan, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = torch.full(
+        (q.shape[1], q.shape[0]), torch.nan, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
+    )
     for a, b, c, d in segments(*cu):
         if a == b:
             continue
@@ -156,7 +162,7 @@ def window_of_flash2(
 class FlashAttn2(StandIn):
     """flash_attn.flash_attn_interface of 2.8."""
 
-    def _flash_attn_varlen_forward(  # noqa: PLR0913
+    def _flash_attn_varlen_forward(
         self,
         q: Tensor,
         k: Tensor,
@@ -185,14 +191,12 @@ class FlashAttn2(StandIn):
         allowed, swapped = window_of_flash2(
             longest, causal, window_size_left, window_size_right, q.shape[1] > k.shape[1]
         )
-        out, lse = attend(
-            (q, k, v), (cu_seqlens_q, cu_seqlens_k), allowed, (softmax_scale, softcap), torch.inf
-        )
+        out, lse = attend((q, k, v), (cu_seqlens_q, cu_seqlens_k), allowed, (softmax_scale, softcap), torch.inf)
         if swapped and any(a == b for a, b, *_ in segments(cu_seqlens_q, cu_seqlens_k)):
             out.fill_(torch.nan)
         return out, lse, torch.empty(0), torch.zeros(2, dtype=torch.int64)
 
-    def _flash_attn_varlen_backward(  # noqa: PLR0913
+    def _flash_attn_varlen_backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -236,7 +240,7 @@ class FlashAttn2(StandIn):
 class FlashAttn3(StandIn):
     """flash_attn_interface of hopper/."""
 
-    def _flash_attn_forward(  # noqa: PLR0913
+    def _flash_attn_forward(
         self,
         q: Tensor,
         k: Tensor,
@@ -283,7 +287,7 @@ class FlashAttn3(StandIn):
         cu = cu_seqlens_q, cu_seqlens_k
         return (*attend((q, k, v), cu, allowed, (softmax_scale, softcap), -torch.inf), torch.empty(0), torch.empty(0))
 
-    def _flash_attn_backward(  # noqa: PLR0913
+    def _flash_attn_backward(
         self,
         dout: Tensor,
         q: Tensor,
@@ -336,7 +340,7 @@ def window_of_flash3(longest: tuple[int, int], causal: bool, left: int, right: i
 class FlashAttn4(StandIn):
     """flash_attn.cute.interface of 4.0.0b36."""
 
-    def _flash_attn_fwd(  # noqa: PLR0913
+    def _flash_attn_fwd(
         self,
         q: Tensor,
         k: Tensor,
@@ -366,7 +370,7 @@ class FlashAttn4(StandIn):
         out, lse = attend((q, k, v), (cu_seqlens_q, cu_seqlens_k), allowed, scores, -torch.inf)
         return out, lse if return_lse else None, None, None, None
 
-    def _flash_attn_bwd(  # noqa: PLR0913
+    def _flash_attn_bwd(
         self,
         q: Tensor,
         k: Tensor,
@@ -471,9 +475,7 @@ class AtenCudnn(StandIn):
             results = a["out"][b].transpose(0, 1), a["logsumexp"][b, :, :, 0]
             dout = a["grad_out"][b].transpose(0, 1)
             scores = a["scale"], 0.0
-            found.append(
-                differentiate(dout, self._one(a, b), results, self._cu(a), top_left(a["is_causal"]), scores)
-            )
+            found.append(differentiate(dout, self._one(a, b), results, self._cu(a), top_left(a["is_causal"]), scores))
         return tuple(torch.stack(x).transpose(1, 2) for x in zip(*found, strict=True))
 
     @staticmethod
@@ -512,7 +514,7 @@ def bound(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
 class CudnnFrontend(StandIn):
     """The operators of nvidia-cudnn-frontend on packed rows, diagonal at the top left."""
 
-    def sdpa_fwd(  # noqa: PLR0913
+    def sdpa_fwd(
         self,
         q: Tensor,
         k: Tensor,
@@ -544,7 +546,7 @@ class CudnnFrontend(StandIn):
             padded[i, :, : b - a, 0] = lse_th[a:b].T
         return padded
 
-    def sdpa_bwd(  # noqa: PLR0913
+    def sdpa_bwd(
         self,
         grad_out: Tensor,
         q: Tensor,

@@ -1,7 +1,7 @@
 """What the GPU's kernels hand to their libraries, what they make of a library that is not there, and the traps' proofs.
 
-The contract suite runs all of them over stand-ins; here single arguments are looked at, and each trap is opened again to
-see that the suite would notice.
+The contract suite runs all of them over stand-ins; here single arguments are looked at, and each trap is opened again
+to see that the suite would notice.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def test_a_window_is_written_as_each_library_reads_it() -> None:
     q, k, v, _ = inputs(9, 9)
     for call in (SQUARE, SQUARE._replace(left=4), SQUARE._replace(right=INF), SQUARE._replace(right=2)):
         kernel.forward(q, k, v, call, Scores(0.2))
-    sides = [tuple(kw[name] for name in ("causal", "window_size_left", "window_size_right")) for _, _, kw in there.calls]
+    sides = [
+        tuple(kw[name] for name in ("causal", "window_size_left", "window_size_right")) for _, _, kw in there.calls
+    ]
     assert sides == [(True, None, None), (False, 4, 0), (False, None, None), (False, None, 2)]
 
 
@@ -227,7 +229,9 @@ def test_a_library_that_fails_to_import_says_how(tmp_path: Path, monkeypatch: py
     assert Library("bare-kernels", "bare_kernels", ("forward",)).function("forward")() is None
 
 
-@pytest.mark.parametrize("kernel", [Flash2Kernel(), Flash3Kernel(), Flash4Kernel(), CudnnKernel()], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kernel", [Flash2Kernel(), Flash3Kernel(), Flash4Kernel(), CudnnKernel()], ids=lambda k: k.name
+)
 def test_a_kernel_whose_library_is_missing_refuses_by_its_name(kernel: Kernel) -> None:
     q, k, v, _ = inputs(9, 9)
     with pytest.raises(UnsupportedError, match=f'kernel "{kernel.name}" cannot compute this call: it lacks'):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4
 from torch import Tensor
 
 from seqpar_ring.errors import PlanError, UnsupportedError
@@ -32,8 +33,6 @@ from seqpar_ring.kernels.gapless import Gapless
 from seqpar_ring.kernels.squares import Squares
 from seqpar_ring.kernels.varlen import VarlenKernel
 from seqpar_ring.schedule import Call
-
-from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4
 
 
 def on_cpu(kernel: VarlenKernel | TorchCudnnKernel) -> Kernel:

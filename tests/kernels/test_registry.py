@@ -61,7 +61,7 @@ GPU = ("flash3", "flash4", "cudnn", "torch_cudnn", "flash2", "torch_flash")
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Entry]]:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Entry]:
     """A machine with a GPU and two kernels for it, whose trials find what the test writes here."""
     found: dict[str, Entry] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -73,7 +73,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Entry]]:
         register(kernel)
     register(CpuKernel())
     register(ReferenceKernel())
-    yield found
+    return found
 
 
 def request(**changes: Any) -> Request:

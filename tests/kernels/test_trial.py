@@ -80,7 +80,10 @@ def test_kernels_that_are_right_pass(kernel: Kernel, softcap: bool) -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        ("raises", "a working call of a full block (RuntimeError: no kernel image is available for execution on the de"),
+        (
+            "raises",
+            "a working call of a full block (RuntimeError: no kernel image is available for execution on the de",
+        ),
         ("top left", "right answers here (out of a diagonal with more keys is off by "),
         ("no window", "right answers here (out of a window is off by "),
         ("lse in log2", "right answers here (lse of a full block is off by "),

@@ -65,11 +65,22 @@ def problems(draw: st.DrawFn) -> Drawn:
         regions = draw(masks(len(n))).regions(n)
     node = draw(st.sampled_from([d for d in (1, 2, 3, 4, 8) if world % d == 0]))
     pieces, hops = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (1, 7)]))
-    return Drawn(Sides(q, k, regions), draw(st.sampled_from(sorted(BUILDERS))), Fabric(world, node, hops), Pieces(pieces, draw(st.sampled_from(CUTS))))
+    return Drawn(
+        Sides(q, k, regions),
+        draw(st.sampled_from(sorted(BUILDERS))),
+        Fabric(world, node, hops),
+        Pieces(pieces, draw(st.sampled_from(CUTS))),
+    )
 
 
 def plain(
-    name: str, lengths: Sequence[int], world: int, mask: Mask | None = None, how: str = "ring", cut: str = "even", **options: int
+    name: str,
+    lengths: Sequence[int],
+    world: int,
+    mask: Mask | None = None,
+    how: str = "ring",
+    cut: str = "even",
+    **options: int,
 ) -> Drawn:
     """A problem of self-attention with the settings that one would write down."""
     layout = layouts.make(name, lengths, world)

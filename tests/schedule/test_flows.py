@@ -54,10 +54,7 @@ def of_traffic(traffic: Traffic, needs: Needs) -> Told:
     def piece(owner: int, first: int) -> int:
         return next(p for p, part in enumerate(needs.parts[owner]) if any(a <= first < b for a, b in part))
 
-    uses = [
-        (step, rank, block.owner, piece(block.owner, block.rows[0][0]))
-        for step, rank, block in traffic.uses
-    ]
+    uses = [(step, rank, block.owner, piece(block.owner, block.rows[0][0])) for step, rank, block in traffic.uses]
     kv, dkv = (
         [
             (m.post, m.due, m.src, m.dst, m.block.owner, piece(m.block.owner, m.block.rows[0][0]), count(m.block.rows))
