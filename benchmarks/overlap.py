@@ -101,7 +101,7 @@ def main() -> None:
         form = f"{r['cut']}, keys {r['kv_dtype']}, gradients {r['dkv_dtype']}"
         print(
             f"W={r['world']} transfer {r['transfer_over_computation']} x computation, "
-            f"{r['block_tokens'] or 'whole':>5} rows, {form}: {r['both']:.3f} s, {r['over_the_larger']:.3f} of the larger"
+            f"{r['block_tokens'] or 'whole':>5} rows, {form}: {r['both']:.3f} s, {r['over_the_larger']:.3f} of it"
         )
     record = {"machine": described(), "rows": rows}
     chosen.out.mkdir(parents=True, exist_ok=True)

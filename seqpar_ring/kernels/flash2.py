@@ -10,7 +10,7 @@ empty row is +inf.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,50 +62,40 @@ class Flash2Kernel(VarlenKernel):
 
     def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `VarlenKernel.attend`."""
-        at = bounds(packed)
-        out, lse, *_ = self._library.function(FORWARD)(
-            q=rows.q,
-            k=rows.k,
-            v=rows.v,
-            cu_seqlens_q=packed.cu_q,
-            cu_seqlens_k=packed.cu_k,
-            max_seqlen_q=at.max_q,
-            max_seqlen_k=at.max_k,
-            dropout_p=0.0,
-            softmax_scale=scores.scale,
-            causal=packed.causal,
-            window_size_left=at.left,
-            window_size_right=at.right,
-            softcap=scores.softcap or 0.0,
-            alibi_slopes=None,
-            return_softmax=False,
-        )
+        same = _arguments(packed, scores)
+        out, lse, *_ = self._library.function(FORWARD)(**rows._asdict(), **same, return_softmax=False)
         return out, lse
 
     def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
         """See `VarlenKernel.differentiate`."""
-        at, gradients = bounds(packed), room(rows)
+        dq, dk, dv = room(rows)
         self._library.function(BACKWARD)(
             dout=results.dout,
-            q=rows.q,
-            k=rows.k,
-            v=rows.v,
             out=results.out,
             softmax_lse=results.lse,
-            dq=gradients[0],
-            dk=gradients[1],
-            dv=gradients[2],
-            cu_seqlens_q=packed.cu_q,
-            cu_seqlens_k=packed.cu_k,
-            max_seqlen_q=at.max_q,
-            max_seqlen_k=at.max_k,
-            dropout_p=0.0,
-            softmax_scale=scores.scale,
-            causal=packed.causal,
-            window_size_left=at.left,
-            window_size_right=at.right,
-            softcap=scores.softcap or 0.0,
-            alibi_slopes=None,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            **rows._asdict(),
+            **_arguments(packed, scores),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        return gradients
+        return dq, dk, dv
+
+
+def _arguments(packed: Packed, scores: Scores) -> dict[str, Any]:
+    """What both functions take."""
+    at = bounds(packed)
+    return {
+        "cu_seqlens_q": packed.cu_q,
+        "cu_seqlens_k": packed.cu_k,
+        "max_seqlen_q": at.max_q,
+        "max_seqlen_k": at.max_k,
+        "dropout_p": 0.0,
+        "softmax_scale": scores.scale,
+        "causal": packed.causal,
+        "window_size_left": at.left,
+        "window_size_right": at.right,
+        "softcap": scores.softcap or 0.0,
+        "alibi_slopes": None,
+    }

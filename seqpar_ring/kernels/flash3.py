@@ -8,6 +8,7 @@ knows no position biases. Its package has no version that could be asked for, so
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,44 +44,37 @@ class Flash3Kernel(VarlenKernel):
 
     def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `VarlenKernel.attend`."""
-        out, lse, *_ = self._library.function(FORWARD)(
-            q=rows.q,
-            k=rows.k,
-            v=rows.v,
-            cu_seqlens_q=packed.cu_q,
-            cu_seqlens_k=packed.cu_k,
-            max_seqlen_q=packed.max_q,
-            max_seqlen_k=packed.max_k,
-            softmax_scale=scores.scale,
-            causal=packed.causal,
-            window_size_left=packed.left,
-            window_size_right=packed.right,
-            softcap=scores.softcap or 0.0,
-        )
+        same = _arguments(packed, scores)
+        out, lse, *_ = self._library.function(FORWARD)(**rows._asdict(), **same, causal=packed.causal)
         return out, lse
 
     def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
         """See `VarlenKernel.differentiate`."""
-        gradients = room(rows)
+        dq, dk, dv = room(rows)
         self._library.function(BACKWARD)(
             dout=results.dout,
-            q=rows.q,
-            k=rows.k,
-            v=rows.v,
             out=results.out,
             softmax_lse=results.lse,
-            cu_seqlens_q=packed.cu_q,
-            cu_seqlens_k=packed.cu_k,
-            max_seqlen_q=packed.max_q,
-            max_seqlen_k=packed.max_k,
-            dq=gradients[0],
-            dk=gradients[1],
-            dv=gradients[2],
-            softmax_scale=scores.scale,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            **rows._asdict(),
+            **_arguments(packed, scores),
             is_causal=packed.causal,
-            window_size_left=packed.left,
-            window_size_right=packed.right,
-            softcap=scores.softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled() and rows.q.shape[2] <= DETERMINISTIC_WIDTH,
         )
-        return gradients
+        return dq, dk, dv
+
+
+def _arguments(packed: Packed, scores: Scores) -> dict[str, Any]:
+    """What both functions take."""
+    return {
+        "cu_seqlens_q": packed.cu_q,
+        "cu_seqlens_k": packed.cu_k,
+        "max_seqlen_q": packed.max_q,
+        "max_seqlen_k": packed.max_k,
+        "softmax_scale": scores.scale,
+        "window_size_left": packed.left,
+        "window_size_right": packed.right,
+        "softcap": scores.softcap or 0.0,
+    }
