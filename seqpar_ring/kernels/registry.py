@@ -27,14 +27,17 @@ NEAR = 0.97
 FALLBACK = 0
 """Priority below which a kernel is a fallback, which is neither tried nor timed."""
 
-_KERNELS: dict[str, Kernel] = {}
-
 
 class Choice(NamedTuple):
     """A kernel and why it was chosen, in a sentence that can be shown to the user."""
 
     kernel: Kernel
     reason: str
+
+
+_KERNELS: dict[str, Kernel] = {}
+_CHOICES: dict[tuple[Request, str], Choice] = {}
+"""What was chosen from these kernels: every layer asks again, with the same few requests."""
 
 
 def register(kernel: Kernel) -> None:
@@ -48,6 +51,7 @@ def register(kernel: Kernel) -> None:
             "a kernel of this name is registered already", fix="Give the kernel another name.", name=kernel.name
         )
     _KERNELS[kernel.name] = kernel
+    _CHOICES.clear()
 
 
 def unregister(name: str) -> Kernel:
@@ -56,6 +60,7 @@ def unregister(name: str) -> Kernel:
     Raises:
         ConfigError: no kernel has this name.
     """
+    _CHOICES.clear()
     return _KERNELS.pop(_named(name).name)
 
 
@@ -76,6 +81,13 @@ def select(request: Request, name: str = AUTO) -> Choice:
         ConfigError: no kernel has this name.
         UnsupportedError: the named kernel, or every kernel, lacks something; the message says what.
     """
+    found = _CHOICES.get((request, name))
+    if found is None:
+        found = _CHOICES[request, name] = _select(request, name)
+    return found
+
+
+def _select(request: Request, name: str) -> Choice:
     missing = {kernel.name: lacks(kernel.capabilities, request) for kernel in _preferred()}
     able = [kernel for kernel in _preferred() if not missing[kernel.name]]
     if name != AUTO:

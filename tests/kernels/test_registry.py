@@ -67,6 +67,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Entry]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(registry, "tried", lambda kernel, request: found[kernel.name])
     monkeypatch.setattr(registry, "_KERNELS", {})
+    monkeypatch.setattr(registry, "_CHOICES", {})
     for name, priority in (("quick", 300), ("slow", 200)):
         kernel = Mine(devices=("cuda",), priority=priority)
         kernel.name, kernel.capabilities = name, replace(kernel.capabilities, dtypes=(torch.bfloat16,))
