@@ -71,5 +71,5 @@ $(RUN): $(VENV)/.stamp-python pyproject.toml constraints.txt
 $(DEV): $(VENV)/.stamp-python pyproject.toml constraints.txt
 	@echo "Installing the library and its development tools into $(VENV) (a few minutes the first time) ..."
 	@test -z "$(TORCH)" || $(PIP) $(TORCH)
-	@$(PIP) -c constraints.txt -e ".[examples,dev]"
+	@$(PIP) -c constraints.txt -e ".[examples,dev,interpreter]"
 	@touch $@
