@@ -16,7 +16,6 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +28,9 @@ from seqpar_ring import ring_attention
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.geometry import Mask
-from seqpar_ring.kernels import Kernel, Request, architecture_of, lacks, registered, select
+from seqpar_ring.kernels import Kernel, Request, architecture_of, lacks, names, registered, select
 from seqpar_ring.kernels.merge import Part, merge_parts_
+from seqpar_ring.kernels.trial import seconds
 from seqpar_ring.layout import make
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.planner.loads import loads
@@ -123,20 +123,6 @@ def merging(shape: Shape) -> dict[str, float]:
     } | {"accumulator_bytes": float(out.nbytes)}
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    """The median time of some runs after one that is not timed."""
-    times = []
-    for _ in range(1 + REPEATS):
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        work()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
-
-
 def candidates(shape: Shape, asked: list[str]) -> list[Kernel]:
     """Those that can compute it here; what the others lack is printed."""
     found = []
@@ -199,7 +185,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8, help="of the ring (8)")
     parser.add_argument("--tokens", type=int, default=8192, help="of each rank (8192)")
     parser.add_argument("--heads", type=int, nargs=3, default=[64, 8, 128], help="query heads, key heads, their width")
-    parser.add_argument("--kernels", nargs="*", default=[], help="only these; all that can, if none is named")
+    parser.add_argument("--kernels", nargs="*", default=[], choices=names(), help="only these; else all that can")
     parser.add_argument("--device", default="cuda:0", help="cuda:0, or cpu to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
     chosen = parser.parse_args()

@@ -31,14 +31,15 @@ class Settings(BaseModel):
         node: ranks of a sequence group that share a node; "double_ring" needs it; None: all of them.
         block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"; where `hardware` is
             given, the planner decides), pieces of it (a smaller number), or several blocks at once (a larger one).
-        cut: how pieces are cut: "even" (equal work on all ranks at each step) or "halves" (in a causal zigzag a ring
-            sends up to a quarter less, and ranks wait more).
+        cut: where blocks travel in pieces, how they are cut: "even" (equal work on all ranks at each step) or "halves"
+            (in a causal zigzag a ring sends up to a quarter less, and ranks wait more).
         hardware: what the planner decides for: a preset ("h100"), or a file that `seqpar-ring probe` wrote.
         fabric: links of that hardware, "inner+outer": "nvlink+ndr"; a probe's file holds its own.
         tokens: of the sequence that "auto" is decided for; None: those of the first batch.
         backward: what travels in backward: "kv", "q", or by the bytes of the model's heads ("auto").
-        kv_dtype: what keys and values travel in: theirs ("same"), or one byte a number ("int8"), which is not exact.
-        dkv_dtype: what their gradients travel in: "fp32" (fp64 for fp64), or "bf16", which rounds at each hop.
+        kv_dtype: what keys and values go round the ring in: theirs ("same"), or one byte a number ("int8"), which is
+            not exact. Ranks that share out heads exchange them as they are.
+        dkv_dtype: what their gradients come back in: "fp32" (fp64 for fp64), or "bf16", which rounds at each hop.
         balance_tokens: how far above the mean a rank's tokens may be in "packed", as a factor.
         balance_area: the same for attention work.
         kernel: block attention kernel: "auto" (by capability, and on a GPU by a trial and its rate), or its name:
@@ -124,11 +125,6 @@ class Settings(BaseModel):
         return self.heads
 
     @property
-    def backward_travels(self) -> str:
-        """What travels in backward: "kv", "q" or "auto". Keys that were coded have to be the ones that travel again."""
-        return "kv" if self.kv_dtype != "same" else self.backward
-
-    @property
     def undecided(self) -> tuple[str, ...]:
         """Names of the settings that are left to the planner."""
         names = [name for name in ("heads", "layout", "schedule") if getattr(self, name) == "auto"]
@@ -145,12 +141,12 @@ class Settings(BaseModel):
                     fix=f"Give {' or '.join(map(str, fitting))}.",
                     **{name: degree, "size": whole},
                 )
-        if self.kv_dtype == "int8" and self.backward == "q":
+        if self.backward == "q" and (self.kv_dtype, self.dkv_dtype) != ("same", "fp32"):
             raise ConfigError(
-                f'{where} has "kv_dtype": "int8" and lets queries travel in backward',
-                fix="Leave backward at auto: gradients are those of the coded keys, which only travel with the keys.",
+                f"{where} has keys or their gradients travel in another form, and queries travel in backward",
+                fix='Leave "backward" at "auto": what becomes of keys only counts where keys travel.',
                 kv_dtype=self.kv_dtype,
-                backward=self.backward,
+                dkv_dtype=self.dkv_dtype,
             )
         if self.schedule == "double_ring" and self.node is None:
             raise ConfigError(

@@ -97,7 +97,7 @@ def _kernels() -> Iterator[Finding]:
     request = Request(device, torch.bfloat16, 128, 128, 32, 8)
     able, elsewhere = 0, []
     for kernel in registered():
-        if device not in (kernel.capabilities.devices or (device,)):
+        if not kernel.capabilities.made_for(device):
             elsewhere.append(f'"{kernel.name}"')
             continue
         missing = lacks(kernel.capabilities, request)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from seqpar_ring.cargo import AsTheyAre, Cargo, Coded, Fields, Form, Narrowed, add_rows, pick
+from seqpar_ring.cargo import Cargo, Coded, Fields, Form, add_rows, pick
 from seqpar_ring.geometry import count
 from seqpar_ring.kernels import Kept, Kernel, Scores
 from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
@@ -203,7 +203,7 @@ class _Run:
         self._label = "forward" if gradient_dtype is None else BACKWARD[what.traffic.travels]
         self._pass, self._node, self._own = what, plan.fabric.node, own
         keys_travel, settings = what.traffic.travels == "kv", plan.documents.settings
-        self._out: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else AsTheyAre(Cargo(own))
+        self._out: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else Cargo(own)
         self._arrived: dict[Block, Fields] = {}
         self._made: dict[Block, Fields] = {}
         self._under_way: dict[tuple[str, Move], tuple[Handle, Fields]] = {}
@@ -211,7 +211,7 @@ class _Run:
         if gradient_dtype is not None:
             self._returns = Cargo(own[:gradients], gradient_dtype)
             narrow = keys_travel and settings.dkv_dtype == "bf16"
-            self._back: Form = Narrowed(self._returns, torch.bfloat16) if narrow else AsTheyAre(self._returns)
+            self._back: Form = Cargo(own[:gradients], torch.bfloat16) if narrow else self._returns
             self._total = self._returns.zeros(own[0].shape[1])
 
     def go(self, compute: Callable[[Work, Fields], None]) -> None:

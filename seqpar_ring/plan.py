@@ -277,7 +277,7 @@ class Plan:
         settings, keys = self.documents.settings, sum(self.documents.kv_lengths or self.lengths)
         row = Row(*widths, request.dtype.itemsize).sent(settings.kv_dtype, settings.dkv_dtype)
         q, kv = row.both("q"), row.both("kv") * keys / self.tokens
-        asked = settings.backward_travels
+        asked = settings.backward
         counted = f"queries {q} bytes a token, keys and values {kv:.0f}"
         if asked != "auto":
             return Reason("backward", TRAVELS[asked], f"asked for; {counted}")

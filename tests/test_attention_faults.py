@@ -58,6 +58,16 @@ def average_instead_of_merge(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(merge, "merge_", average)
 
 
+def wait_for_others(patch: pytest.MonkeyPatch) -> None:
+    """Parts of a step are merged several at a time, as on a GPU."""
+    patch.setattr(executor, "at_once", lambda out: 3)
+
+
+def forget_what_waits(patch: pytest.MonkeyPatch) -> None:
+    wait_for_others(patch)
+    patch.setattr(executor._Partial, "merge", lambda self: None)
+
+
 def lose_a_gradient(patch: pytest.MonkeyPatch) -> None:
     """One dKV that comes home is not added."""
     take = executor._Run._take_gradient
@@ -142,6 +152,7 @@ def take_row_numbers_for_positions(patch: pytest.MonkeyPatch) -> None:
 FAULTS: dict[Callable[[pytest.MonkeyPatch], None], set[str]] = {
     drop_a_hop: {"out", "dq", "dk", "dv"},
     average_instead_of_merge: {"out"},
+    forget_what_waits: {"out"},
     lose_a_gradient: {"dk", "dv"},
     keep_stale_keys: {"dq", "dv"},
     widen_the_mask: {"out"},
@@ -154,6 +165,7 @@ FAULTS: dict[Callable[[pytest.MonkeyPatch], None], set[str]] = {
 SPECIAL: dict[Any, tuple[Case, dict[str, Any]]] = {
     mix_up_blocks_that_arrive_together: (Case(), {"block_tokens": 40}),
     forget_the_delta: (Case(), {"backward": "q"}),
+    forget_what_waits: (Case(), {"block_tokens": 8}),
     sink_in_every_block: (Case(sinks=True), {}),
     take_row_numbers_for_positions: (Case(alibi=True), {}),
 }
@@ -169,6 +181,15 @@ def test_a_seeded_fault_breaks_the_comparison(fault: Any, monkeypatch: pytest.Mo
     broken = run_lockstep(lambda sp: ring_results(sp, lengths, case), 4, **how)[0]
     for name in FAULTS[fault]:
         assert relative_error(broken[name], truth[name]) > 1e-3, name
+
+
+@pytest.mark.parametrize("how", [{}, {"block_tokens": 8}, {"block_tokens": 40}, {"layout": "striped"}], ids=str)
+def test_parts_that_wait_for_others_of_their_step_are_merged_as_well(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for_others(monkeypatch)
+    for case in (Case(), Case(window=5)):
+        assert_matches_dense([41, 3, 22], 4, case, 1e-12, **how)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -31,15 +34,17 @@ def test_the_gpus_benchmark_writes_a_row_for_each_case_and_kernel(tmp_path: Path
     assert (tmp_path / "gpu-cpu-32.png").stat().st_size > 5000
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_its_benchmark_says_so() -> None:
-    done = run("gpu.py", "--device", "cuda:99") if not _gpu() else None
-    assert done is None or (done.returncode == 2 and "there is no GPU here" in done.stderr)
+    done = run("gpu.py")
+    assert done.returncode == 2
+    assert "there is no GPU here" in done.stderr
 
 
-def _gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def test_a_kernel_that_there_is_not_is_refused_by_its_benchmark() -> None:
+    done = run("gpu.py", "--device", "cpu", "--kernels", "flash9")
+    assert done.returncode == 2
+    assert "invalid choice: 'flash9'" in done.stderr
 
 
 def test_committed_results_say_on_what_they_were_taken() -> None:

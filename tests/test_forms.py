@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring import ring_attention
-from seqpar_ring.cargo import AsTheyAre, Cargo, Coded, Narrowed
+from seqpar_ring.cargo import Cargo, Coded
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError
 from seqpar_ring.parallel import SequenceParallel
@@ -37,9 +37,9 @@ def there_and_back(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("width", [64, 128])
-def test_a_coded_row_of_normal_numbers_is_off_by_less_than_a_percent(width: int) -> None:
+def test_a_coded_row_of_normal_numbers_is_off_by_six_in_a_thousand(width: int) -> None:
     x = some(2, 50, 3, width)
-    assert 0.004 < relative_error(there_and_back(x), x) < 0.010
+    assert relative_error(there_and_back(x), x) == pytest.approx(0.006, abs=0.001)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -74,8 +74,8 @@ def test_a_message_holds_one_byte_a_number_and_a_scale_for_each_token_and_head()
 
 def test_what_lies_together_is_sent_from_where_it_is_and_a_narrow_sum_is_cast() -> None:
     x = some(1, 4, 2, 8, dtype=torch.float32)
-    assert AsTheyAre(Cargo((x,))).packed((x,))[0] is x
-    form = Narrowed(Cargo((x,)), torch.bfloat16)
+    assert Cargo((x,)).packed((x,))[0] is x
+    form = Cargo((x,), torch.bfloat16)
     assert torch.equal(form.packed((x,))[0], x.bfloat16())
     assert form.room(3)[0].dtype == torch.bfloat16
 
@@ -130,10 +130,10 @@ def off_by(lengths: list[int], case: Case, **how: Any) -> dict[str, float]:
     return {name: relative_error(got[name], want[name]) for name in NAMES}
 
 
-def test_against_exact_attention_coded_keys_are_off_by_about_a_percent() -> None:
+def test_against_exact_attention_coded_keys_are_off_by_less_than_a_percent() -> None:
     lengths, case = [300, 41], Case(4, 2, head_dim=64)
     errors = off_by(lengths, case, kv_dtype="int8")
-    assert all(1e-5 < error < 0.02 for name, error in errors.items() if name != "lse"), errors
+    assert all(1e-3 < error < 0.01 for name, error in errors.items() if name != "lse"), errors
 
 
 @pytest.mark.parametrize("schedule", ["ring", "direct"])
@@ -166,7 +166,8 @@ def test_over_processes_the_bytes_are_those_that_the_planner_counts(pool2: RankP
     [
         ({"kv_dtype": "fp8"}, 'Give "same" or "int8"'),
         ({"dkv_dtype": "int8"}, 'Give "fp32" or "bf16"'),
-        ({"kv_dtype": "int8", "backward": "q"}, "gradients are those of the coded keys"),
+        ({"kv_dtype": "int8", "backward": "q"}, "what becomes of keys only counts where keys travel"),
+        ({"dkv_dtype": "bf16", "backward": "q"}, "what becomes of keys only counts where keys travel"),
     ],
 )
 def test_forms_that_there_are_not_are_refused(block: dict[str, str], says: str) -> None:
@@ -175,4 +176,6 @@ def test_forms_that_there_are_not_are_refused(block: dict[str, str], says: str) 
 
 
 def test_coded_keys_travel_in_backward_whatever_the_bytes_say() -> None:
-    assert Settings.parse({"size": 2, "kv_dtype": "int8"}).backward_travels == "kv"
+    """As many key heads as query heads, wide ones: queries would be the lighter side."""
+    assert Row(8, 8, 128, 128, 2).cheaper(64, 64) == "q"
+    assert Row(8, 8, 128, 128, 2).sent("int8", "fp32").cheaper(64, 64) == "kv"

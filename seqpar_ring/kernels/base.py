@@ -89,6 +89,10 @@ class Capabilities:
     absent: str = ""
     notes: str = ""
 
+    def made_for(self, device: str) -> bool:
+        """Whether it takes this type of device, or this device of a type ("cuda:1")."""
+        return self.devices is None or device.split(":")[0] in self.devices
+
 
 class Request(NamedTuple):
     """What a plan and its tensors need from a kernel.
@@ -154,7 +158,7 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
     sm = request.architecture
     complaints = (
         (bool(can.absent), can.absent),
-        (can.devices is not None and device not in can.devices, f"device {device} (has {_listed(can.devices or ())})"),
+        (not can.made_for(device), f"device {device} (has {_listed(can.devices or ())})"),
         (request.dtype not in can.dtypes, f"{_listed((request.dtype,))} (has {_listed(can.dtypes)})"),
         (too_wide, f"head width {widest} (up to {can.max_head_dim})"),
         (

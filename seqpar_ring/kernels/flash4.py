@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqpar_ring.kernels.base import Capabilities, Scores
 from seqpar_ring.kernels.library import Library
-from seqpar_ring.kernels.varlen import ALIGNED, HALVES, UNBOUNDED, Packed, Results, Rows, VarlenKernel, room
+from seqpar_ring.kernels.varlen import HALVES, UNBOUNDED, Packed, Results, Rows, VarlenKernel, room
 
 MODULE = "flash_attn.cute.interface"
 FORWARD, BACKWARD = "_flash_attn_fwd", "_flash_attn_bwd"
@@ -44,11 +44,8 @@ class Flash4Kernel(VarlenKernel):
         super().__init__(library, devices)
 
     def widths(self, head: int, value: int) -> tuple[int, int]:
-        """See `VarlenKernel.widths`; each for itself."""
-        if (head, value) == LATENT:
-            return LATENT
-        width = -(-max(head, value) // ALIGNED) * ALIGNED
-        return width, width
+        """See `VarlenKernel.widths`; those of latent attention as they are."""
+        return LATENT if (head, value) == LATENT else super().widths(head, value)
 
     def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `VarlenKernel.attend`."""

@@ -8,7 +8,6 @@ few words what is wrong, and that is what selection shows to the user.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -35,7 +34,7 @@ class Library:
     def __init__(self, package: str, module: str, functions: tuple[str, ...], oldest: tuple[int, ...] = ()) -> None:
         self._package, self._module, self._functions, self._oldest = package, module, functions, oldest
 
-    @cached_property
+    @property
     def absent(self) -> str:
         """Why the functions cannot be used here, in a few words; empty if they can."""
         try:
@@ -60,6 +59,26 @@ class Library:
     def function(self, name: str) -> Function:
         """One of the functions; only where nothing is `absent`."""
         found: Function = getattr(import_module(self._module), name)
+        return found
+
+
+class Aten(Library):
+    """Operators of torch itself."""
+
+    def __init__(self, *functions: str) -> None:
+        super().__init__("torch", "torch", functions)
+
+    @property
+    def absent(self) -> str:
+        """See `Library.absent`."""
+        missing = [name for name in self._functions if not hasattr(torch.ops.aten, name)]
+        if missing:
+            return f"aten.{' and '.join(missing)} (torch is {torch.__version__})"
+        return "" if torch.cuda.is_available() else NO_GPU
+
+    def function(self, name: str) -> Function:
+        """See `Library.function`."""
+        found: Function = getattr(torch.ops.aten, name).default
         return found
 
 

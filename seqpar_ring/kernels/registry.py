@@ -111,14 +111,9 @@ def _select(request: Request, name: str) -> Choice:
         )
     best = max((rates[kernel.name] for kernel in able if kernel.name in rates), default=0.0)
     chosen = next(kernel for kernel in able if rates.get(kernel.name, 0.0) >= NEAR * best)
-    near = {name: words for name, words in missing.items() if not _elsewhere(_KERNELS[name], request)}
+    # Nobody expects a kernel that is made for other devices here.
+    near = {name: words for name, words in missing.items() if _KERNELS[name].capabilities.made_for(request.device)}
     return _fitted(chosen, request, _why(chosen, near, rates))
-
-
-def _elsewhere(kernel: Kernel, request: Request) -> bool:
-    """Whether it is made for other devices, so that nobody expects it here."""
-    devices = kernel.capabilities.devices
-    return devices is not None and request.device.split(":")[0] not in devices
 
 
 def _tried(kernel: Kernel, request: Request) -> Entry | None:

@@ -16,8 +16,7 @@ from torch import Tensor
 from seqpar_ring.errors import PlanError
 from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
 from seqpar_ring.kernels.delta import stand_in
-from seqpar_ring.kernels.library import Library
-from seqpar_ring.kernels.torch_flash import Aten
+from seqpar_ring.kernels.library import Aten, Library
 from seqpar_ring.kernels.varlen import ALIGNED, HALVES, padded
 from seqpar_ring.schedule import Call
 

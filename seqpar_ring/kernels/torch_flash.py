@@ -13,30 +13,10 @@ from torch import Tensor
 
 from seqpar_ring.kernels.base import Capabilities, Scores
 from seqpar_ring.kernels.flash2 import bounds
-from seqpar_ring.kernels.library import NO_GPU, Function, Library
+from seqpar_ring.kernels.library import Aten, Library
 from seqpar_ring.kernels.varlen import HALVES, UNBOUNDED, Packed, Results, Rows, VarlenKernel
 
 FORWARD, BACKWARD = "_flash_attention_forward", "_flash_attention_backward"
-
-
-class Aten(Library):
-    """Operators of torch itself."""
-
-    def __init__(self, *functions: str) -> None:
-        super().__init__("torch", "torch", functions)
-
-    @property
-    def absent(self) -> str:
-        """See `Library.absent`."""
-        missing = [name for name in self._functions if not hasattr(torch.ops.aten, name)]
-        if missing:
-            return f"aten.{' and '.join(missing)} (torch is {torch.__version__})"
-        return "" if torch.cuda.is_available() else NO_GPU
-
-    def function(self, name: str) -> Function:
-        """See `Library.function`."""
-        found: Function = getattr(torch.ops.aten, name).default
-        return found
 
 
 LIBRARY = Aten(FORWARD, BACKWARD)

@@ -89,7 +89,7 @@ class Ring:
     @cached_property
     def travels(self) -> str:
         """What travels in backward: "kv" or "q"."""
-        asked = self.settings.backward_travels
+        asked = self.settings.backward
         return asked if asked != "auto" else self.row.cheaper(self._tokens, self._tokens)
 
     @cached_property

@@ -276,7 +276,7 @@ def _flight(workload: Workload, s: Settings, kernel: str) -> float:
     """Bytes of attention's backward beside its inputs, of the layers that hold most, for one sequence of a batch."""
     row = workload.model.row(workload.itemsize)
     shared = row.shared(s.head_degree).sent(s.kv_dtype, s.dkv_dtype)
-    travels = s.backward_travels if s.backward_travels != "auto" else shared.cheaper(workload.tokens, workload.tokens)
+    travels = s.backward if s.backward != "auto" else shared.cheaper(workload.tokens, workload.tokens)
     masks = {mask_of(span, workload) for span in workload.model.spans}
     held = [most_in_flight(workload.lengths, mask, s, (travels, shared, kernel)) for mask in masks]
     if s.head_degree == 1:

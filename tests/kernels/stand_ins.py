@@ -129,7 +129,7 @@ class StandIn(Library):
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     @property
-    def absent(self) -> str:  # type: ignore[override]
+    def absent(self) -> str:
         return ""
 
     def function(self, name: str) -> Function:

@@ -181,7 +181,7 @@ def test_the_dense_kernel_refuses_several_segments_by_itself() -> None:
 
 
 def test_cudnns_dense_operator_takes_what_is_given_up_to_its_device() -> None:
-    kernel = TorchCudnnKernel(torch_flash.Aten("_scaled_dot_product_cudnn_attention"), ("cpu",))
+    kernel = TorchCudnnKernel(library.Aten("_scaled_dot_product_cudnn_attention"), ("cpu",))
     kernel.capabilities = replace(kernel.capabilities, absent="")
     q, k, v, dout = inputs(9, 9)
     with pytest.raises(NotImplementedError, match="CPU"):  # no TypeError of an argument before that

@@ -56,10 +56,14 @@ def test_the_answer_is_that_of_a_kernel_that_takes_empty_segments(call: Call) ->
 
 
 def test_a_call_without_gaps_is_left_as_it_is() -> None:
-    assert without_gaps(CALLS[2])[2] is CALLS[2]
-    rows, columns, packed = without_gaps(CALLS[0])
-    assert (rows.tolist(), columns.tolist()) == ([0, 1, 2, 5, 6, 7], [0, 1, 2, 5, 6, 7])
-    assert (packed.cu_q, packed.cu_k) == ((0, 3, 6), (0, 3, 6))
+    (same,) = without_gaps(CALLS[2])
+    assert same.whole(CALLS[2])
+    assert same.call == CALLS[2]
+    (found,) = without_gaps(CALLS[0])
+    assert not found.whole(CALLS[0])
+    assert (found.q, found.k) == (((0, 3), (5, 8)), ((0, 3), (5, 8)))
+    assert (found.call.cu_q, found.call.cu_k) == ((0, 3, 6), (0, 3, 6))
+    assert without_gaps(CALLS[1]) == ()
 
 
 def test_selection_puts_it_around_a_kernel_that_needs_it_and_says_so() -> None:

@@ -63,16 +63,17 @@ def test_parts_are_merged_in_one_pass_as_one_by_one() -> None:
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_neither_waits_for_the_host_nor_asks_it_twice_for_the_same_lengths() -> None:
+def test_a_call_that_was_made_before_does_not_wait_for_the_host() -> None:
     kernel, _ = select(request_of(128))
     q, k, v = (torch.randn(1, 256, h, 128, device=DEVICE, dtype=torch.bfloat16) for h in (8, 2, 2))
     call = Call(0, 0, INF, 0, (0, 256), (0, 256))
-    kernel.forward(q, k, v, call, Scores(0.1))
-    torch.cuda.set_sync_debug_mode("error")
+    first, _ = kernel.forward(q, k, v, call, Scores(0.1))
+    torch.cuda.set_sync_debug_mode("error")  # the second call would raise
     try:
-        kernel.forward(q, k, v, call, Scores(0.1))
+        second, _ = kernel.forward(q, k, v, call, Scores(0.1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)
 
 
 def test_the_cpu_ring_is_what_it_was() -> None:
