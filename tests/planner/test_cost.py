@@ -100,6 +100,16 @@ def test_a_slow_link_shows_as_exposed_time() -> None:
     assert ring(size=8).forward.exposed / ring(size=8).forward.seconds < 0.05
 
 
+@pytest.mark.parametrize(("kv_dtype", "dkv_dtype"), [("int8", "fp32"), ("same", "bf16"), ("int8", "bf16")])
+def test_where_a_link_decides_fewer_bytes_are_less_time_by_as_much(kv_dtype: str, dkv_dtype: str) -> None:
+    slow = on().model_copy(update={"inner": on().inner.model_copy(update={"bandwidth": 1e6, "latency": 0.0})})
+    sent = ROW.sent(kv_dtype, dkv_dtype)
+    plain, found = ring(size=2, where=slow), ring(size=2, where=slow, kv_dtype=kv_dtype, dkv_dtype=dkv_dtype)
+    forward, backward = sent.out("kv") / ROW.out("kv"), sent.both("kv") / ROW.both("kv")
+    assert found.forward.seconds / plain.forward.seconds == pytest.approx(forward, rel=0.01)
+    assert found.backward.seconds / plain.backward.seconds == pytest.approx(backward, rel=0.01)
+
+
 def test_a_window_is_priced_by_its_pairs() -> None:
     whole, window = ring(size=8), ring(size=8, mask=Mask(window=1024))
     assert window.forward.loads.pairs.sum() == 1024 * 1023 / 2 + (65536 - 1023) * 1024
