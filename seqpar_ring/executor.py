@@ -287,11 +287,11 @@ class _Run:
         return pick(self._own, block.rows)
 
     def _post(self, kind: str, moves: tuple[Move, ...]) -> None:
-        """All transfers of one stage and lane together; one handle stands for them all."""
-        by_lane: dict[str, list[Move]] = {}
+        """All transfers of one stage and lane that are due together, with one handle; those due first go first."""
+        groups: dict[tuple[int, str], list[Move]] = {}
         for move in moves:
-            by_lane.setdefault(self._lane(kind, move), []).append(move)
-        for lane, together in by_lane.items():
+            groups.setdefault((move.due, self._lane(kind, move)), []).append(move)
+        for (_, lane), together in sorted(groups.items()):
             sends, recvs, messages = [], [], []
             for move in together:
                 if move.src == self._ring.rank:

@@ -29,7 +29,6 @@ from seqpar_ring.schedule import (
     Traffic,
     Work,
     program,
-    transpose,
     view_runs,
     work,
 )
@@ -237,7 +236,7 @@ class Plan:
     @cached_property
     def backward_schedule(self) -> Traffic:
         """The backward traffic in which keys and values travel, and their gradients return."""
-        return transpose(self.schedule, self.fabric.node)
+        return self.route.returned(self.schedule)
 
     @cached_property
     def query_schedule(self) -> Traffic:

@@ -63,7 +63,8 @@ def loads(flows: Flows, sides: Sides, pieces: Pieces) -> Loads:
     key = rank * len(sides.regions) + mine.doc
     order = np.argsort(key, kind="stable")
     mine, key = mine.take(order), key[order]
-    which, rows = _ranges(uses.owner * pieces.number + uses.piece, pieces.columns(cargo.sizes), pieces.number)
+    some = uses.owner * pieces.number + uses.piece, uses.owner * pieces.number + uses.end
+    which, rows = _ranges(some, pieces.columns(cargo.sizes), pieces.number)
     # Uses are looked at in slices of about AT_ONCE pairs of runs.
     runs_of_rank = int(np.diff(home.bounds).max()) * max(1, int(np.diff(cargo.bounds).max()))
     stride = max(1, AT_ONCE // max(1, runs_of_rank))
@@ -79,15 +80,23 @@ def loads(flows: Flows, sides: Sides, pieces: Pieces) -> Loads:
     return found
 
 
-def _ranges(block: Ints, columns: tuple[Ints, Ints, Ints, Ints], pieces: int) -> tuple[Ints, tuple[Ints, Ints]]:
-    """For each range of rows of each use's block: which use, and its first and end row."""
+def _ranges(
+    blocks: tuple[Ints, Ints], columns: tuple[Ints, Ints, Ints, Ints], pieces: int
+) -> tuple[Ints, tuple[Ints, Ints]]:
+    """For each range of rows of each use's pieces, from the first block to the last: which use, first and end row."""
     owner, piece, begin, end = columns
     key = owner * pieces + piece  # ascending
-    first = np.searchsorted(key, block, "left")
-    counts = np.searchsorted(key, block, "right") - first
-    which = np.repeat(np.arange(len(block)), counts)
+    first = np.searchsorted(key, blocks[0], "left")
+    counts = np.searchsorted(key, blocks[1], "left") - first
+    which = np.repeat(np.arange(len(first)), counts)
     at = np.repeat(first, counts) + ramp(counts)
-    return which, (begin[at], end[at])
+    a, b = begin[at], end[at]
+    if pieces == 1:
+        return which, (a, b)
+    order = np.lexsort((a, which))  # pieces that follow each other are one range, as the executor lays them out
+    which, a, b = which[order], a[order], b[order]
+    fresh = np.flatnonzero(np.r_[True, (which[1:] != which[:-1]) | (a[1:] != b[:-1])][: len(which)])
+    return which[fresh], (a[fresh], b[np.r_[fresh[1:], len(which)] - 1])
 
 
 class _Seen(NamedTuple):

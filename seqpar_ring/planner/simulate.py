@@ -2,9 +2,9 @@
 
 It replays what the executor does: at each step a rank waits for what is due, posts what is to be posted, computes
 what is to be used. Messages leave and arrive over resources that ranks have for themselves or share; those posted
-together share a resource evenly, later ones queue behind them. Time goes by steps, so ranks are columns and a ring of
-1,024 takes a second. What a step's computation costs comes in as seconds; nothing here knows attention, layouts or
-bytes of a row.
+together share a resource evenly, but for those of one lane between the same ranks, which follow one another, and later
+ones queue behind them. Time goes by steps, so ranks are columns and a ring of 1,024 takes a second. What a step's
+computation costs comes in as seconds; nothing here knows attention, layouts or bytes of a row.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def simulate(flows: Flows, compute: Floats, sizes: tuple[float, float], place: P
     """
     moves = MoveColumns(*(np.concatenate(pair) for pair in zip(flows.kv, flows.dkv, strict=True)))
     size = np.r_[flows.kv.rows * float(sizes[0]), flows.dkv.rows * float(sizes[1])]
-    wire = _Wire(moves, size, place)
+    lane = np.repeat([0, 1], [len(flows.kv.rows), len(flows.dkv.rows)])
+    wire = _Wire(moves, lane, size, place)
     steps = len(compute)
     ready, begin, end = (np.zeros((steps, flows.world)) for _ in range(3))
     by_post, by_due = (_Steps(column, steps) for column in (moves.post, moves.due))
@@ -133,7 +134,7 @@ class _Steps:
 class _Wire:
     """The links: what is under way on them, and until when each resource is taken."""
 
-    def __init__(self, moves: MoveColumns, size: Floats, place: Place) -> None:
+    def __init__(self, moves: MoveColumns, lane: Ints, size: Floats, place: Place) -> None:
         self._moves = moves
         far = place.node_of(moves.src) != place.node_of(moves.dst)
         links = (place.link(False), place.link(True))
@@ -150,8 +151,8 @@ class _Wire:
         highest = 2 * base + max(int(r.max(initial=0)) for r in both)
         self._out, self._into = both
         self._out_free, self._into_free = np.zeros(highest + 1), np.zeros(highest + 1)
-        self._out_share, self._out_total = _shares(moves.post, self._out, seconds)
-        self._into_share, self._into_total = _shares(moves.post, self._into, seconds)
+        self._out_share, self._out_total = _shares(moves, lane, self._out, seconds)
+        self._into_share, self._into_total = _shares(moves, lane, self._into, seconds)
         self.begin, self.end = np.zeros(len(size)), np.zeros(len(size))
 
     def post(self, which: Ints, now: Floats) -> Floats:
@@ -177,23 +178,42 @@ class _Wire:
         np.maximum.at(now, self._moves.dst[which], self.end[which])
 
 
-def _shares(post: Ints, resource: Ints, seconds: Floats) -> tuple[Floats, Floats]:
-    """When each move is through, and when all are, of those posted at one step over one resource that share it evenly.
+def _shares(moves: MoveColumns, lane: Ints, resource: Ints, seconds: Floats) -> tuple[Floats, Floats]:
+    """When each move is through, and when all are, of those posted at one step over one resource.
 
-    Each gets an equal part until the smallest is through, and so on: the i-th smallest of n ends after
-    sum of the smaller ones + (n - i) times its own.
+    Moves of one lane between the same two ranks follow one another, those due first in front; such queues share the
+    resource evenly. A move that ends c seconds of its own queue's into it is through once each queue has had c, or all
+    that it holds: after the sum over the queues of min(c, seconds of the queue).
     """
-    share, total = np.zeros_like(seconds), np.zeros_like(seconds)
     if not len(seconds):
-        return share, total
-    key = post * (int(resource.max()) + 1) + resource
-    order = np.lexsort((seconds, key))
-    key, seconds = key[order], seconds[order]
-    first = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
-    counts = np.diff(np.r_[first, len(key)])
-    before = seconds.cumsum() - seconds
-    before -= np.repeat(before[first], counts)
-    place = np.arange(len(key)) - np.repeat(first, counts)
-    share[order] = before + (np.repeat(counts, counts) - place) * seconds
-    total[order] = np.repeat(np.add.reduceat(seconds, first), counts)
+        return np.zeros(0), np.zeros(0)
+    ranks = 1 + int(max(moves.src.max(), moves.dst.max()))
+    group = moves.post * (int(resource.max()) + 1) + resource
+    queue = ((group * 2 + lane) * ranks + moves.src) * ranks + moves.dst
+    order = np.lexsort((moves.due, queue))
+    first = np.flatnonzero(np.r_[True, queue[order][1:] != queue[order][:-1]])
+    through = seconds[order].cumsum()
+    through -= np.repeat(np.r_[0.0, through][first], np.diff(np.r_[first, len(order)]))
+    whole = through[np.r_[first[1:], len(order)] - 1]
+    # Queues and moves of each group in order of their seconds; what is held by the queues before a move is done by then.
+    held = np.r_[whole, np.zeros(len(order))]
+    groups = np.r_[group[order][first], group[order]]
+    ranked = np.lexsort((held == 0, np.r_[whole, through], groups))
+    begins = np.flatnonzero(np.r_[True, groups[ranked][1:] != groups[ranked][:-1]])
+    counts = np.diff(np.r_[begins, len(ranked)])
+    done, left = (_running(x[ranked], begins, counts) for x in (held, (held > 0).astype(float)))
+    every, queues = (np.repeat(np.add.reduceat(x[ranked], begins), counts) for x in (held, (held > 0).astype(float)))
+    shares = np.empty(len(ranked))
+    shares[ranked] = done + (queues - left) * np.r_[whole, through][ranked]
+    totals = np.empty(len(ranked))
+    totals[ranked] = every
+    share, total = np.empty_like(seconds), np.empty_like(seconds)
+    share[order], total[order] = shares[len(first) :], totals[len(first) :]
     return share, total
+
+
+def _running(values: Floats, begins: Ints, counts: Ints) -> Floats:
+    """Sums from the beginning of each group to each of its members, those included."""
+    total = values.cumsum()
+    found: Floats = total - np.repeat(np.r_[0.0, total][begins], counts)
+    return found

@@ -146,7 +146,7 @@ def _settings(asked: argparse.Namespace) -> Settings:
 def _traffic(asked: argparse.Namespace, settings: Settings, sides: Sides) -> tuple[Traffic, str]:
     route = Route.of(settings, sides)
     traffic, why = route.forward("q" if asked.queries else "kv")
-    return (transpose(traffic, route.fabric.node) if asked.backward or asked.queries else traffic), why
+    return (route.returned(traffic) if asked.backward or asked.queries else traffic), why
 
 
 def _summary(asked: argparse.Namespace, sides: Sides, traffic: Traffic, mask: Mask, why: str) -> list[str]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from seqpar_ring.geometry import count
 from seqpar_ring.schedule.needs import Needs
+from seqpar_ring.schedule.pieces import joined
+from seqpar_ring.schedule.timetable import Timetable, timetable
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
 from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric, Visit
 
@@ -48,34 +50,28 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
     """
     uses: list[Use] = []
     kv: list[Move] = []
-    length = round_length(builder, fabric, needs.pieces)
+    table = timetable_of(builder, fabric, needs.pieces)
     for owner in range(needs.world):
         path = builder(owner, fabric)
         relayed = any(visit.source != owner for visit in path)
+        for step, first, end in table.own:
+            if rows := joined(needs.parts[owner][first:end]):
+                uses.append(Use(step, owner, Block(owner, rows)))
         for p, part in enumerate(needs.parts[owner]):
             if not part:
                 continue
-            at, early = p * length, int(p > 0)
-            uses.append(Use(at, owner, Block(owner, part)))
             sent = _relayed(path, needs, owner, p) if relayed else _direct(path, needs, owner, p)
             for v, block, _ in sent:
-                kv.append(Move(at + v.post - early * (v.post == 0), at + v.step, v.source, v.rank, block))
-            uses += [Use(at + v.step, v.rank, block) for v, block, used in sent if used]
+                kv.append(Move(table.step(p, v.post), table.step(p, v.step), v.source, v.rank, block))
+            uses += [Use(table.step(p, v.step), v.rank, block) for v, block, used in sent if used]
     uses.sort()
     kv.sort()
     return Traffic(needs.world, 1 + (uses[-1].step if uses else 0), tuple(uses), tuple(kv), (), travels)
 
 
-def round_length(builder: Builder, fabric: Fabric, pieces: int) -> int:
-    """Steps from where one piece of a block sets out to where the next one does.
-
-    The first pieces of all blocks go round before the second ones do, so no rank holds more than two at a time. A rank
-    computes with its own rows in as many pieces, each in a step of its own at the beginning of a round, and what is
-    sent first in a round is posted a step before that: so each piece has two computations to hide under where the last
-    of one round meets the first of the next, and no computation is used up before there is anything to hide.
-    """
-    last = max((visit.step for visit in builder(0, fabric)), default=0)
-    return last + 1 if pieces > 1 else last
+def timetable_of(builder: Builder, fabric: Fabric, pieces: int) -> Timetable:
+    """When the pieces go the way of this builder."""
+    return timetable(pieces, max((visit.step for visit in builder(0, fabric)), default=0))
 
 
 def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tuple[Traffic, str]:

@@ -14,20 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqpar_ring.geometry import Ints, count
-from seqpar_ring.schedule.build import round_length
+from seqpar_ring.schedule.build import timetable_of
 from seqpar_ring.schedule.needs import Needs
+from seqpar_ring.schedule.timetable import Timetable
 from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric
 
 Flags = NDArray[np.bool_]
 
 
 class UseColumns(NamedTuple):
-    """At `step`, `rank` computes with piece `piece` of `owner`. See `Use`."""
+    """At `step`, `rank` computes with the pieces `piece .. end` of `owner`: one, but of its own rows. See `Use`."""
 
     step: Ints
     rank: Ints
     owner: Ints
     piece: Ints
+    end: Ints
 
 
 class MoveColumns(NamedTuple):
@@ -66,10 +68,10 @@ def flows(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> Flows
     """The traffic that `choose` takes: of the schedule of this name, in the variant that sends the fewest rows."""
     every = [_Sent(builder, needs, fabric) for builder in BUILDERS[name].values()]
     best = min(every, key=lambda one: one.total)
-    return _flows(best, needs, round_length(best.builder, fabric, needs.pieces), travels)
+    return _flows(best, needs, timetable_of(best.builder, fabric, needs.pieces), travels)
 
 
-def return_flows(forward: Flows, node: int) -> Flows:
+def return_flows(forward: Flows, node: int, flight: int = 1) -> Flows:
     """The backward traffic of a forward traffic. See `transpose` for the rule."""
     uses, kv = forward.uses, forward.kv
     block = _Blocks(forward)
@@ -94,10 +96,10 @@ def return_flows(forward: Flows, node: int) -> Flows:
     then = following[at, rank]
     direct = then < 0
     joins = used[at, then]
-    post = np.where(direct, step + 1, joins)
+    post, due = step + 1, np.where(direct, step + 1 + flight, joins + 1)
     dst = np.where(direct, uses.owner[away], then)
     owner, piece = uses.owner[away], uses.piece[away]
-    dkv = _sorted(MoveColumns(post, post + 1, rank, dst, owner, piece, block.rows(owner, piece, rank)))
+    dkv = _sorted(MoveColumns(post, due, rank, dst, owner, piece, block.rows(owner, piece, rank)))
     return forward._replace(dkv=dkv, steps=max(forward.steps, int(dkv.due.max(initial=0))))
 
 
@@ -137,18 +139,19 @@ class _Sent:
         self.total = sum(int(r[owners, rank][t].sum()) for r, t in zip(self.rows, self.there, strict=True))
 
 
-def _flows(sent: _Sent, needs: Needs, length: int, travels: str) -> Flows:
+def _flows(sent: _Sent, needs: Needs, table: Timetable, travels: str) -> Flows:
     step, rank, post, source = sent.visits
-    uses, moves = [np.zeros((4, 0), dtype=np.int64)], [np.zeros((7, 0), dtype=np.int64)]
+    uses, moves = [np.zeros((5, 0), dtype=np.int64)], [np.zeros((7, 0), dtype=np.int64)]
+    for at, first, end in table.own:
+        own = np.flatnonzero([any(part[first:end]) for part in needs.parts])
+        uses.append(np.stack([np.full_like(own, at), own, own, np.full_like(own, first), np.full_like(own, end)]))
     for piece, (rows, there) in enumerate(zip(sent.rows, sent.there, strict=True)):
-        at = piece * length
-        own = np.flatnonzero([bool(part[piece]) for part in needs.parts])
-        uses.append(np.stack([np.full_like(own, at), own, own, np.full_like(own, piece)]))
+        when = np.array([table.step(piece, s) for s in range(1 + int(step.max(initial=0)))])
         o, v = np.nonzero(there)
         to, which = rank[o, v], np.full_like(o, piece)
         computes = needs.wanted[to, o, piece]
-        due, posted = at + step[o, v], at + post[o, v] - ((post[o, v] == 0) & (piece > 0))
-        uses.append(np.stack([due, to, o, which])[:, computes])
+        due, posted = when[step[o, v]], when[post[o, v]]
+        uses.append(np.stack([due, to, o, which, which + 1])[:, computes])
         moves.append(np.stack([posted, due, source[o, v], to, o, which, rows[o, to]]))
     every = np.concatenate(uses, axis=1)
     found = UseColumns(*every[:, np.lexsort(every[::-1])])

@@ -9,6 +9,7 @@ than the work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +48,17 @@ class Pieces(NamedTuple):
         return owner, piece, begin, end
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several pieces, in order."""
+    return _ranges(*sorted(range_ for rows in parts for range_ in rows))
+
+
 def _ranges(*ranges: tuple[int, int]) -> Rows:
-    """Ranges that are not empty; two that meet are one."""
-    some = [r for r in ranges if r[0] < r[1]]
-    if len(some) == 2 and some[0][1] == some[1][0]:
-        return ((some[0][0], some[1][1]),)
-    return tuple(some)
+    """Ascending ranges that are not empty; those that meet are one."""
+    found: list[tuple[int, int]] = []
+    for a, b in ranges:
+        if found and found[-1][1] == a < b:
+            found[-1] = (found[-1][0], b)
+        elif a < b:
+            found.append((a, b))
+    return tuple(found)

@@ -13,6 +13,7 @@ from seqpar_ring.schedule.build import Granularity, choose
 from seqpar_ring.schedule.flows import Flows, flows, return_flows
 from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.pieces import Pieces
+from seqpar_ring.schedule.timetable import AHEAD
 from seqpar_ring.schedule.traffic import Traffic
 from seqpar_ring.schedule.transpose import transpose
 from seqpar_ring.schedule.visits import Fabric
@@ -59,9 +60,17 @@ class Route(NamedTuple):
 
     def backward(self, travels: str = "kv") -> Traffic:
         """The backward traffic in which keys travel, or queries."""
-        return transpose(self.forward(travels)[0], self.fabric.node)
+        return self.returned(self.forward(travels)[0])
+
+    def returned(self, forward: Traffic) -> Traffic:
+        """The backward traffic of a forward traffic that went this route."""
+        return transpose(forward, self.fabric.node, self._flight)
 
     def flows(self, backward: bool = False, travels: str = "kv") -> Flows:
         """The same as columns."""
         forward = flows(self.schedule, self.needs(travels), self.fabric, travels)
-        return return_flows(forward, self.fabric.node) if backward else forward
+        return return_flows(forward, self.fabric.node, self._flight) if backward else forward
+
+    @property
+    def _flight(self) -> int:
+        return AHEAD if self.granularity.pieces > 1 else 1

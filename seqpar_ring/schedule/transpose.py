@@ -9,13 +9,14 @@ from __future__ import annotations
 from seqpar_ring.schedule.traffic import Block, Move, Traffic
 
 
-def transpose(forward: Traffic, node: int) -> Traffic:
+def transpose(forward: Traffic, node: int, flight: int = 1) -> Traffic:
     """The backward traffic of a forward traffic.
 
     A partial dKV goes where its block was passed on to, to be added to the partial of the next rank there that computes
     with it, if that sits in the same node (`node` ranks each); else straight to the owner. So a ring's gradients travel
     round it as one sum, a double ring sends one sum home from each node, and what was sent directly returns directly;
-    `node=1` returns everything directly.
+    `node=1` returns everything directly. It leaves as soon as it is made; `flight` is how many computations later the
+    owner waits for it.
     """
     used = {(use.rank, use.block): use.step for use in forward.uses}
     onward: dict[tuple[int, Block], list[int]] = {}
@@ -37,8 +38,7 @@ def transpose(forward: Traffic, node: int) -> Traffic:
             continue
         following = next_user(rank, block)
         if following is None:
-            dkv.append(Move(step + 1, step + 2, rank, block.owner, block))
+            dkv.append(Move(step + 1, step + 1 + flight, rank, block.owner, block))
         else:
-            joins = used[following, block]
-            dkv.append(Move(joins, joins + 1, rank, following, block))
+            dkv.append(Move(step + 1, used[following, block] + 1, rank, following, block))
     return forward._replace(dkv=tuple(sorted(dkv)), steps=max([forward.steps, *(move.due for move in dkv)]))

@@ -240,7 +240,9 @@ def test_an_all_gather_holds_all_blocks_a_ring_two_and_small_pieces_less() -> No
 
     assert blocks(schedule="all_gather") == 7
     assert blocks(schedule="ring") == 2
-    assert blocks(schedule="ring", block_tokens=1 << 12) == 0.5
+    assert blocks(schedule="ring", block_tokens=1 << 12) == 1  # four pieces at a time: two come while two are used
+    assert blocks(schedule="ring", block_tokens=1 << 11) == 0.5
+    assert blocks(schedule="direct", block_tokens=1 << 12) == 0.75
 
 
 def test_shared_heads_hold_fewer_heads_of_more_tokens_and_copies() -> None:

@@ -15,6 +15,7 @@ from seqpar_ring.geometry import Mask, count
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.schedule import (
     BUILDERS,
+    Block,
     Flows,
     MoveColumns,
     Needs,
@@ -42,10 +43,11 @@ class Told(NamedTuple):
     dkv: Table
 
 
-def of_flows(found: Flows) -> Told:
-    """Columns, row by row."""
+def of_flows(found: Flows, needs: Needs) -> Told:
+    """Columns, row by row; of a rank's own pieces those that hold rows."""
     uses, kv, dkv = (np.stack(columns, axis=1).tolist() for columns in (found.uses, found.kv, found.dkv))
-    return Told(found.world, found.steps, found.travels, *(list(map(tuple, table)) for table in (uses, kv, dkv)))
+    told = [(*use, *(p for p in range(first, end) if needs.parts[use[2]][p])) for *use, first, end in uses]
+    return Told(found.world, found.steps, found.travels, told, *(list(map(tuple, table)) for table in (kv, dkv)))
 
 
 def of_traffic(traffic: Traffic, needs: Needs) -> Told:
@@ -54,7 +56,10 @@ def of_traffic(traffic: Traffic, needs: Needs) -> Told:
     def piece(owner: int, first: int) -> int:
         return next(p for p, part in enumerate(needs.parts[owner]) if any(a <= first < b for a, b in part))
 
-    uses = [(step, rank, block.owner, piece(block.owner, block.rows[0][0])) for step, rank, block in traffic.uses]
+    def pieces(block: Block) -> list[int]:
+        return sorted({piece(block.owner, row) for a, b in block.rows for row in range(a, b)})
+
+    uses = [(step, rank, block.owner, *pieces(block)) for step, rank, block in traffic.uses]
     kv, dkv = (
         [
             (m.post, m.due, m.src, m.dst, m.block.owner, piece(m.block.owner, m.block.rows[0][0]), count(m.block.rows))
@@ -73,10 +78,12 @@ def both(drawn: Drawn, node: int | None = None, travels: str = "kv") -> tuple[tu
     traffic, _ = choose(drawn.name, needs, drawn.fabric, travels)
     found = flows(drawn.name, needs, drawn.fabric, travels)
     node = drawn.fabric.node if node is None else node
-    back, found_back = transpose(traffic, node), return_flows(found, node)
+    flight = 1 if drawn.pieces.number == 1 else 2
+    back, found_back = transpose(traffic, node, flight), return_flows(found, node, flight)
     assert found.rows_sent == rows_sent(traffic)
     assert found_back.kv is found.kv
-    return (of_flows(found), of_traffic(traffic, needs)), (of_flows(found_back), of_traffic(back, needs))
+    told = of_flows(found, needs), of_traffic(traffic, needs)
+    return told, (of_flows(found_back, needs), of_traffic(back, needs))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
@@ -147,14 +154,15 @@ def test_a_seeded_fault_is_seen(fault: Callable[[MoveColumns], MoveColumns], sid
     needs = Needs(q, k, regions)
     right = return_flows(flows("ring", needs, drawn.fabric), 4)
     expected = of_traffic(transpose(choose("ring", needs, drawn.fabric)[0], 4), needs)
-    assert of_flows(right) == expected
-    assert of_flows(right._replace(**{side: fault(getattr(right, side))})) != expected
+    assert of_flows(right, needs) == expected
+    assert of_flows(right._replace(**{side: fault(getattr(right, side))}), needs) != expected
 
 
 def test_the_rule_of_the_way_home_is_seen_to_matter() -> None:
     drawn = plain("zigzag", [80], 8)
     q, k, regions = drawn.sides
-    found = flows("ring", Needs(q, k, regions), drawn.fabric)
-    homes = {node: of_flows(return_flows(found, node)).dkv for node in (1, 4, 8)}
+    needs = Needs(q, k, regions)
+    found = flows("ring", needs, drawn.fabric)
+    homes = {node: of_flows(return_flows(found, node), needs).dkv for node in (1, 4, 8)}
     assert all(dst == owner for _, _, _, dst, owner, *_ in homes[1]), "nodes of one: all straight home"
     assert len({str(home) for home in homes.values()}) == 3

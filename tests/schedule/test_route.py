@@ -60,8 +60,8 @@ def test_its_columns_are_its_tuples(asked: dict[str, Any], window: int | None) -
     route = route_of(Settings(**asked), LENGTHS, Mask(window=window))
     for travels in ("kv", "q"):
         needs = route.needs(travels)
-        assert of_flows(route.flows(travels=travels)) == of_traffic(route.forward(travels)[0], needs)
-        assert of_flows(route.flows(backward=True, travels=travels)) == of_traffic(route.backward(travels), needs)
+        assert of_flows(route.flows(travels=travels), needs) == of_traffic(route.forward(travels)[0], needs)
+        assert of_flows(route.flows(True, travels), needs) == of_traffic(route.backward(travels), needs)
 
 
 @pytest.mark.parametrize(

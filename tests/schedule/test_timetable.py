@@ -1,0 +1,45 @@
+"""The timetable of pieces: every piece once, two computations for each transfer, own rows at both ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from seqpar_ring.schedule.timetable import AHEAD, Timetable, timetable
+
+
+def steps_of(table: Timetable, visits: int) -> list[int]:
+    """The steps at which something is computed with: own rows, and each visit of each piece."""
+    visited = [table.step(p, s) for p in range(len(table.first)) for s in range(1, visits + 1)]
+    return sorted([own.step for own in table.own] + visited)
+
+
+@pytest.mark.parametrize("visits", [1, 2, 3, 7])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 5, 6, 7, 8, 13])
+def test_every_step_has_one_computation_and_own_pieces_come_once_in_order(pieces: int, visits: int) -> None:
+    table = timetable(pieces, visits)
+    found = steps_of(table, visits)
+    assert found == list(range(len(found)))
+    assert [p for own in table.own for p in range(own.first, own.end)] == list(range(pieces))
+    assert len(table.own) == min(pieces, 3)
+
+
+@pytest.mark.parametrize("visits", [1, 3, 7])
+@pytest.mark.parametrize("pieces", [2, 4, 6, 8])
+def test_pieces_in_pairs_have_two_computations_for_each_transfer(pieces: int, visits: int) -> None:
+    table = timetable(pieces, visits)
+    for p in range(pieces):
+        hops = [table.step(p, s + 1) - table.step(p, s) for s in range(visits)]
+        assert all(hop == AHEAD for hop in hops[1:])
+        assert hops[0] == min(AHEAD, table.step(p, 1))
+
+
+def test_own_rows_come_before_half_way_and_at_the_end() -> None:
+    table = timetable(8, visits=1)
+    assert [(own.step, own.end - own.first) for own in table.own] == [(0, 4), (5, 3), (10, 1)]
+    assert table.first == (1, 2, 3, 4, 6, 7, 8, 9)
+
+
+def test_a_whole_block_goes_one_step_after_the_other() -> None:
+    table = timetable(1, visits=3)
+    assert table == Timetable(((0, 0, 1),), (1,), (1,), 1)  # type: ignore[arg-type]
+    assert [table.step(0, s) for s in range(4)] == [0, 1, 2, 3]
