@@ -9,9 +9,12 @@ torch.distributed, and none is needed for a world of one.
 
 from __future__ import annotations
 
+import platform
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,6 +45,7 @@ class Groups:
         ring: transport of the sequence group.
         everyone: transport of the `world_size` ranks, for what they agree on or sum.
         mesh: the device mesh ("data", "ring") or the one that was given; None without torch.distributed.
+        device: the name of the ring's devices, where all its ranks are on one host with the same GPU; else "".
     """
 
     size: int
@@ -52,6 +56,7 @@ class Groups:
     ring: Transport
     everyone: Transport
     mesh: DeviceMesh | None = None
+    device: str = ""
 
     @property
     def data_size(self) -> int:
@@ -80,7 +85,7 @@ def make(
     if not dist.is_initialized():
         return _alone(size)
     rank = dist.get_rank()
-    rings, worlds = _agreed_lines(size, mesh, timeout, lanes)
+    rings, worlds, places = _agreed_lines(size, mesh, timeout, lanes)
     if dist.get_world_size() == 1:
         return _alone(size, mesh)
     device = _device(mesh)
@@ -93,7 +98,9 @@ def make(
     ring: Transport = DistributedTransport(groups, device, timeout) if size > 1 else LockstepWorld(1).transport(0)
     everyone = DistributedTransport({"control": _my_group(worlds, rank, timeout)}, device, timeout)
     data_rank = [line for line in rings if line[0] in world].index(mine)
-    return Groups(size, len(world), mine.index(rank), data_rank, rank, ring, everyone, mesh)
+    here = {places[r] for r in mine}
+    shared = here.pop().device if len(here) == 1 else ""
+    return Groups(size, len(world), mine.index(rank), data_rank, rank, ring, everyone, mesh, shared)
 
 
 def _my_group(lines: Sequence[tuple[int, ...]], rank: int, timeout: float) -> dist.ProcessGroup:
@@ -147,8 +154,24 @@ def _check_size(size: int, world: int) -> None:
 Lines = list[tuple[int, ...]]
 
 
-def _agreed_lines(size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str]) -> tuple[Lines, Lines]:
-    """All rings, and all worlds of them, in order of their first rank, after every rank has said what it wants.
+class Place(NamedTuple):
+    """Where a rank runs: its host, and the name of its GPU; "" without one."""
+
+    host: str
+    device: str
+
+
+def _place(mesh: DeviceMesh | None) -> Place:
+    device = _device(mesh)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return Place(f"{platform.node()} {uuid.getnode()}", name)  # hosts of a cluster may share a name
+
+
+def _agreed_lines(
+    size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str]
+) -> tuple[Lines, Lines, list[Place]]:
+    """All rings, and all worlds of them, in order of their first rank, after every rank has said what it wants; and
+    where each rank runs.
 
     What is wrong on one rank is raised on all.
     """
@@ -164,11 +187,11 @@ def _agreed_lines(size: int, mesh: DeviceMesh | None, timeout: float, lanes: Seq
     except GroupError as error:
         failed = error
     record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None, "lanes": tuple(lanes)}
-    said: list[tuple[Claim, tuple[int, ...], tuple[int, ...]] | None] = [None] * total
-    dist.all_gather_object(said, (claim("sequence groups", record, failed), ring, world))
+    said: list[tuple[Claim, tuple[int, ...], tuple[int, ...], Place] | None] = [None] * total
+    dist.all_gather_object(said, (claim("sequence groups", record, failed), ring, world, _place(mesh)))
     heard = [item for item in said if item is not None]
-    settle([one for one, _, _ in heard], rank, failed)
-    rings, worlds = sorted({line for _, line, _ in heard}), sorted({line for _, _, line in heard})
+    settle([one for one, *_ in heard], rank, failed)
+    rings, worlds = sorted({line for _, line, *_ in heard}), sorted({line for _, _, line, _ in heard})
     for lines in (rings, worlds):
         if sorted(r for line in lines for r in line) != list(range(total)):
             raise GroupError(
@@ -178,7 +201,7 @@ def _agreed_lines(size: int, mesh: DeviceMesh | None, timeout: float, lanes: Seq
                 rings=lines,
                 world=total,
             )
-    return rings, worlds
+    return rings, worlds, [place for *_, place in heard]
 
 
 def _world_of(mesh: DeviceMesh) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from seqpar_ring.loss import mean_of_sums, token_mean
 from seqpar_ring.plan import Documents, Plan
 from seqpar_ring.planner.job import Workload
 from seqpar_ring.planner.model import Model
-from seqpar_ring.planner.settle import Settled, settle
+from seqpar_ring.planner.settle import Settled, on_device, settle
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.tiling import summed_cross_entropy
 
@@ -90,7 +90,8 @@ class SequenceParallel:
         return made
 
     def _set_up(self, groups: Groups, settings: Settings) -> None:
-        self.groups, self.settings = groups, settings
+        asked, settings = settings, on_device(settings, groups.device)
+        self.groups, self.settings, self._found = groups, settings, settings is not asked
         self.size, self.rank = groups.size, groups.rank
         self.data_size, self.data_rank, self.world_size = groups.data_size, groups.data_rank, groups.world_size
         self._model: tuple[Model, str] | None = None
@@ -115,6 +116,8 @@ class SequenceParallel:
             ConfigError: something is "auto", and neither `describe` nor `hardware` says what to decide it by.
         """
         if self._settled is None:
+            if self._model is None and self._found and self.settings.undecided == ("block_tokens",):
+                return self.settings.model_copy(update={"hardware": None, "fabric": None})  # blocks are whole
             if self._model is None:
                 raise ConfigError(
                     f"{' and '.join(self.settings.undecided)} cannot be decided: nothing is known of the model",

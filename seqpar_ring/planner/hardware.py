@@ -70,6 +70,7 @@ class Device(_Described):
         host_bandwidth: bytes per second between the device and that memory, in each direction.
         node: devices of one node.
         links: what a name without a generation means with this device: {"nvlink": "nvlink4"}.
+        reported: names by which drivers report the device where the first of its links joins a node: "NVIDIA H200".
         kernel: what computes block attention on it, for the memory that it needs: "flash" or "cpu".
     """
 
@@ -85,6 +86,7 @@ class Device(_Described):
     host_bandwidth: float = Field(default=25e9, gt=0)
     node: int = Field(default=8, ge=1)
     links: dict[str, str] = Field(default_factory=dict)
+    reported: tuple[str, ...] = ()
     kernel: Literal["flash", "cpu"] = "flash"
 
     def paces(self, dtype: str) -> Attention:
@@ -227,6 +229,18 @@ def machine(hardware: str, fabric: str | None = None, node: int | None = None) -
         return found.model_copy(update={"device": device})
     fix = f"Give a fabric as inner+outer, e.g. nvlink+ndr. Links: {', '.join(presets('link'))}."
     raise ConfigError("nothing says what joins the devices", fix=fix, hardware=hardware)
+
+
+def reported(name: str) -> tuple[str, str] | None:
+    """(hardware, fabric) of ranks of one node whose driver reports this name of their device; None: no preset is of it.
+
+    A device of the same chip on a PCIe card has another name, and is none of these.
+    """
+    for preset in presets("device"):
+        device = load(preset).description
+        if isinstance(device, Device) and device.links and name in device.reported:
+            return preset, next(iter(device.links.values()))
+    return None
 
 
 def presets(kind: str) -> list[str]:

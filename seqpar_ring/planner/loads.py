@@ -63,8 +63,8 @@ def loads(flows: Flows, sides: Sides, pieces: Pieces) -> Loads:
     key = rank * len(sides.regions) + mine.doc
     order = np.argsort(key, kind="stable")
     mine, key = mine.take(order), key[order]
-    some = uses.owner * pieces.number + uses.piece, uses.owner * pieces.number + uses.end
-    which, rows = _ranges(some, pieces.columns(cargo.sizes), pieces.number)
+    blocks = uses.owner * pieces.number + uses.piece, uses.owner * pieces.number + uses.end
+    which, rows = _ranges(blocks, pieces.columns(cargo.sizes), pieces.number)
     # Uses are looked at in slices of about AT_ONCE pairs of runs.
     runs_of_rank = int(np.diff(home.bounds).max()) * max(1, int(np.diff(cargo.bounds).max()))
     stride = max(1, AT_ONCE // max(1, runs_of_rank))

@@ -12,10 +12,24 @@ from typing import NamedTuple
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, SeqparError
 from seqpar_ring.planner import candidates
-from seqpar_ring.planner.hardware import Machine, machine
+from seqpar_ring.planner.hardware import Machine, machine, reported
 from seqpar_ring.planner.job import Choice, Workload
 from seqpar_ring.planner.search import AS_FAST
 from seqpar_ring.planner.step import Prices
+
+
+def on_device(settings: Settings, device: str) -> Settings:
+    """The settings with the hardware of a ring whose ranks share a node, where they name none and it is known.
+
+    Only the block size is decided by that, and only with what is known of the model.
+
+    Args:
+        settings: as the user gave them.
+        device: the name that the driver reports; "" where there is no GPU, or where ranks are on several nodes.
+    """
+    if settings.hardware is not None or settings.block_tokens != "auto" or (found := reported(device)) is None:
+        return settings
+    return settings.model_copy(update={"hardware": found[0], "fabric": found[1]})
 
 
 class Settled(NamedTuple):

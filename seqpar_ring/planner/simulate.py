@@ -195,7 +195,7 @@ def _shares(moves: MoveColumns, lane: Ints, resource: Ints, seconds: Floats) -> 
     through = seconds[order].cumsum()
     through -= np.repeat(np.r_[0.0, through][first], np.diff(np.r_[first, len(order)]))
     whole = through[np.r_[first[1:], len(order)] - 1]
-    # Queues and moves of each group in order of their seconds; what is held by the queues before a move is done by then.
+    # Queues and moves of each group in order of their seconds; what queues before a move hold is done by then.
     held = np.r_[whole, np.zeros(len(order))]
     groups = np.r_[group[order][first], group[order]]
     ranked = np.lexsort((held == 0, np.r_[whole, through], groups))

@@ -26,7 +26,6 @@ from seqpar_ring.schedule import (
     Work,
     rows_sent,
     tiles,
-    transpose,
     work,
 )
 from seqpar_ring.schedule import check as prove

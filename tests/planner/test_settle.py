@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from seqpar_ring import SequenceParallel
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError
+from seqpar_ring.groups import Groups
 from seqpar_ring.planner.hardware import machine
 from seqpar_ring.planner.job import Choice, Workload
 from seqpar_ring.planner.model import Model
-from seqpar_ring.planner.settle import settle
+from seqpar_ring.planner.settle import on_device, settle
 from seqpar_ring.planner.step import Prices
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.testing import Case, RankPool, dense_results, relative_error, ring_results, run_lockstep
+from seqpar_ring.testing.threads import run_lockstep_groups
 
 AUTO = {"layout": "auto", "schedule": "auto", "heads": "auto", "hardware": "h100", "fabric": "nvlink4+ndr"}
 MODEL = Model.of_attention(32, 8, 128)
@@ -130,3 +133,44 @@ def _described_ring(sp: SequenceParallel, case: Case) -> dict[str, torch.Tensor]
 
 def _on() -> dict[str, str]:
     return {"hardware": AUTO["hardware"], "fabric": AUTO["fabric"]}
+
+
+def test_ranks_of_one_node_with_a_known_gpu_get_large_blocks_on_fast_links() -> None:
+    found = on_device(Settings.parse({"size": 8}), "NVIDIA H100 80GB HBM3")
+    assert (found.hardware, found.fabric, found.undecided) == ("h100", "nvlink4", ("block_tokens",))
+    settled = settle(found, workload(65536))
+    assert isinstance(settled.settings.block_tokens, int)
+    assert settled.settings.block_tokens >= 4 * 8192, "one or two remote calls instead of seven"
+    assert "block_tokens" in settled.reason
+    assert "NVLink" in settled.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("", {}),
+        ("NVIDIA H100 PCIe", {}),
+        ("NVIDIA H100 80GB HBM3", {"block_tokens": 1024}),
+        ("NVIDIA H100 80GB HBM3", {"hardware": "cpu", "fabric": "loopback"}),
+    ],
+)
+def test_no_hardware_is_guessed_where_it_is_unknown_or_the_user_decided(device: str, settings: dict[str, Any]) -> None:
+    asked = Settings.parse({"size": 8, **settings})
+    assert on_device(asked, device) is asked
+
+
+def _on_h100(described: bool) -> Any:
+    def rank(groups: Groups) -> tuple[int | str, str]:
+        sp = SequenceParallel.over(replace(groups, device="NVIDIA H100 80GB HBM3"), Settings.parse({"size": 4}))
+        if described:
+            sp.describe(MODEL)
+        return sp.plan(32768).documents.settings.block_tokens, sp.decided
+
+    return run_lockstep_groups(rank, 4)[0]
+
+
+def test_the_default_block_follows_the_gpu_once_the_model_is_known_and_is_whole_until_then() -> None:
+    block, reason = _on_h100(described=True)
+    assert block == 2 * 8192 or block == 3 * 8192
+    assert reason.startswith(f"block_tokens {block}: ")
+    assert _on_h100(described=False) == ("auto", "")
