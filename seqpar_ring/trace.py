@@ -12,7 +12,7 @@ import socket
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -126,14 +126,56 @@ def recording(transport: Transport, device: torch.device | None = None) -> Itera
     Raises:
         ConfigError: somebody records already.
     """
-    if transport.recorder is not None:
-        raise ConfigError("this ring is being recorded already", fix="End that recording first.")
-    recorder = Recorder(device)
-    transport.recorder = recorder
+    _expect_free(transport)
+    recorder = transport.recorder = Recorder(device)
     try:
         yield recorder
     finally:
         transport.recorder = None
+
+
+class Ranges:
+    """Names what one rank does for profilers; see `ranges`."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._label, self._nvtx = "", device is not None and device.type == "cuda"
+
+    def start(self, label: str) -> None:
+        """A pass begins."""
+        self._label = label
+
+    @contextmanager
+    def span(self, kind: str, stage: int) -> Iterator[None]:
+        """Something that a stage of this pass does."""
+        name = f"ring {self._label} {stage}: {kind}"
+        with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if self._nvtx else nullcontext():
+            yield
+
+
+@contextmanager
+def ranges(transport: Transport, device: torch.device | None = None) -> Iterator[None]:
+    """Name each stage of each pass meanwhile, for torch's profiler and, on a GPU, as NVTX ranges for Nsight Systems.
+
+    A range reads "ring forward 2: compute". It costs a microsecond and no synchronisation.
+
+    Args:
+        transport: the ring's: `sp.groups.ring`.
+        device: where the rank computes; None: a CPU.
+
+    Raises:
+        ConfigError: somebody records already.
+    """
+    _expect_free(transport)
+    transport.recorder = Ranges(device)
+    try:
+        yield
+    finally:
+        transport.recorder = None
+
+
+def _expect_free(transport: Transport) -> None:
+    if transport.recorder is not None:
+        raise ConfigError("this ring is being recorded already", fix="End that recording first.")
 
 
 def own(recorder: Recorder, transport: Transport) -> Trace:

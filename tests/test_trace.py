@@ -10,7 +10,7 @@ from seqpar_ring import SequenceParallel, ring_attention
 from seqpar_ring.errors import ConfigError
 from seqpar_ring.plan import Pass
 from seqpar_ring.testing import RankPool, run_lockstep
-from seqpar_ring.trace import KINDS, Recorder, Span, Trace, gather, load, merge, own, recording, save
+from seqpar_ring.trace import KINDS, Ranges, Recorder, Span, Trace, gather, load, merge, own, ranges, recording, save
 
 TOKENS = 1031
 
@@ -181,3 +181,40 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         merge([Trace(2, (A,)), Trace(3, (A,))])
     with pytest.raises(ConfigError, match="no parts of one trace"):
         merge([])
+
+
+def named(sp: SequenceParallel) -> list[str]:
+    """The ranges that torch's profiler saw of a forward and a backward pass."""
+    attend(sp)
+    with torch.profiler.profile() as profiler:
+        attend(sp)
+        with ranges(sp.groups.ring):
+            attend(sp)
+    assert sp.groups.ring.recorder is None
+    return [event.name for event in profiler.events() if event.name.startswith("ring ")]
+
+
+def test_a_profiler_sees_every_stage_by_name(pool2: RankPool) -> None:
+    for found in pool2.run(named):
+        for label, stages in (("forward", 3), ("backward", 4)):
+            for kind in ("wait", "post"):
+                expected = {f"ring {label} {stage}: {kind}" for stage in range(stages)}
+                assert expected == {name for name in found if name.startswith(f"ring {label} ") and name.endswith(kind)}
+            computed = sorted(n for n in found if n.startswith(f"ring {label} ") and n.endswith("compute"))
+            assert computed == [f"ring {label} {stage}: compute" for stage in range(2)]
+
+
+def test_ranges_and_a_recording_exclude_each_other(pool2: RankPool) -> None:
+    for message in pool2.run(_both):
+        assert "recorded already" in message
+
+
+def _both(sp: SequenceParallel) -> str:
+    ring = sp.groups.ring
+    with ranges(ring):
+        assert isinstance(ring.recorder, Ranges)
+        try:
+            with recording(ring):
+                return ""
+        except ConfigError as error:
+            return str(error)

@@ -1,0 +1,125 @@
+"""What a step asks of the host: nothing that would make a GPU wait, and nothing that a CUDA graph cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqpar_ring import SequenceParallel, executor, ring_attention
+from seqpar_ring.kernels import Kept, Scores
+from seqpar_ring.kernels.base import Capabilities
+from seqpar_ring.kernels.library import Library
+from seqpar_ring.kernels.varlen import Packed, Results, Rows, VarlenKernel
+from seqpar_ring.testing import run_lockstep
+
+WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+"""Operators that read numbers of the device, so that the host waits for all that was queued."""
+
+UPLOADS = ("lift_fresh", "lift_fresh_copy", "from_numpy")
+"""Operators by which numbers of the host become a tensor."""
+
+
+class Quiet(VarlenKernel):
+    """A varlen kernel that launches nothing: what remains is what surrounds one."""
+
+    name = "quiet"
+    capabilities = Capabilities(dtypes=(torch.bfloat16,), max_head_dim=256, devices=("cpu",))
+
+    def __init__(self) -> None:
+        super().__init__(Library("torch", "torch", ()))
+
+    def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
+        T, H, _ = rows.q.shape
+        return rows.q.new_zeros((T, H, rows.v.shape[2])), rows.q.new_zeros((H, T), dtype=torch.float32)
+
+    def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
+        return (torch.zeros_like(x) for x in rows)
+
+
+class Seen(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def of(self, some: tuple[str, ...]) -> list[str]:
+        return [name for name in self.names if name in some]
+
+
+def steps(sp: SequenceParallel, lengths: list[int], sync: bool = False) -> list[Seen]:
+    """The operators of two steps, each forward and backward."""
+    plan, kernel, scores = sp.plan(lengths), Quiet(), Scores(0.1)
+    shapes = [(1, plan.local_tokens, heads, 16) for heads in (4, 2, 2, 4)]
+    q, k, v, dout = (torch.randn(shape).to(torch.bfloat16) for shape in shapes)
+    found = []
+    for _ in range(2):
+        with Seen() as seen:
+            out, lse = executor.forward(plan, (q, k, v), kernel, scores)
+            if sync:
+                float(lse.sum())
+            executor.backward(plan, dout, Kept(q, k, v, out, lse, None), kernel, scores)
+        found.append(seen)
+    return found
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"schedule": "direct", "layout": "packed"},
+    {"schedule": "all_gather"},
+    {"block_tokens": 64},
+    {"block_tokens": 999},
+    {"schedule": "double_ring", "node": 2},
+    {"kv_dtype": "int8", "dkv_dtype": "bf16"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_step_neither_waits_for_the_device_nor_sends_it_numbers_of_the_host(settings: dict[str, Any]) -> None:
+    for first, again in run_lockstep(lambda sp: steps(sp, [700, 3, 321]), 4, **settings):
+        assert len(again.names) > 20
+        assert again.of(WAITS) == first.of(WAITS) == []
+        assert again.of(UPLOADS) == []
+        assert first.of(UPLOADS), "cumulative lengths go to the device once; the test would not see them"
+
+
+def test_a_step_that_waits_is_seen() -> None:
+    for found in run_lockstep(lambda sp: steps(sp, [700], sync=True), 2):
+        assert all(seen.of(WAITS) for seen in found)
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_as_a_cuda_graph_and_replayed_with_other_numbers() -> None:
+    sp = SequenceParallel(size=1)
+    plan = sp.plan([700, 3, 321])
+    shapes = [(1, plan.local_tokens, heads, 64) for heads in (8, 2, 2)]
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+
+    def step() -> tuple[Tensor, ...]:
+        out = ring_attention(q, k, v, plan)
+        return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for mine, again in zip(captured, step(), strict=True):
+        assert torch.equal(mine, again)
