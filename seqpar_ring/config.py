@@ -29,8 +29,9 @@ class Settings(BaseModel):
         heads: degree of head sharding (Ulysses): so many ranks share out the heads, size / heads ranks the sequence; or
             "auto".
         node: ranks of a sequence group that share a node; "double_ring" needs it; None: all of them.
-        block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"; the planner decides
-            where `hardware` is given, or where all ranks are in one node with a GPU of a preset), pieces of it (a smaller number), or several blocks at once (a larger one).
+        block_tokens: tokens that arrive and are computed with at a time: a rank's block ("auto"; where `hardware` is
+            given, or all ranks are in one node with a GPU of a preset, the planner decides), pieces of it (a smaller
+            number), or several blocks at once (a larger one).
         cut: where blocks travel in pieces, how they are cut: "even" (equal work on all ranks at each step) or "halves"
             (in a causal zigzag a ring sends up to a quarter less, and ranks wait more).
         hardware: what the planner decides for: a preset ("h100"), or a file that `seqpar-ring probe` wrote.

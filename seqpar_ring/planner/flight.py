@@ -14,10 +14,11 @@ import numpy as np
 
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
-from seqpar_ring.geometry import Ints, Mask
+from seqpar_ring.geometry import Ints, Mask, count
 from seqpar_ring.packing import Balance
 from seqpar_ring.planner.loads import Floats, loads
 from seqpar_ring.schedule import Flows, Route, Row, Sides
+from seqpar_ring.schedule.pieces import joined
 
 CANONICAL = 1 << 14
 """Tokens a rank from which on one document's schedule is that of this many, stretched: only rows at borders differ."""
@@ -66,6 +67,7 @@ class Rows(NamedTuple):
         received: of blocks that are not the rank's own.
         partial: of gradients of others' rows: made here, or received to be passed on or added.
         home, cargo: spanned by the step's kernel calls, of the side that stays and the side that travels.
+        copied: of the rank's own block, laid side by side to be computed with: pieces that do not lie together.
         own: of each rank, (world,).
     """
 
@@ -73,6 +75,7 @@ class Rows(NamedTuple):
     partial: Floats
     home: Floats
     cargo: Floats
+    copied: Floats
     own: Floats
 
 
@@ -125,13 +128,15 @@ def in_flight(rows: Rows, row: Row, travels: str, kernel: Kernel) -> float:
     made = {side: _made(row, side, kernel) for side in ("q", "kv")}
     # The sum of the travelling side's own gradient lives all the time; that of the side that stays from the second step
     # on, until then it is the first step's result.
-    held = rows.received * row.out(travels) + rows.partial * row.home(travels)
+    as_they_are = row._replace(coded=False).out(travels)
+    held = rows.received * row.out(travels) + rows.partial * row.home(travels) + rows.copied * as_they_are
     held = held + rows.own * row.home(travels)
     held[1:] += rows.own * row.home(stays)
     held += rows.home * (row.home(stays) + made[stays]) + rows.cargo * made[travels]
     if row.coded and travels == "kv":
-        held += rows.cargo * row._replace(coded=False).out("kv")  # what is computed with, made of what came
-    held[0] += rows.cargo[0] * row.home(travels)  # of later steps the result is among the partial gradients
+        held += rows.cargo * as_they_are  # what is computed with, made of what came
+    held[0] += rows.cargo[0] * row.home(travels)  # of others' rows the result is among the partial gradients
+    held[1:] += rows.copied[1:] * row.home(travels)
     delta = 3 * row.wide * row.heads  # delta, a gradient of the log-sum-exp (zeros), and the log-sum-exp without -inf
     before = 3 * row.heads * row.value_dim * 4 if row.itemsize < 4 else 4 * row.heads * row.value_dim
     fullest = (held + rows.own * delta).max(initial=0)
@@ -185,7 +190,24 @@ def _rows(
     work = loads(flows, sides, route.pieces)
     home, cargo = (np.zeros(received.shape) for _ in range(2))
     home[: len(work.home)], cargo[: len(work.cargo)] = work.home, work.cargo
-    return Rows(received.astype(float), (made + got).astype(float), home, cargo, np.array(side.sizes, dtype=float))
+    copied = _copied(flows, route, received.shape)
+    own = np.array(side.sizes, dtype=float)
+    return Rows(received.astype(float), (made + got).astype(float), home, cargo, copied, own)
+
+
+def _copied(flows: Flows, route: Route, shape: tuple[int, ...]) -> Floats:
+    """Rows of each rank's own pieces that a step computes with and that do not lie together."""
+    found = np.zeros(shape)
+    if route.pieces.number == 1:
+        return found
+    parts = [route.pieces.of(n) for n in (route.sides.k if flows.travels == "kv" else route.sides.q).sizes]
+    uses = flows.uses
+    own = uses.owner == uses.rank
+    columns = (column[own].tolist() for column in (uses.step, uses.rank, uses.piece, uses.end))
+    for step, rank, first, end in zip(*columns, strict=True):
+        rows = joined(parts[rank][first:end])
+        found[step, rank] = count(rows) if len(rows) > 1 else 0
+    return found
 
 
 def held_rows(flows: Flows) -> tuple[Ints, Ints, Ints]:
