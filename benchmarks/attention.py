@@ -1,4 +1,4 @@
-"""What ring attention costs beside the work itself, on a CPU: planning, execution, memory, traffic of packed data, peers.
+"""What ring attention costs on a CPU beside the work itself, and beside others: planning, time, memory, traffic, peers.
 
     python benchmarks/attention.py planning|overhead|packed|memory|peers|all [--quick] [--out benchmarks/results]
 

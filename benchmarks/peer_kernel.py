@@ -1,7 +1,7 @@
-"""One block kernel for all who are compared on a CPU: torch's CPU flash operator, under the names by which others call theirs.
+"""One block kernel for all who are compared on a CPU: torch's CPU flash operator, by the names that others call.
 
-Packages for GPUs call flash-attn, which has no CPU build. So that their loops can be timed beside ours on the same work,
-this gives them what flash-attn 2.8 gives: the same names, layouts and log-sum-exp, computed by the operator that ours
+Packages for GPUs call flash-attn, which has no CPU build. So that their loops can be timed beside ours on the same
+work, this gives them what flash-attn 2.8 gives: its names, layouts and log-sum-exp, computed by the operator that ours
 runs on. It stands in `sys.modules` only while such a package is imported. It knows causal and full blocks of one
 document and refuses everything else; a causal block with fewer queries than keys is a full part and a square one.
 """
@@ -46,7 +46,7 @@ def attend(qkv: Three, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def differentiate(dout: Tensor, qkv: Three, kept: tuple[Tensor, Tensor], causal: bool, scale: float) -> Three:
-    """(dq, dk, dv) of one block, in the layout of q, k and v; `kept` is (out_BSHD, lse_BHS), the block's or the whole row's."""
+    """(dq, dk, dv) of one block, laid out as q, k, v; `kept` is (out_BSHD, lse_BHS) of the block or of whole rows."""
     q, k, v = (x.transpose(1, 2) for x in qkv)
     dout, out, lse = dout.transpose(1, 2), kept[0].transpose(1, 2), kept[1]
     before = _before(qkv, causal)
@@ -80,7 +80,7 @@ class _Attention(torch.autograd.Function):
     """`attend` with its gradient, for those who leave backward to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:  # noqa: PLR0913 - torch's
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """See `attend`."""
         out, lse = attend((q, k, v), causal, scale)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -102,7 +102,7 @@ def block(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scaling: float | Non
     return out, lse
 
 
-# ------------------------------------------------------------------------------------- flash-attn's names and signatures
+# ------------------------------------------------------------------------------------ flash-attn's names and signatures
 def _flash_attn_forward(  # noqa: PLR0913 - flash-attn's signature
     q: Tensor,
     k: Tensor,

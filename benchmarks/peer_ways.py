@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seqpar_ring import ring_attention
 from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.plan import Plan
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BSHD, k_BSGD, v_BSGD) of this rank -> out_BSHD."""
@@ -72,18 +73,22 @@ def rows(layout: str, rank: int, world: int, tokens: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- ours
+def ours(plan: Plan) -> Attend:
+    """Ring attention over a plan."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = ring_attention(q, k, v, plan)
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
+
+
 def _ours(pieces: int) -> Callable[[Rank], Attend]:
     def make(at: Rank) -> Attend:
         size = "auto" if pieces == 1 else -(-at.tokens // at.world // pieces)
-        sp = SequenceParallel.over(at.sp.groups, at.sp.settings.model_copy(update={"block_tokens": size}))
-        plan = sp.plan(at.tokens)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = ring_attention(q, k, v, plan)
-            assert isinstance(out, Tensor)
-            return out
-
-        return attend
+        settings = at.sp.settings.model_copy(update={"block_tokens": size})
+        return ours(SequenceParallel.over(at.sp.groups, settings).plan(at.tokens))
 
     return make
 
@@ -128,7 +133,7 @@ def _llama3(at: Rank) -> Attend:
 
 # ------------------------------------------------------------------------------------------------------------ torch
 class _TorchRing(torch.autograd.Function):
-    """torch's ring functions with the block kernel that they are given; torch registers them for kernels of GPUs only."""
+    """torch's ring functions with the block kernel; torch itself registers them for kernels of GPUs only."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -171,7 +176,7 @@ def _torch_ring(method: str) -> Callable[[Rank], Attend]:
 
 # ------------------------------------------------------------------------------------------------------- ringmaster
 class _SaysCuda(Tensor):
-    """A tensor that says it is on a GPU, for loops that else take another kernel, or none. Results are plain tensors."""
+    """A tensor that says it is on a GPU, for loops that else take another kernel, or none. Results are plain."""
 
     is_cuda = True
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -238,7 +243,7 @@ def flash(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor) -> Tensor:
 
 
 def repeats(kv_heads: int, world: int) -> int:
-    """How many times key heads are repeated so that each rank of Ulysses has one: DeepSpeed refuses to leave one without."""
+    """How many times key heads are repeated so that each rank of Ulysses has one: DeepSpeed leaves none without."""
     return 1 if kv_heads >= world else -(-world // kv_heads)
 
 
@@ -263,26 +268,22 @@ def _ulysses(at: Rank) -> Attend:
 OURS = "seqpar_ring"
 """What the others are held against."""
 
-WAYS: dict[str, Way] = {
-    way.name: way
-    for way in (
-        Way(OURS, "", "zigzag", _ours(1)),
-        Way("seqpar_ring, 4 pieces", "", "zigzag", _ours(4)),
-        Way("ring-flash-attn, zigzag", "ring-flash-attn", "zigzag", _loop("zigzag_ring_flash_attn_func")),
-        Way("ring-flash-attn, ring", "ring-flash-attn", "contiguous", _loop("ring_flash_attn_func")),
-        Way("ring-flash-attn, stripe", "ring-flash-attn", "striped", _loop("stripe_flash_attn_func")),
-        Way("ring-flash-attn, llama3", "ring-flash-attn", "contiguous", _llama3),
-        Way("torch context parallel, all-to-all", "torch", "zigzag", _torch_ring("alltoall")),
-        Way("torch context parallel, all-gather", "torch", "zigzag", _torch_ring("allgather")),
-        Way("ringmaster, zigzag", "axolotl-ringmaster", "zigzag", _ringmaster("zigzag", "zigzag_ring_attention")),
-        Way("ringmaster, distflash", "axolotl-ringmaster", "contiguous", _ringmaster("distflash", "distflash_attention")),
-        Way(
-            "ringmaster, p2p",
-            "axolotl-ringmaster",
-            "contiguous",
-            _ringmaster("p2p_attn", "ring_p2p_attention", causal=True),
-        ),
-        Way("ringmaster, all-gather", "axolotl-ringmaster", "contiguous", _ringmaster_gathers),
-        Way("DeepSpeed Ulysses", "deepspeed", "contiguous", _ulysses),
-    )
-}
+_RFA, _TORCH, _RINGMASTER = "ring-flash-attn", "torch", "axolotl-ringmaster"
+
+_ALL = (
+    Way(OURS, "", "zigzag", _ours(1)),
+    Way("seqpar_ring, 4 pieces", "", "zigzag", _ours(4)),
+    Way("ring-flash-attn, zigzag", _RFA, "zigzag", _loop("zigzag_ring_flash_attn_func")),
+    Way("ring-flash-attn, ring", _RFA, "contiguous", _loop("ring_flash_attn_func")),
+    Way("ring-flash-attn, stripe", _RFA, "striped", _loop("stripe_flash_attn_func")),
+    Way("ring-flash-attn, llama3", _RFA, "contiguous", _llama3),
+    Way("torch context parallel, all-to-all", _TORCH, "zigzag", _torch_ring("alltoall")),
+    Way("torch context parallel, all-gather", _TORCH, "zigzag", _torch_ring("allgather")),
+    Way("ringmaster, zigzag", _RINGMASTER, "zigzag", _ringmaster("zigzag", "zigzag_ring_attention")),
+    Way("ringmaster, distflash", _RINGMASTER, "contiguous", _ringmaster("distflash", "distflash_attention")),
+    Way("ringmaster, p2p", _RINGMASTER, "contiguous", _ringmaster("p2p_attn", "ring_p2p_attention", causal=True)),
+    Way("ringmaster, all-gather", _RINGMASTER, "contiguous", _ringmaster_gathers),
+    Way("DeepSpeed Ulysses", "deepspeed", "contiguous", _ulysses),
+)
+
+WAYS = {way.name: way for way in _ALL}

@@ -102,14 +102,27 @@ def peers(
             raise ConfigError("no such way to attend", fix=did_you_mean(name, WAYS), name=name)
     if any(tokens % (2 * world) for world in worlds):
         raise ConfigError("peers need two even chunks a rank", fix="Give a multiple of 2 x ranks.", tokens=tokens)
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))  # the ranks get it from here
+    find_peers()  # the ranks get their path from here
     found = []
     for world in worlds:
         with RankPool(world, timeout=LIMIT) as pool:
             for dtype, some in names.items():
                 found += _compared(pool, some, Work(tokens, dtype, times))
     return found
+
+
+def find_peers() -> None:
+    """Let Python find what `make bench` installs for comparison."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+
+
+def version_of(package: str) -> str:
+    """Of an installed distribution; empty if it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _compared(pool: RankPool, names: Sequence[str], work: Work) -> list[Row]:
@@ -121,18 +134,19 @@ def _compared(pool: RankPool, names: Sequence[str], work: Work) -> list[Row]:
 
 def _hindered(pool: RankPool, way: Way, work: Work) -> str:
     """Why a way cannot be timed; empty if it can."""
-    if way.package:
-        try:
-            version(way.package)
-        except PackageNotFoundError:
-            return f"{way.package} is not installed (make bench does it)"
+    if way.package and not version_of(way.package):
+        return f"{way.package} is not installed (make bench does it)"
     print(f"W={pool.world} {way.name}: compared with dense attention", flush=True)
     try:
-        errors = pool.run(_errors, way.name, work._replace(tokens=128 * pool.world))
+        found = pool.run(_errors, way.name, work._replace(tokens=128 * pool.world))
     except Exception as error:  # whatever a peer raises is what is reported
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    worst = {name: max(rank[name] for rank in errors) for name in errors[0]}
-    wrong = [f"{name} is off by {error:.1e}" for name, error in worst.items() if not error <= TOLERANCE[work.dtype]]
+    return inexact({name: max(rank[name] for rank in found) for name in found[0]}, work.dtype)
+
+
+def inexact(worst: Mapping[str, float], dtype: torch.dtype) -> str:
+    """What is wrong with an answer of these errors; empty if nothing is."""
+    wrong = [f"{name} is off by {error:.1e}" for name, error in worst.items() if not error <= TOLERANCE[dtype]]
     return f"its answer is not exact: {', '.join(wrong)}" if wrong else ""
 
 
@@ -143,12 +157,15 @@ def _at(sp: SequenceParallel, work: Work) -> Rank:
 
 
 def _errors(sp: SequenceParallel, name: str, work: Work) -> dict[str, float]:
-    """Errors of this rank's rows against dense attention in fp64."""
-    at = _at(sp, work)
-    mine = rows(WAYS[name].layout, at.rank, at.world, work.tokens)
-    answer, _ = _run(WAYS[name].make(at), tuple(x[:, mine] for x in work.case.inputs(work.tokens)), at.group)
+    return errors(WAYS[name], _at(sp, work), work)
+
+
+def errors(way: Way, at: Rank, work: Work) -> dict[str, float]:
+    """Errors of this rank's rows of out, dq, dk and dv against dense attention in fp64."""
+    mine = rows(way.layout, at.rank, at.world, work.tokens)
+    answer, _ = run(way.make(at), tuple(x[:, mine].to(at.device) for x in work.case.inputs(work.tokens)), at.group)
     truth = dense_results(work.tokens, work.case)
-    return {key: relative_error(x, truth[key][:, mine]) for key, x in answer.items()}
+    return {key: relative_error(x.cpu(), truth[key][:, mine]) for key, x in answer.items()}
 
 
 def _timed(sp: SequenceParallel, names: Sequence[str], work: Work) -> dict[str, Timed]:
@@ -156,19 +173,19 @@ def _timed(sp: SequenceParallel, names: Sequence[str], work: Work) -> dict[str, 
     at, inputs = _at(sp, work), work.case.inputs(work.tokens)
 
     def alone() -> tuple[dict[str, Tensor], Sample]:
-        return _run(flash, inputs, at.group) if at.rank == 0 else _waits(at.group)
+        return run(flash, inputs, at.group) if at.rank == 0 else _waits(at.group)
 
     truth = _shared(alone()[0], inputs, at)
     ways, shares, found = {}, {}, {ONE: Timed(0.0, [])}
     for name in names:
         mine = rows(WAYS[name].layout, at.rank, at.world, work.tokens)
         ways[name], shares[name] = WAYS[name].make(at), tuple(x[:, mine] for x in inputs)
-        answer, _ = _run(ways[name], shares[name], at.group)
+        answer, _ = run(ways[name], shares[name], at.group)
         found[name] = Timed(max(relative_error(x, truth[key][:, mine]) for key, x in answer.items()), [])
     for i in range(work.times):
         found[ONE].samples.append(alone()[1])
         for name in names:
-            found[name].samples.append(_run(ways[name], shares[name], at.group)[1])
+            found[name].samples.append(run(ways[name], shares[name], at.group)[1])
         if at.rank == 0:
             print(f"W={at.world} {work.dtype} repetition {i + 1} of {work.times}", flush=True)
     return found
@@ -184,22 +201,29 @@ def _shared(answer: dict[str, Tensor], inputs: Sequence[Tensor], at: Rank) -> di
     return found
 
 
-def _run(
-    attend: Attend, inputs: Sequence[Tensor], group: dist.ProcessGroup
-) -> tuple[dict[str, Tensor], Sample]:
-    """One forward and backward of this rank, from when all ranks are there; `inputs` are q, k, v and dout of its rows."""
+def run(attend: Attend, inputs: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[dict[str, Tensor], Sample]:
+    """One forward and backward of this rank, once all ranks are there; `inputs` are q, k, v and dout of its rows.
+
+    On a GPU, CPU time is what it takes to launch, and wall time waits for the device.
+    """
     q, k, v, dout = inputs
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     dist.barrier(group)
-    wall, cpu = [time.perf_counter()], [time.process_time()]
+    cpu, wall = [time.process_time()], [_settled(q)]
     out = attend(*leaves)
-    wall.append(time.perf_counter())
     cpu.append(time.process_time())
+    wall.append(_settled(q))
     grads = torch.autograd.grad(out, leaves, dout)
-    wall.append(time.perf_counter())
     cpu.append(time.process_time())
+    wall.append(_settled(q))
     answer = dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
     return answer, Sample(cpu[1] - cpu[0], cpu[2] - cpu[0], wall[1] - wall[0], wall[2] - wall[0])
+
+
+def _settled(x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 def _waits(group: dist.ProcessGroup) -> tuple[dict[str, Tensor], Sample]:
@@ -212,10 +236,7 @@ def _about(name: str, world: int, work: Work) -> Row:
     package = WAYS[name].package if name in WAYS else "torch"
     row: Row = {"ranks": world, "dtype": str(work.dtype).removeprefix("torch."), "way": name, "tokens": work.tokens}
     if package:
-        try:
-            row["version"] = f"{package} {version(package)}"
-        except PackageNotFoundError:
-            row["version"] = package
+        row["version"] = f"{package} {version_of(package)}".strip()
     times = repeats(work.case.kv_heads, world)
     return {**row, "note": f"keys and values repeated {times} times"} if package == "deepspeed" and times > 1 else row
 
