@@ -84,6 +84,5 @@ $(DEV): $(VENV)/.stamp-python pyproject.toml constraints.txt
 $(PEERS)/.stamp: benchmarks/peers.txt | $(DEV)
 	@echo "Installing what is compared with into $(PEERS) ..."
 	@rm -rf $(PEERS)
-	@$(PIP) --no-deps --target $(PEERS) -r benchmarks/peers.txt || \
-	  echo "Not installed: those of benchmarks/peers.txt will be left out, and named." >&2
-	@mkdir -p $(PEERS) && touch $@
+	@if $(PIP) --no-deps --target $(PEERS) -r benchmarks/peers.txt; then touch $@; \
+	  else echo "Not installed: what benchmarks/peers.txt lists is left out of the benchmarks, by name." >&2; fi

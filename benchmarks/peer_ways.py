@@ -133,16 +133,19 @@ def _llama3(at: Rank) -> Attend:
 
 # ------------------------------------------------------------------------------------------------------------ torch
 class _TorchRing(torch.autograd.Function):
-    """torch's ring functions with the block kernel; torch itself registers them for kernels of GPUs only."""
+    """torch's ring functions with torch's flash operator for the device; for CPUs torch itself registers none."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
         from torch.distributed.tensor.experimental._context_parallel._attention import _templated_ring_attention
 
+        op = torch.ops.aten._scaled_dot_product_flash_attention if q.is_cuda else FORWARD
         scale = q.shape[-1] ** -0.5
-        out, lse = _templated_ring_attention(group, 2, FORWARD, q, k, v, is_causal=True, dropout_p=0.0, scale=scale)
+        out, lse, *rest = _templated_ring_attention(group, 2, op, q, k, v, is_causal=True, dropout_p=0.0, scale=scale)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.group, ctx.scale = group, scale
+        ctx.group, ctx.options = group, {"dropout_p": 0.0, "scale": scale}
+        names = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset")
+        ctx.options |= dict(zip(names, rest, strict=False))  # nothing on a CPU
         return out
 
     @staticmethod
@@ -151,16 +154,15 @@ class _TorchRing(torch.autograd.Function):
             _templated_ring_attention_backward,
         )
 
+        op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default if dout.is_cuda else BACKWARD
         found = _templated_ring_attention_backward(
-            ctx.group, 2, BACKWARD, dout, "grad_out", *ctx.saved_tensors, True, dropout_p=0.0, scale=ctx.scale
+            ctx.group, 2, op, dout, "grad_out", *ctx.saved_tensors, True, **ctx.options
         )
         return *found[:3], None
 
 
 def _torch_ring(method: str) -> Callable[[Rank], Attend]:
     def make(at: Rank) -> Attend:
-        if at.device != "cpu":
-            raise NotImplementedError("only called with the CPU's kernel here")
         from torch.distributed.tensor.experimental._context_parallel import _attention as parallel
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
