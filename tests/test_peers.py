@@ -1,4 +1,4 @@
-"""What others are compared on: a block kernel under flash-attn's names, layouts, and that wrong answers do not count."""
+"""What others are measured on: flash-attn's names on a CPU, layouts, and that a wrong answer never counts."""
 
 from __future__ import annotations
 
