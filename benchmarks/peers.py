@@ -184,7 +184,8 @@ def _timed(sp: SequenceParallel, names: Sequence[str], work: Work) -> dict[str, 
         found[name] = Timed(max(relative_error(x, truth[key][:, mine]) for key, x in answer.items()), [])
     for i in range(work.times):
         found[ONE].samples.append(alone()[1])
-        for name in names:
+        first = i * len(names) // work.times  # each repetition begins with another one
+        for name in (*names[first:], *names[:first]):
             found[name].samples.append(run(ways[name], shares[name], at.group)[1])
         if at.rank == 0:
             print(f"W={at.world} {work.dtype} repetition {i + 1} of {work.times}", flush=True)
