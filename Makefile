@@ -6,6 +6,8 @@ VENV   ?= .venv
 RANKS  ?= 2
 WORKERS ?= 2
 CONFIG ?= configs/quickstart.yaml
+# What to give the benchmarks: BENCH="--quick", or BENCH="--only peers memory"
+BENCH  ?=
 # What to give pip first, to choose another build of torch: TORCH="torch==2.13.0 --index-url <the address pytorch.org gives>"
 TORCH  ?=
 
@@ -14,9 +16,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --progress-bar off
 RUN := $(VENV)/.stamp-run
 DEV := $(VENV)/.stamp-dev
+PEERS := benchmarks/.peers
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help quickstart verify install install-dev test lint pytest picture clean
+.PHONY: FORCE help quickstart verify install install-dev test lint pytest bench picture clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,6 +41,9 @@ lint: $(DEV)  ## ruff, codespell, mypy, and the layering contract
 pytest: $(DEV)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
+bench: $(DEV) $(PEERS)/.stamp  ## every benchmark that this machine can run; BENCH="--quick" takes 3 minutes
+	$(BIN)/python benchmarks $(BENCH)
+
 picture: $(DEV)  ## draw the pictures of docs/ again
 	for script in docs/pictures/make_*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -45,7 +51,7 @@ install: $(RUN)  ## only set up .venv for the example
 install-dev: $(DEV)  ## only set up .venv for working on the code
 
 clean:  ## remove .venv, builds, caches and what the example wrote
-	rm -rf $(VENV) build dist runs models *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist runs models *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --------------------------------------------------------------------------------------------------- environment
@@ -73,3 +79,10 @@ $(DEV): $(VENV)/.stamp-python pyproject.toml constraints.txt
 	@test -z "$(TORCH)" || $(PIP) $(TORCH)
 	@$(PIP) -c constraints.txt -e ".[examples,dev,interpreter]"
 	@touch $@
+
+# Whom benchmarks compare with, in a folder of their own: nothing else finds them. Without them, benchmarks say so.
+$(PEERS)/.stamp: benchmarks/peers.txt | $(DEV)
+	@echo "Installing what is compared with into $(PEERS) ..."
+	@rm -rf $(PEERS)
+	@if $(PIP) --no-deps --target $(PEERS) -r benchmarks/peers.txt; then touch $@; \
+	  else echo "Not installed: what benchmarks/peers.txt lists is left out of the benchmarks, by name." >&2; fi

@@ -1,9 +1,10 @@
-"""What ring attention costs beside the work itself, on a CPU: planning, execution, memory, and traffic of packed data.
+"""What ring attention costs on a CPU beside the work itself, and beside others: planning, time, memory, traffic, peers.
 
-    python benchmarks/attention.py planning|overhead|packed|memory|all [--out benchmarks/results]
+    python benchmarks/attention.py planning|overhead|packed|memory|peers|all [--quick] [--out benchmarks/results]
 
 Every figure is the median over repetitions in one run, alternating with what it is compared to; CPU time of all ranks
 stands beside wall time. Results are written as JSON with the machine and the versions. Nothing here needs a GPU.
+`--quick` takes sizes at which only that it runs can be seen.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from machine import described
 from memory import memory
 from mixes import documents, half_below, share_below
+from peers import peers
 
 from seqpar_ring import layout as layouts
 from seqpar_ring import ring_attention
@@ -35,11 +37,11 @@ from seqpar_ring.transport import Link
 Row = dict[str, Any]
 
 
-def planning() -> list[Row]:
+def planning(count: int = 1000, worlds: Sequence[int] = (8, 64)) -> list[Row]:
     """Host time of layout, traffic and one rank's calls: 1,000 documents, one core."""
     rows = []
-    lengths = documents(1000, 350, 131_072, seed=1)
-    for world in (8, 64):
+    lengths = documents(count, 350, 131_072, seed=1)
+    for world in worlds:
         for layout, schedule in (("packed", "direct"), ("packed", "ring"), ("zigzag", "ring"), ("contiguous", "ring")):
             times = [_planned(lengths, layout, schedule, world) for _ in range(9)]
             parts = [statistics.median(part) * 1e3 for part in zip(*times, strict=True)]
@@ -188,7 +190,17 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "overhead": overhead,
     "packed": packed,
     "memory": memory,
+    "peers": peers,
 }
+
+QUICK: dict[str, dict[str, Any]] = {
+    "planning": {"count": 100, "worlds": (8,)},
+    "overhead": {"tokens": 2048, "repeats": 1},
+    "packed": {"world": 4, "tokens": 16_384, "batches": 1},
+    "memory": {"worlds": (2,)},
+    "peers": {"tokens": 1024, "worlds": (2,), "times": 1},
+}
+"""Arguments with which a part only shows that it runs."""
 
 
 def main() -> None:
@@ -196,10 +208,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON files")
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs, not for figures")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     for part in PARTS if chosen.part == "all" else [chosen.part]:
-        rows = PARTS[part]()
+        rows = PARTS[part](**(QUICK[part] if chosen.quick else {}))
         for row in rows:
             shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
             print("  ".join(f"{key} {value}" for key, value in shown.items()))

@@ -12,13 +12,16 @@ import torch
 
 
 def described() -> dict[str, object]:
-    """Processor, cores, versions and commit, as plain values."""
+    """Hardware (GPUs, or the processor where there are none), cores, versions and commit, as plain values."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
+    processor = names[0].partition(":")[2].strip() if names else platform.processor()
+    gpus = torch.cuda.device_count()
     return {
-        "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "hardware": f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else processor,
+        "processor": processor,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -8,6 +8,7 @@ is small beside a block.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,10 +51,10 @@ class Watched(ReferenceKernel):
         return q_BSHD.new_zeros((B, S, H, v_BSGE.shape[3])), q_BSHD.new_zeros((B, H, S))
 
 
-def memory() -> list[dict[str, Any]]:
+def memory(worlds: Sequence[int] = (2, 4, 8)) -> list[dict[str, Any]]:
     """Peak of live blocks over ranks, for rings of several sizes and pieces of blocks."""
     rows = []
-    for world in (2, 4, 8):
+    for world in worlds:
         with RankPool(world, timeout=300) as pool:
             for pieces in (1, 4):
                 tokens = 4096 * world

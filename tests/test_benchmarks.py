@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -53,3 +55,101 @@ def test_committed_results_say_on_what_they_were_taken() -> None:
     for path in found:
         machine = json.loads(path.read_text())["machine"]
         assert {"processor", "cores", "python", "torch", "commit"} <= set(machine), path.name
+
+
+def launched(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(BENCHMARKS / "multi_gpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+
+
+def test_the_benchmark_of_many_gpus_runs_over_gloo(tmp_path: Path) -> None:
+    small = ("--device", "cpu", "--tokens", "32", "--heads", "4", "2", "16", "--block-tokens", "0", "8", "--times", "1")
+    ours = ("--schedules", "ring", "--kernels", "cpu")
+    done = launched(2, *small, *ours, "--ways", "torch context parallel, all-to-all", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "multi-gpu-2-cpu-32.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["way"], row["block_tokens"], row["not timed"]) for row in rows] == [
+        ("causal", "seqpar_ring", "auto", ""),
+        ("packed", "seqpar_ring", "auto", ""),
+        ("causal", "seqpar_ring", "8", ""),
+        ("packed", "seqpar_ring", "8", ""),
+        ("causal", "torch context parallel, all-to-all", "", ""),
+    ]
+    assert all(float(row["backward_tflops"]) > 0 for row in rows)
+    assert json.loads((tmp_path / "multi-gpu-2-cpu-32.json").read_text())["machine"]["device"] == "2 x cpu"
+
+
+def test_the_benchmark_of_many_gpus_says_how_to_start_it() -> None:
+    done = run("multi_gpu.py", "--device", "cpu")
+    assert done.returncode == 2
+    assert "start it with torchrun" in done.stderr
+
+
+def test_all_benchmarks_are_listed_with_what_hinders_them() -> None:
+    done = run("", "--list")
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["planning", "overhead", "packed", "memory", "peers", "overlap", "shaped", "gpu", "multi_gpu"]
+    if not torch.cuda.is_available():
+        assert "(not here: needs 2 GPUs, and there are 0)" in done.stdout
+
+
+def test_a_benchmark_that_there_is_not_is_refused_with_the_nearest_name() -> None:
+    done = run("", "--only", "peer")
+    assert done.returncode == 2
+    assert 'Did you mean "peers"?' in done.stderr
+
+
+def test_a_short_run_writes_every_figure_with_its_machine_and_prints_a_table(tmp_path: Path) -> None:
+    done = run("", "--quick", "--only", "planning", "gpu", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.iterdir()
+    assert path.name.endswith("-quick.csv")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted = "benchmark setting ranks metric value unit date commit hardware cores python torch numpy"
+    assert list(rows[0]) == wanted.split()
+    planned = [row for row in rows if row["benchmark"] == "planning"]
+    assert len(planned) == 4
+    assert all(float(row["value"]) > 0 and row["unit"] == "ms" and row["torch"] for row in planned)
+    assert "| planning | ranks | total ms, ms |" in done.stdout
+    assert "planning: done" in done.stdout
+    if not torch.cuda.is_available():
+        assert "gpu: skipped, needs 1 GPU, and there are 0" in done.stdout
+
+
+def test_a_benchmark_that_fails_is_shown_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("all_benchmarks", BENCHMARKS / "__main__.py")
+    assert spec
+    assert spec.loader
+    runner = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, runner)
+    spec.loader.exec_module(runner)
+    part = runner.Part("fails", ("-c", "print('last words'); raise SystemExit(3)"), (), "none.json")
+    monkeypatch.setitem(runner.PARTS, "planning", part)
+    heard: list[str] = []
+    ended = runner.run("planning", False, tmp_path, heard.append)
+    assert heard == ["last words"]
+    assert ended.how == "failed"
+    assert ended.why.startswith("last words\nexit code 3: ")
+
+
+def test_the_reason_why_something_was_not_timed_is_among_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    report = importlib.import_module("report")
+    rows = [
+        {"ranks": 2, "way": "theirs", "pass": "forward", "cpu_over_one_process": 1.25, "wall_over_ours": 0.5},
+        {"ranks": 4, "way": "others", "not timed": "its answer is not exact"},
+    ]
+    found = report.figures("peers", rows)
+    assert [(f.ranks, f.metric, f.value) for f in found] == [
+        ("2", "cpu_over_one_process", "1.25"),
+        ("2", "wall_over_ours", "0.5"),
+        ("4", "not timed", "its answer is not exact"),
+    ]
+    table = report.tables(found)
+    assert "| pass forward, way theirs | 2 | 1.25 | 0.5 |" in table
+    assert "| way others | 4 | not timed: its answer is not exact |  |" in table
