@@ -8,6 +8,7 @@ asked for.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -84,9 +85,11 @@ def ours(plan: Plan) -> Attend:
     return attend
 
 
-def _ours(pieces: int) -> Callable[[Rank], Attend]:
+def _ours(blocks: float | None = None) -> Callable[[Rank], Attend]:
+    """With so many of a rank's blocks at a time, or as it is by default."""
+
     def make(at: Rank) -> Attend:
-        size = "auto" if pieces == 1 else -(-at.tokens // at.world // pieces)
+        size = "auto" if blocks is None else math.ceil(at.tokens / at.world * blocks)
         settings = at.sp.settings.model_copy(update={"block_tokens": size})
         return ours(SequenceParallel.over(at.sp.groups, settings).plan(at.tokens))
 
@@ -273,8 +276,8 @@ OURS = "seqpar_ring"
 _RFA, _TORCH, _RINGMASTER = "ring-flash-attn", "torch", "axolotl-ringmaster"
 
 _ALL = (
-    Way(OURS, "", "zigzag", _ours(1)),
-    Way("seqpar_ring, 4 pieces", "", "zigzag", _ours(4)),
+    Way(OURS, "", "zigzag", _ours()),
+    Way("seqpar_ring, 4 pieces", "", "zigzag", _ours(1 / 4)),
     Way("ring-flash-attn, zigzag", _RFA, "zigzag", _loop("zigzag_ring_flash_attn_func")),
     Way("ring-flash-attn, ring", _RFA, "contiguous", _loop("ring_flash_attn_func")),
     Way("ring-flash-attn, stripe", _RFA, "striped", _loop("stripe_flash_attn_func")),
