@@ -1,6 +1,6 @@
 """How well transfers hide: ring attention on links on which a pass's transfers take 0.8 or 3 times its computation.
 
-    python benchmarks/overlap.py [--world 2 4] [--tokens 8192] [--seconds 3] [--nice -10] [--out benchmarks/results]
+    python benchmarks/overlap.py [--world 2 4] [--tokens 8192 16384] [--seconds 3] [--nice -10] [--out benchmarks/results]
 
 Needs root (`netns.py`). First the same attention is timed without a limit: that is its computation. Then links are
 shaped so that what the busiest rank sends takes that much longer or shorter, and forward and backward are timed with
@@ -53,18 +53,20 @@ def pieces_of(setting: Setting, pieces: int) -> Setting:
     return setting._replace(block_tokens=block)
 
 
-def case(world: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one number of ranks."""
-    plain = Setting(world, chosen.tokens)
+def case(world: int, tokens: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one number of ranks and tokens."""
+    plain = Setting(world, tokens)
 
     def timed(settings: list[Setting]) -> list[Result]:
         return measure(settings, chosen.seconds, chosen.nice, lambda line: print(line, flush=True))
 
     [alone] = timed([plain])
     rows = []
-    for times in (HIDES, SHOWS):
+    for times in (HIDES, SHOWS) if tokens == chosen.tokens[0] else (HIDES,):
         rate = sent(plain) / (times * alone.both)
         some = [pieces_of(plain, n) for n in PIECES]
+        if times == HIDES and world > 2:  # at 2 ranks it is the ring
+            some += [pieces_of(plain, n)._replace(schedule="direct") for n in PIECES[1:]]
         if times == SHOWS:
             some += [pieces_of(plain, n)._replace(cut="halves") for n in PIECES[-2:]]
             some += [pieces_of(plain, PIECES[-1])._replace(kv_dtype=kv, dkv_dtype=dkv) for kv, dkv in FORMS[1:]]
@@ -90,17 +92,23 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, nargs="*", default=[2, 4], choices=[2, 4], help="numbers of ranks")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the sequence")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[8192, 16384],
+        help="of the sequence; all but the first only where transfers hide",
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="that the repetitions of a setting may take")
     parser.add_argument("--nice", type=int, default=0, help="priority of the ranks; below 0 where others compute too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are removed
-    rows = [row for world in chosen.world for row in case(world, chosen)]
+    rows = [row for world in chosen.world for tokens in chosen.tokens for row in case(world, tokens, chosen)]
     for r in rows:
         form = f"{r['cut']}, keys {r['kv_dtype']}, gradients {r['dkv_dtype']}"
         print(
-            f"W={r['world']} transfer {r['transfer_over_computation']} x computation, "
+            f"W={r['world']} {r['tokens']} tokens, {r['schedule']}, transfer {r['transfer_over_computation']} x computation, "
             f"{r['block_tokens'] or 'whole':>5} rows, {form}: {r['both']:.3f} s, {r['over_the_larger']:.3f} of it"
         )
     record = {"machine": described(), "rows": rows}
