@@ -1,6 +1,6 @@
 """How well transfers hide: ring attention on links on which a pass's transfers take 0.8 or 3 times its computation.
 
-    python benchmarks/overlap.py [--world 2 4] [--tokens 8192 16384] [--seconds 3] [--nice -10] [--out benchmarks/results]
+    python benchmarks/overlap.py [--world 2 4] [--tokens 8192 16384] [--seconds 3] [--nice -10] [--out FOLDER]
 
 Needs root (`netns.py`). First the same attention is timed without a limit: that is its computation. Then links are
 shaped so that what the busiest rank sends takes that much longer or shorter, and forward and backward are timed with
@@ -108,7 +108,8 @@ def main() -> None:
     for r in rows:
         form = f"{r['cut']}, keys {r['kv_dtype']}, gradients {r['dkv_dtype']}"
         print(
-            f"W={r['world']} {r['tokens']} tokens, {r['schedule']}, transfer {r['transfer_over_computation']} x computation, "
+            f"W={r['world']} {r['tokens']} tokens, {r['schedule']}, "
+            f"transfer {r['transfer_over_computation']} x computation, "
             f"{r['block_tokens'] or 'whole':>5} rows, {form}: {r['both']:.3f} s, {r['over_the_larger']:.3f} of it"
         )
     record = {"machine": described(), "rows": rows}
