@@ -83,22 +83,28 @@ def settings_of(size: int, cp_comm_type: str | None, given: Mapping[str, Any] | 
     schedule = _schedule(cp_comm_type)
     if schedule is not None:
         chosen["schedule"] = schedule
-    if isinstance(node, int) and node > 0 and size > 1:
+    if isinstance(node, int) and node > 0:
         # A group that lies within a node (those of a micro-batch may be small) is all of one.
         chosen = {"schedule": "double_ring", **chosen, "node": size if node % size == 0 else node}
+    elif chosen.get("schedule") == "double_ring":
+        chosen["node"] = _node_unsaid(size, cp_comm_type)
     settings = Settings.parse({"size": size, **chosen}, "the settings of RingCoreAttention")
     for key, known in (("schedule", BUILDERS), ("kernel", ("auto", *kernels.names()))):
         name = getattr(settings, key)
         if name not in known:
             raise ConfigError(f"unknown {key}", fix=did_you_mean(name, known), **{key: name})
-    if settings.schedule == "double_ring" and settings.node is None and size > 1:
-        raise ConfigError(
-            "a double ring needs to know how many ranks share a node",
-            fix='Set hierarchical_context_parallel_sizes=[ranks of a node, nodes], or give the setting "node".',
-            cp_comm_type=cp_comm_type,
-            context_parallel_size=size,
-        )
     return settings
+
+
+def _node_unsaid(size: int, cp_comm_type: str | None) -> int:
+    if size == 1:
+        return 1
+    raise ConfigError(
+        "a double ring needs to know how many ranks share a node",
+        fix='Set hierarchical_context_parallel_sizes=[ranks of a node, nodes], or give the setting "node".',
+        cp_comm_type=cp_comm_type,
+        context_parallel_size=size,
+    )
 
 
 def _schedule(cp_comm_type: str | None) -> str | None:

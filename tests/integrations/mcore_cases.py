@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -13,12 +12,12 @@ import torch
 import torch.distributed as dist
 from mcore_models import Case, Dense, batch_of, config_of, model_of, mpu, parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from seqpar_ring.integrations import megatron
 from torch import Tensor
 
 from seqpar_ring import executor
 from seqpar_ring.geometry import Mask
 from seqpar_ring.groups import Groups
-from seqpar_ring.integrations import megatron
 from seqpar_ring.testing import relative_error
 from seqpar_ring.transport import DistributedTransport
 
@@ -31,7 +30,6 @@ class Compared(NamedTuple):
         gradient: the largest relative L2 difference of a parameter's gradient, and its name.
         rings: forward passes of the ring on this rank.
         mean_of_means: what Megatron's default would have averaged, and the true mean.
-        padding: largest gradient of an embedding row, hidden state or output that only padding has.
     """
 
     loss: float
@@ -41,9 +39,13 @@ class Compared(NamedTuple):
     mean_of_means: tuple[float, float]
 
 
-def compare(_: Groups, case: Case) -> Compared:
+Step = tuple[float, dict[str, Tensor]]
+"""The token mean of a step, and every gradient."""
+
+
+def compare(_: Groups, case: Case, reference: Step) -> Compared:
     """One step of some micro-batches: loss, and every gradient through DDP and finalize_model_grads."""
-    truth, expected, _ = alone(case)
+    truth, expected = reference
     parallel(case.tp, case.cp)
     config = config_of(case, case.cp, case.tp)
     with faults(case.fault), counted() as rings:
@@ -65,8 +67,8 @@ def compare(_: Groups, case: Case) -> Compared:
     return Compared(abs(mean - truth) / abs(truth), away[worst], worst, rings[0], (mine[2].item() / case.cp, truth))
 
 
-def alone(case: Case) -> tuple[float, dict[str, Tensor], Any]:
-    """The token mean and every gradient on one rank, with plain attention."""
+def alone(_: Groups, case: Case) -> Step:
+    """The same on one rank, with plain attention."""
     parallel(1, 1)
     model = model_of(case, config_of(case, 1), Dense)
     batches = [batch_of(case, seed) for seed in range(case.micro_batches)]
@@ -77,7 +79,7 @@ def alone(case: Case) -> tuple[float, dict[str, Tensor], Any]:
         loss = (out * batch["loss_mask"]).sum() / count
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad for name, p in model.named_parameters()}, model
+    return total, {name: p.grad for name, p in model.named_parameters()}
 
 
 def forward(model: Any, case: Case, batch: dict[str, Tensor], params: Any) -> tuple[Tensor, Tensor]:
@@ -123,10 +125,12 @@ def faults(fault: str) -> Iterator[None]:
             mcore_shim.FAULTS.add(fault)
             stack.callback(mcore_shim.FAULTS.clear)
         if fault == "leak":
-            leak = mock.patch.object(megatron.RingCoreAttention, "_mask", lambda *_: Mask.make(prefix=5))
-            stack.enter_context(leak)
+            stack.enter_context(
+                mock.patch.object(megatron.RingCoreAttention, "_mask", return_value=Mask.make(prefix=5))
+            )
         if fault == "lost":
-            stack.enter_context(mock.patch.object(DistributedTransport, "exchange", losing(DistributedTransport.exchange)))
+            faulty = losing(DistributedTransport.exchange)
+            stack.enter_context(mock.patch.object(DistributedTransport, "exchange", faulty))
         yield
 
 

@@ -26,6 +26,8 @@ with warnings.catch_warnings():
 from seqpar_ring.integrations.megatron import with_ring
 
 VOCAB, HEADS, HIDDEN, LAYERS = 96, 4, 32, 2
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 12}
+"""Multi-latent attention in which values are narrower than keys."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class Dense(nn.Module):
             self.softmax_offset = nn.Parameter(torch.zeros(HEADS))
             config.init_method(self.softmax_offset)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> Tensor:
+    def forward(self, *qkv: Any, packed_seq_params: Any = None, **_: Any) -> Tensor:
         params = packed_seq_params
-        q, k, v = (x if params is None else x.unsqueeze(1) for x in (query, key, value))
+        q, k, v = (x if params is None else x.unsqueeze(1) for x in qkv[:3])
         S = q.shape[0]
         hidden = torch.ones(S, S, dtype=torch.bool).triu(1)
         if self.window:
@@ -100,31 +102,43 @@ class Dense(nn.Module):
 
 
 def parallel(tp: int, cp: int) -> None:
-    """Megatron's groups, made anew if they are others."""
+    """Megatron's groups, made anew if they are others: dozens, each with threads of its own, so that seldom."""
     if mpu.model_parallel_is_initialized():
         sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
         if sizes == (tp, cp):
             return
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp, context_parallel_size=cp, create_gloo_process_groups=False
+    )
     model_parallel_cuda_manual_seed(1)
 
 
 def config_of(case: Case, cp: int, tp: int = 1) -> Any:
-    options: dict[str, Any] = dict(
-        num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=2 * HIDDEN, num_attention_heads=HEADS,
-        normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
-        context_parallel_size=cp, tensor_model_parallel_size=tp, use_cpu_initialization=True,
-        init_method_std=0.3,  # attention far from uniform
-        calculate_per_token_loss=True, gradient_accumulation_fusion=False, bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": 2 * HIDDEN,
+        "num_attention_heads": HEADS,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "context_parallel_size": cp,
+        "tensor_model_parallel_size": tp,
+        "use_cpu_initialization": True,
+        "init_method_std": 0.3,  # attention far from uniform
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+    }
     if case.recompute and cp > 1:
         options["recompute_granularity"] = case.recompute
         if case.recompute == "full":
             options.update(recompute_method="uniform", recompute_num_layers=1)
     if case.mla:
-        mla = dict(q_lora_rank=16, kv_lora_rank=16, qk_head_dim=8, qk_pos_emb_head_dim=8, v_head_dim=12, rope_type="rope")
+        mla = {**LATENT, "rope_type": "rope"}
         return MLATransformerConfig(**{**options, **mla, **dict(case.options)})
     softcap = dict(case.options).get("attn_logit_softcapping")
     known = {key: value for key, value in case.options if key != "attn_logit_softcapping"}
@@ -179,4 +193,4 @@ def batch_of(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
             qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, cu_seqlens_q_padded=room, cu_seqlens_kv_padded=room,
             max_seqlen_q=max(padded), max_seqlen_kv=max(padded),
         )  # fmt: skip
-    return dict(tokens=tokens, labels=labels, loss_mask=mask, position_ids=positions), params
+    return {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}, params

@@ -41,7 +41,9 @@ def shim_torch() -> None:
 def shim_megatron() -> None:
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
 
+    multi_latent_attention.HAVE_TE = False  # 0.16 finds its own stand-ins for Transformer Engine and takes them for it
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     for module in (rope_utils, rotary_pos_embedding):  # imported by name into the second
