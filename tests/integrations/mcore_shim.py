@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 FAULTS: set[str] = set()
@@ -36,6 +37,19 @@ def shim_torch() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     cuda.is_current_stream_capturing = lambda: False
+    cuda.FloatTensor, cuda.IntTensor, cuda.LongTensor = torch.FloatTensor, torch.IntTensor, torch.LongTensor
+
+
+class OnTheCpu(TorchFunctionMode):
+    """What is asked to be made on a GPU, or moved there, is on the CPU. For optimizers; enter it once a thread."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = CPU
+        return func(*args, **kwargs)
 
 
 def shim_megatron() -> None:
