@@ -82,7 +82,7 @@ def loss_of(mask: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, count.to(torch.int), torch.stack([total.detach(), count])
 
 
-def main(  # noqa: PLR0913 - options of a command
+def main(
     cp: Annotated[int, typer.Option(help="Ranks that share a sequence.")] = 2,
     tp: Annotated[int, typer.Option(help="Ranks that share the model.")] = 1,
     tokens: Annotated[int, typer.Option(help="Of a packed row.")] = 1024,

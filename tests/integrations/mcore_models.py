@@ -101,16 +101,14 @@ class Dense(nn.Module):
         return torch.einsum("bhqk,kbhe->qbhe", weights, v.double()).to(q.dtype).flatten(2)
 
 
-def parallel(tp: int, cp: int) -> None:
+def parallel(tp: int, cp: int, pp: int = 1) -> None:
     """Megatron's groups, made anew if they are others: dozens, each with threads of its own, so that seldom."""
     if mpu.model_parallel_is_initialized():
         sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
-        if sizes == (tp, cp):
+        if (*sizes, mpu.get_pipeline_model_parallel_world_size()) == (tp, cp, pp):
             return
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(
-        tensor_model_parallel_size=tp, context_parallel_size=cp, create_gloo_process_groups=False
-    )
+    mpu.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
 
 
@@ -152,8 +150,8 @@ def spec_of(case: Case) -> Any:
     return get_gpt_layer_local_spec(qk_layernorm=False, multi_latent_attention=case.mla, normalization="RMSNorm")
 
 
-def model_of(case: Case, config: Any, attention: Any = None) -> Any:
-    """The same weights each time; over a ring unless another attention is given."""
+def model_of(case: Case, config: Any, attention: Any = None, **stage: Any) -> Any:
+    """The same weights each time; over a ring unless another attention is given. `stage`: of a pipeline."""
     torch.manual_seed(7)
     spec = spec_of(case)
     if attention is None:
@@ -168,6 +166,7 @@ def model_of(case: Case, config: Any, attention: Any = None) -> Any:
         position_embedding_type="rope" if case.rope else "none",
         parallel_output=True,
         share_embeddings_and_output_weights=False,
+        **stage,
     )
 
 

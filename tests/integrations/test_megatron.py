@@ -32,12 +32,15 @@ def called(module: str, name: str, case: tuple[tuple[str, Any], ...], groups: An
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Callable[..., Any]]:
-    """What a step gives on one rank, from a process of its own; computed once for all that share it."""
+    """What a function of the cases gives on one rank, in a process of its own; computed once for all that share it."""
     with RankPool(1, timeout=280) as pool:
+        known: dict[str, Any] = {}
 
-        @functools.lru_cache
-        def reference(**case: Any) -> Any:
-            return pool.run_groups(in_worker("mcore_cases", "alone", **case))[0]
+        def reference(module: str, name: str, *args: Any, **case: Any) -> Any:
+            key = repr((module, name, args, sorted(case.items())))
+            if key not in known:
+                known[key] = pool.run_groups(in_worker(module, name, **{"cp": 1, **case}), *args)[0]
+            return known[key]
 
         yield reference
 
@@ -48,8 +51,9 @@ def step(alone: Callable[..., Any]) -> Callable[..., list[Any]]:
 
     def compared(pool: RankPool, **case: Any) -> list[Any]:
         own = ("cp", "tp", "recompute", "remat", "fault")
-        shared = {"micro_batches": 1, **{key: value for key, value in case.items() if key not in own}}
-        results: list[Any] = pool.run_groups(in_worker("mcore_cases", "compare", **case), alone(**shared))
+        shared = {key: value for key, value in case.items() if key not in own}
+        reference = alone("mcore_cases", "alone", **shared)
+        results: list[Any] = pool.run_groups(in_worker("mcore_cases", "compare", **case), reference)
         return results
 
     return compared
@@ -154,6 +158,38 @@ def test_the_default_average_of_means_is_warned_of(pool2: RankPool, per_token: b
     first, second = pool2.run_groups(in_worker("mcore_attention", "warned"), per_token)
     assert len(first) == (0 if per_token else 1)
     assert second == []
+
+
+ENGINES = {
+    "overlap": {"overlap": True},
+    "distributed optimizer": {"distributed": True},
+    "both": {"distributed": True, "overlap": True},
+    "pipeline": {"pp": 2},
+}
+
+
+def furthest(found: list[tuple[list[float], int]], truth: list[float]) -> float:
+    """The largest relative difference of a loss, over ranks and steps."""
+    return max(abs(a - b) / abs(b) for losses, _ in found for a, b in zip(losses, truth, strict=True))
+
+
+@pytest.mark.parametrize("batch", [{}, PADDED], ids=["sbhd", "padded thd"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_megatrons_own_loop_learns_as_one_rank_does(
+    alone: Callable[..., Any], pool4: RankPool, engine: str, batch: dict[str, Any]
+) -> None:
+    """Four steps of four micro-batches: Megatron's schedules and Adam, with full recompute."""
+    asked = ENGINES[engine]
+    stages = asked.get("pp", 1)
+    case = in_worker("mcore_training", "train", cp=4 // stages, recompute="full", **batch)
+    found = pool4.run_groups(case, asked)
+    assert furthest(found, alone("mcore_training", "train", {}, True, **batch)[0]) <= LOSS
+    assert {rings for _, rings in found} == {4 * 4 * 2 // stages}, "once a layer and micro-batch"
+
+
+def test_gradients_that_get_lost_would_be_seen_in_the_losses(alone: Callable[..., Any], pool4: RankPool) -> None:
+    found = pool4.run_groups(in_worker("mcore_training", "train", cp=4, fault="lost", **PADDED), {})
+    assert furthest(found, alone("mcore_training", "train", {}, True, **PADDED)[0]) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------- attention alone
