@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,7 @@ def step(alone: Callable[..., Any]) -> Callable[..., list[Any]]:
         shared = {key: value for key, value in case.items() if key not in own}
         reference = alone("mcore_cases", "alone", **shared)
         results: list[Any] = pool.run_groups(in_worker("mcore_cases", "compare", **case), reference)
+        assert "mcore_shim" not in sys.modules, "it would change torch for all tests that follow"
         return results
 
     return compared
