@@ -161,7 +161,7 @@ class RingCoreAttention(nn.Module):
             **others: what newer versions hand over to other kinds of attention; None.
 
         Returns:
-            (S_local, B, H * E), or (T_local, 1, H * E) with zeros for padding.
+            (S_local, B, H * E), or (T_local, H * E) with zeros for padding.
 
         Raises:
             UnsupportedError: a bias, a mask of its own, keys from a cache, or what no kernel can do exactly.
@@ -182,7 +182,7 @@ class RingCoreAttention(nn.Module):
             ring.transport.agree("ring_attention", {}, problem)
             raise
         out = self._attend(qkv, plan, held.rows)
-        return (out.transpose(0, 1) if thd or out.shape[0] == 1 else out.transpose(0, 1).contiguous()).flatten(2)
+        return out.squeeze(0).flatten(1) if thd else out.transpose(0, 1).flatten(2)
 
     def _attend(self, qkv: list[Tensor], plan: Plan, rows: Tensor | None) -> Tensor:
         """out_BSHE of all of this rank's rows: those of padding are left out of the ring, and zero."""

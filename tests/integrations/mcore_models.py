@@ -98,7 +98,8 @@ class Dense(nn.Module):
         else:
             weights = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0).softmax(-1)
         weights = weights.masked_fill(hidden, 0.0)
-        return torch.einsum("bhqk,kbhe->qbhe", weights, v.double()).to(q.dtype).flatten(2)
+        out = torch.einsum("bhqk,kbhe->qbhe", weights, v.double()).to(q.dtype).flatten(2)
+        return out if params is None else out.squeeze(1)  # as Transformer Engine returns packed sequences
 
 
 def parallel(tp: int, cp: int, pp: int = 1) -> None:
