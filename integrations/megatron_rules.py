@@ -22,11 +22,11 @@ OLDEST = (0, 15)
 NAME = "seqpar_ring"
 """What `cp_comm_type` begins with where it means this package."""
 
-SCHEDULES = {"": "ring", "ring": "ring", "double": "double_ring", "all_gather": "all_gather", "direct": "direct"}
+SCHEDULES = {"ring": "ring", "double": "double_ring", "all_gather": "all_gather", "direct": "direct"}
 """What stands behind `seqpar_ring:`, and the schedule that it means."""
 
-THEIRS = {"p2p": "ring", "all_gather": "all_gather"}
-"""Megatron's own words that mean the same here. "p2p" is what its command line says unless told otherwise."""
+THEIRS = {"all_gather": "all_gather"}
+"""Megatron's own words that mean the same here, beside "p2p", which its command line says unless told otherwise."""
 
 INSTEAD = {
     "a2a": f'Heads are not shared out under Megatron; use "{NAME}", which works for any number of them.',
@@ -109,14 +109,14 @@ def _node_unsaid(size: int, cp_comm_type: str | None) -> int:
 
 def _schedule(cp_comm_type: str | None) -> str | None:
     """What a `cp_comm_type` asks for; None where it asks for nothing, or for what Megatron says by default."""
-    if cp_comm_type is None or cp_comm_type == "p2p":
+    if cp_comm_type in (None, "p2p", NAME):
         return None
     if cp_comm_type in THEIRS:
         return THEIRS[cp_comm_type]
     name, _, variant = str(cp_comm_type).partition(":")
     if name == NAME and variant in SCHEDULES:
         return SCHEDULES[variant]
-    known = [NAME, *(f"{NAME}:{one}" for one in SCHEDULES if one), *THEIRS]
+    known = [NAME, "p2p", *(f"{NAME}:{one}" for one in SCHEDULES), *THEIRS]
     fix = INSTEAD.get(cp_comm_type) or did_you_mean(str(cp_comm_type), known)
     raise ConfigError("unknown cp_comm_type for a ring", fix=fix, cp_comm_type=cp_comm_type)
 

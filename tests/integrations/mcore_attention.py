@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mcore_models import HEADS, Case, Dense, batch_of, config_of, model_of, mpu, parallel, spec_of
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -100,7 +101,7 @@ def comm_types(_: Groups) -> list[tuple[str, int | None, float]]:
         groups.hcp = None
         made = built(case, cp_comm_type=name, pg_collection=groups)
         found.append((made.settings.schedule, made.settings.node, worst(case, made, groups.cp)))
-    for name in (None, "seqpar_ring:double", "seqpar_ring:ring"):
+    for name in ("seqpar_ring", "seqpar_ring:double", "seqpar_ring:ring"):
         groups.hcp = [nodes[dist.get_rank() // 2], across[dist.get_rank() % 2]]
         made = built(case, cp_comm_type=name, pg_collection=groups)
         found.append((made.settings.schedule, made.settings.node, worst(case, made, groups.cp)))
@@ -160,6 +161,25 @@ def full(_: Groups) -> float:
     zeros = torch.zeros(here["v"].shape[1], HEADS, D)
     out = layer(zeros, zeros[:, :G], here["v"][0], None, packed_seq_params=params)
     return relative_error(out.view(-1, G, HEADS // G, D), here["out"][0][:, :, None].expand(-1, -1, HEADS // G, -1))
+
+
+def specs(_: Groups) -> tuple[list[str], list[str], list[str]]:
+    """What attends in the layers of a block's spec: before, with a ring, and in the first spec afterwards."""
+    parallel(1, 2)
+    block = get_gpt_decoder_block_spec(config_of(Case(), 2), use_transformer_engine=False)
+
+    def names(spec: Any) -> list[str]:
+        return [one.submodules.self_attention.submodules.core_attention.__name__ for one in spec.layer_specs]
+
+    before = names(block)
+    return before, names(with_ring(block)), names(block)
+
+
+def saved(_: Groups, kind: str) -> dict[str, tuple[int, ...]]:
+    """What a layer gives to a distributed checkpoint, with its shapes over all parts of the model."""
+    layer = built(Case(cp=2, tp=2, options=(("softmax_type", kind),)))
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    return {key: x.global_shape for key, x in layer.sharded_state_dict("at.", (), {"dp_cp_group": group}).items()}
 
 
 def warned(_: Groups, per_token: bool) -> list[str]:

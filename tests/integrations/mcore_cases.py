@@ -81,7 +81,8 @@ def alone(_: Groups, case: Case) -> Step:
         loss = (out * batch["loss_mask"]).sum() / count
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad for name, p in model.named_parameters()}
+    # Copies, without whatever newer versions hang on a gradient, which would be pickled too.
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def forward(model: Any, case: Case, batch: dict[str, Tensor], params: Any) -> tuple[Tensor, Tensor]:

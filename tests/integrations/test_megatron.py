@@ -202,6 +202,18 @@ def test_a_class_a_spec_and_a_partial_function_all_build_it(pool2: RankPool) -> 
         assert max(found) <= 2e-6
 
 
+def test_every_layer_of_a_blocks_spec_gets_it_and_the_spec_stays_as_it_was(pool2: RankPool) -> None:
+    for before, ringed, after in pool2.run_groups(in_worker("mcore_attention", "specs")):
+        assert before == after == ["DotProductAttention"] * 2
+        assert ringed == ["RingCoreAttention"] * 2
+
+
+def test_learnable_sinks_are_saved_and_nothing_else(pool4: RankPool) -> None:
+    saved = in_worker("mcore_attention", "saved")
+    assert pool4.run_groups(saved, "learnable") == [{"at.softmax_offset": (4,)}] * 4
+    assert pool4.run_groups(saved, "off-by-one") == pool4.run_groups(saved, "vanilla") == [{}] * 4
+
+
 def test_comm_types_choose_the_schedule_and_hierarchical_groups_the_nodes(pool4: RankPool) -> None:
     for found in pool4.run_groups(in_worker("mcore_attention", "comm_types")):
         *flat, hierarchical, double, plain = found
