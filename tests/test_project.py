@@ -71,7 +71,7 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-UNPINNED = ("megatron", "interpreter")
+UNPINNED = ("interpreter",)
 """Extras that are not part of the tested set of versions: `pyproject.toml` says why."""
 
 

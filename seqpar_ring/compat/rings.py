@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,15 @@ PLANS_KEPT = 64
 """Sets of document lengths that a ring remembers."""
 
 
+class Placement(Protocol):
+    """Who holds which tokens where somebody else has placed them. Equal ones hash alike, so that plans are kept."""
+
+    def __hash__(self) -> int: ...
+
+    def __call__(self, lengths: Sequence[int], world: int) -> layouts.Layout:
+        """The layout of documents of these lengths over so many ranks."""
+
+
 class Ring:
     """The ranks that share a sequence, and the plans that were made for them.
 
@@ -39,12 +48,21 @@ class Ring:
 
     Args:
         transport: over those ranks.
+
+    Attributes:
+        documents: by a layout's name and lengths, the documents under default settings.
+        placed: by settings, lengths and a placement, documents whose tokens are where others have put them.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.documents: Callable[[str, tuple[int, ...]], Documents] = lru_cache(maxsize=PLANS_KEPT)(
             lambda layout, lengths: _documents(layout, lengths, transport)
+        )
+        self.placed: Callable[[Settings, tuple[int, ...], Placement], Documents] = lru_cache(maxsize=PLANS_KEPT)(
+            lambda settings, lengths, placement: Documents(
+                lengths, settings, transport, placed=placement(lengths, transport.world)
+            )
         )
 
     def equally(self, layout: str, local: Sequence[int]) -> Documents:

@@ -84,3 +84,14 @@ def test_a_stopped_run_goes_on_at_another_size(tmp_path: Path) -> None:
     two = run(tmp_path, *TORCHRUN, 2, *script, "--size", 2, "--until", 4)
     alone = losses(run(tmp_path, *TORCHRUN, 1, *script, "--size", 1, "--until", 4, "--folder", tmp_path / "alone"))
     assert losses(four) + losses(two) == pytest.approx(alone, rel=1e-6)
+
+
+def test_megatron_learns_and_gives_the_same_with_and_without_a_ring(tmp_path: Path) -> None:
+    """On a machine without a GPU, so through the launcher that stands CUDA in."""
+    launcher, script = ROOT / "tests" / "integrations" / "mcore_launch.py", ROOT / "examples" / "megatron_finetune.py"
+    options = (launcher, script, "--clip", 0, "--tokens", 512, "--steps", 4)
+    ring = losses(run(tmp_path, *TORCHRUN, 2, *options, "--cp", 2))
+    alone = losses(run(tmp_path, *TORCHRUN, 1, *options, "--cp", 1))
+    assert len(ring) == 4
+    assert ring == pytest.approx(alone, abs=2e-4)
+    assert ring[-1] < ring[0] - 1

@@ -1,0 +1,213 @@
+"""What a Megatron config may ask of attention, to be computed exactly over a ring.
+
+Each rule returns, or raises an error which names the values and the fix, when a layer is built: before anything has
+been trained. What only shows in a forward pass (a bias, a mask) is refused there, by `megatron`. Names and meanings
+were read from the sources of megatron-core 0.15.0, 0.16.1 and 0.19.2; what a version does not have, it cannot ask for.
+Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from seqpar_ring import kernels
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import ConfigError, UnsupportedError, VersionError, did_you_mean
+from seqpar_ring.schedule import BUILDERS
+
+OLDEST = (0, 15)
+"""The first megatron-core that builds core_attention with today's keywords."""
+
+NAME = "seqpar_ring"
+"""What `cp_comm_type` begins with where it means this package."""
+
+SCHEDULES = {"ring": "ring", "double": "double_ring", "all_gather": "all_gather", "direct": "direct"}
+"""What stands behind `seqpar_ring:`, and the schedule that it means."""
+
+THEIRS = {"all_gather": "all_gather"}
+"""Megatron's own words that mean the same here, beside "p2p", which its command line says unless told otherwise."""
+
+INSTEAD = {
+    "a2a": f'Heads are not shared out under Megatron; use "{NAME}", which works for any number of them.',
+    "a2a+p2p": f'Use "{NAME}:double": a ring inside nodes and one between them.',
+}
+"""For Megatron's words that mean nothing here."""
+
+OURS_TO_SET = ("schedule", "node", "block_tokens", "cut", "backward", "kv_dtype", "dkv_dtype", "kernel", "remat")
+"""Settings that mean something under Megatron. The others would be ignored: Megatron decides on them."""
+
+CAUSAL = ("causal", "padding_causal", "causal_bottom_right")
+"""Mask types in which a query sees the keys up to its own position; with as many queries as keys they are the same."""
+
+FULL = ("no_mask", "padding")
+"""Mask types in which it sees all keys of its sequence; padding is known from cu_seqlens only."""
+
+
+def check_version(version: str) -> None:
+    """Refuse a megatron-core that builds attention in another way.
+
+    Raises:
+        VersionError: it is older than `OLDEST`.
+    """
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers < OLDEST:
+        raise VersionError(
+            f"megatron-core {version} builds attention in another way",
+            fix=f"Install megatron-core {'.'.join(map(str, OLDEST))} or newer.",
+            megatron_core=version,
+        )
+
+
+def settings_of(size: int, cp_comm_type: str | None, given: Mapping[str, Any] | None, node: int | None) -> Settings:
+    """The settings of a layer.
+
+    Args:
+        size: ranks of the context-parallel group.
+        cp_comm_type: as Megatron hands it over.
+        given: settings of the spec; its schedule gives way to that of a `seqpar_ring:` string.
+        node: ranks of the innermost hierarchical group, if there is one.
+
+    Raises:
+        ConfigError: an unknown name, a setting that Megatron decides on, a double ring without the size of a node.
+    """
+    chosen = {key: value for key, value in (given or {}).items() if key != "node"}
+    node = (given or {}).get("node", node)
+    for key in chosen:
+        if key in Settings.model_fields and key not in OURS_TO_SET:
+            raise ConfigError(
+                f'"{key}" is not for the ring to decide under Megatron',
+                fix=f"Leave it out; what can be set is {', '.join(OURS_TO_SET)}.",
+                **{key: chosen[key]},
+            )
+    schedule = _schedule(cp_comm_type)
+    if schedule is not None:
+        chosen["schedule"] = schedule
+    if isinstance(node, int) and node > 0:
+        # A group that lies within a node (those of a micro-batch may be small) is all of one.
+        chosen = {"schedule": "double_ring", **chosen, "node": size if node % size == 0 else node}
+    elif chosen.get("schedule") == "double_ring":
+        chosen["node"] = _node_unsaid(size, cp_comm_type)
+    settings = Settings.parse({"size": size, **chosen}, "the settings of RingCoreAttention")
+    for key, known in (("schedule", BUILDERS), ("kernel", ("auto", *kernels.names()))):
+        name = getattr(settings, key)
+        if name not in known:
+            raise ConfigError(f"unknown {key}", fix=did_you_mean(name, known), **{key: name})
+    return settings
+
+
+def _node_unsaid(size: int, cp_comm_type: str | None) -> int:
+    if size == 1:
+        return 1
+    raise ConfigError(
+        "a double ring needs to know how many ranks share a node",
+        fix='Set hierarchical_context_parallel_sizes=[ranks of a node, nodes], or give the setting "node".',
+        cp_comm_type=cp_comm_type,
+        context_parallel_size=size,
+    )
+
+
+def _schedule(cp_comm_type: str | None) -> str | None:
+    """What a `cp_comm_type` asks for; None where it asks for nothing, or for what Megatron says by default."""
+    if cp_comm_type in (None, "p2p", NAME):
+        return None
+    if cp_comm_type in THEIRS:
+        return THEIRS[cp_comm_type]
+    name, _, variant = str(cp_comm_type).partition(":")
+    if name == NAME and variant in SCHEDULES:
+        return SCHEDULES[variant]
+    known = [NAME, "p2p", *(f"{NAME}:{one}" for one in SCHEDULES), *THEIRS]
+    fix = INSTEAD.get(cp_comm_type) or did_you_mean(str(cp_comm_type), known)
+    raise ConfigError("unknown cp_comm_type for a ring", fix=fix, cp_comm_type=cp_comm_type)
+
+
+def window_of(config: Any, layer_number: int) -> tuple[int, int] | None:
+    """How many keys before and after its own position a query of this layer sees, -1 for all; None: no window.
+
+    Some layers may be exempt: every so-manieth, or those that a list says.
+    """
+    window, skip = getattr(config, "window_size", None), getattr(config, "window_attn_skip_freq", None)
+    if not window or (isinstance(skip, int) and layer_number % skip == 0):
+        return None
+    if isinstance(skip, list) and not skip[layer_number - 1]:
+        return None
+    before, after = window
+    return int(before), int(after)
+
+
+def check(config: Any, attention_type: str, mask_type: str, dropout: float | None) -> None:
+    """Refuse what a ring does not compute exactly; `dropout` overrides the config's.
+
+    Raises:
+        UnsupportedError: see `RULES`.
+    """
+    if attention_type != "self":
+        raise UnsupportedError(
+            "cross-attention over a ring is not offered under Megatron",
+            fix="Leave its core_attention as it was; with_ring replaces self-attention only.",
+            attention_type=attention_type,
+        )
+    if mask_type not in (*CAUSAL, *FULL):
+        raise UnsupportedError(
+            "arbitrary attention masks are not supported",
+            fix=f"Build the layer with an attn_mask_type of {', '.join((*CAUSAL, *FULL))}.",
+            attn_mask_type=mask_type,
+        )
+    if config.attention_dropout if dropout is None else dropout:
+        raise UnsupportedError(
+            "attention dropout is not done",
+            fix="Set attention_dropout=0.0 (--attention-dropout 0); Megatron's default is 0.1.",
+            attention_dropout=config.attention_dropout if dropout is None else dropout,
+        )
+    for rule in RULES:
+        rule(config)
+
+
+def _attends_in_the_dtype_of_its_inputs(config: Any) -> None:
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+        if getattr(config, name, False):
+            raise UnsupportedError(
+                "attention in FP8 is not supported",
+                fix=f"Set {name}=False; linear layers may stay in FP8.",
+                **{name: True},
+            )
+
+
+def _needs_no_probabilities(config: Any) -> None:
+    for name in ("qk_clip", "log_max_attention_logit", "batch_invariant_mode"):
+        if getattr(config, name, False):
+            raise UnsupportedError(
+                f"{name} asks attention for what a ring does not return or promise",
+                fix=f"Set {name}=False.",
+                **{name: True},
+            )
+
+
+def _is_not_captured(config: Any) -> None:
+    captured = getattr(config, "cuda_graph_impl", "none")
+    asked = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None) or ()
+    parts = [asked] if isinstance(asked, str) else [str(getattr(one, "name", one)) for one in asked]
+    if captured not in (None, "none") and (not parts or {"attn", "full", "full_iteration"} & set(parts)):
+        raise UnsupportedError(
+            "attention over a ring cannot be captured in a CUDA graph",
+            fix='Set cuda_graph_impl="none", or leave attention out of what is captured.',
+            cuda_graph_impl=captured,
+            captured=parts or "everything",
+        )
+
+
+def _has_known_sinks(config: Any) -> None:
+    kind = getattr(config, "softmax_type", "vanilla")
+    if kind not in ("vanilla", "off-by-one", "learnable"):
+        raise UnsupportedError(
+            "an unknown softmax_type", fix='Use "vanilla", "off-by-one" or "learnable".', softmax_type=kind
+        )
+
+
+RULES: tuple[Callable[[Any], None], ...] = (
+    _attends_in_the_dtype_of_its_inputs,
+    _needs_no_probabilities,
+    _is_not_captured,
+    _has_known_sinks,
+)
+"""What a config may say: each is called with it, and raises."""
