@@ -26,7 +26,7 @@ TESTED = {
     "accelerate": ("1.15", "Trainer"),
     "trl": ("1.16", "SFTTrainer"),
     "peft": ("0.21", "LoRA"),
-    "megatron-core": ("", "not supported yet"),
+    "megatron-core": ("0.16", "attention in its layer specs"),
     "flash-attn": ("", 'kernel "flash2"; never run by us'),
     "flash-attn-4": ("", 'kernel "flash4"; never run by us'),
     "nvidia-cudnn-frontend": ("", 'kernel "cudnn"; never run by us'),
