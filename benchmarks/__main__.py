@@ -93,7 +93,8 @@ PARTS: dict[str, Part] = {
     "overhead": _attention("overhead", "CPU time of two ranks over that of one process"),
     "packed": _attention("packed", "packed documents: bytes, and wall time with and without a slow link"),
     "memory": _attention("memory", "blocks of keys and values alive at once"),
-    "peers": _attention("peers", "against other packages, on one block kernel"),
+    "peers": _attention("peers", "against other packages, on one block kernel, in fp32"),
+    "peers16": _attention("peers16", "the same in bf16"),
     "overlap": _shaped(
         "overlap.py",
         "transfers under computation, on shaped links",

@@ -1,6 +1,6 @@
 """What ring attention costs on a CPU beside the work itself, and beside others: planning, time, memory, traffic, peers.
 
-    python benchmarks/attention.py planning|overhead|packed|memory|peers|all [--quick] [--out benchmarks/results]
+    python benchmarks/attention.py planning|overhead|packed|memory|peers|peers16|all [--quick] [--out FOLDER]
 
 Every figure is the median over repetitions in one run, alternating with what it is compared to; CPU time of all ranks
 stands beside wall time. Results are written as JSON with the machine and the versions. Nothing here needs a GPU.
@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from machine import described
 from memory import memory
 from mixes import documents, half_below, share_below
-from peers import peers
+from peers import NAMES, peers
 
 from seqpar_ring import layout as layouts
 from seqpar_ring import ring_attention
@@ -190,7 +191,8 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "overhead": overhead,
     "packed": packed,
     "memory": memory,
-    "peers": peers,
+    "peers": partial(peers, names={torch.float32: NAMES[torch.float32]}),
+    "peers16": partial(peers, names={torch.bfloat16: NAMES[torch.bfloat16]}),
 }
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -199,6 +201,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "packed": {"world": 4, "tokens": 16_384, "batches": 1},
     "memory": {"worlds": (2,)},
     "peers": {"tokens": 1024, "worlds": (2,), "times": 1},
+    "peers16": {"tokens": 1024, "worlds": (2,), "times": 1},
 }
 """Arguments with which a part only shows that it runs."""
 

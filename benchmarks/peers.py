@@ -171,13 +171,15 @@ def errors(way: Way, at: Rank, work: Work) -> dict[str, float]:
 
 
 def _timed(sp: SequenceParallel, names: Sequence[str], work: Work) -> dict[str, Timed]:
-    """All ways in turn, `times` over; what comes first warms up and is compared with one process."""
+    """All ways in turn, `times` over; what comes first warms up and is compared with one process in fp32."""
     at, inputs = _at(sp, work), work.case.inputs(work.tokens)
 
-    def alone() -> tuple[dict[str, Tensor], Sample]:
-        return run(flash, inputs, at.group) if at.rank == 0 else _waits(at.group)
+    def alone(some: Sequence[Tensor]) -> tuple[dict[str, Tensor], Sample]:
+        return run(flash, some, at.group) if at.rank == 0 else _waits(at.group)
 
-    truth = _shared(alone()[0], inputs, at)
+    wide = [x.float() for x in inputs]
+    truth = _shared(alone(wide)[0], wide, at)
+    alone(inputs)
     ways, shares, found = {}, {}, {ONE: Timed(0.0, [])}
     for name in names:
         mine = rows(WAYS[name].layout, at.rank, at.world, work.tokens)
@@ -185,7 +187,7 @@ def _timed(sp: SequenceParallel, names: Sequence[str], work: Work) -> dict[str, 
         answer, _ = run(ways[name], shares[name], at.group)
         found[name] = Timed(max(relative_error(x, truth[key][:, mine]) for key, x in answer.items()), [])
     for i in range(work.times):
-        found[ONE].samples.append(alone()[1])
+        found[ONE].samples.append(alone(inputs)[1])
         first = i * len(names) // work.times  # each repetition begins with another one
         for name in (*names[first:], *names[:first]):
             found[name].samples.append(run(ways[name], shares[name], at.group)[1])
@@ -259,7 +261,7 @@ def _rows(ranks: Sequence[dict[str, Timed]], names: Sequence[str], work: Work) -
             row["pass"] = "forward" if which == "forward" else "forward + backward"
             error = max(rank[name].error for rank in ranks)
             if not error <= TOLERANCE[work.dtype]:
-                found.append({**row, "not timed": f"its answer is off by {error:.1e} from one process's"})
+                found.append({**row, "not timed": f"its answer is off by {error:.1e} from one process's in fp32"})
                 continue
             row |= {"cpu_s": statistics.median(cpu[name]), "wall_s": statistics.median(wall[name])}
             row["cpu_over_one_process"] = _ratio(cpu[name], cpu[ONE])

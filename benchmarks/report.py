@@ -45,18 +45,21 @@ COLUMNS = (*Figure._fields, "date", *MACHINE)
 
 RATES = {"forward_tflops": "TFLOP/s a rank", "backward_tflops": "TFLOP/s a rank", "host_us_a_step": "us"}
 
+PEERS = Shown(
+    ("dtype", "pass", "way", "version", "note", "tokens"),
+    {"cpu_s": "s", "wall_s": "s", "cpu_over_one_process": "x", "wall_over_ours": "x"},
+    ("cpu_over_one_process", "wall_over_ours"),
+)
+
 SHOWN: dict[str, Shown] = {
     "planning": Shown(("layout", "schedule", "documents"), {"total_ms": "ms"}, ("total_ms",)),
     "overhead": Shown(("dtype", "pass", "tokens"), {"ratio": "x", "ring_cpu_s": "s", "one_cpu_s": "s"}, ("ratio",)),
     "packed": Shown(("what", "tokens", "documents"), dict.fromkeys(("ratio", "unshaped, ratio", "shaped, ratio"), "x")),
     "memory": Shown(("block_tokens",), {"blocks": "blocks"}, ("blocks",)),
-    "peers": Shown(
-        ("dtype", "pass", "way", "version", "note", "tokens"),
-        {"cpu_s": "s", "wall_s": "s", "cpu_over_one_process": "x", "wall_over_ours": "x"},
-        ("cpu_over_one_process", "wall_over_ours"),
-    ),
+    "peers": PEERS,
+    "peers16": PEERS,
     "overlap": Shown(
-        ("tokens", "block_tokens", "cut", "kv_dtype", "dkv_dtype", "transfer_over_computation"),
+        ("tokens", "schedule", "block_tokens", "cut", "kv_dtype", "dkv_dtype", "transfer_over_computation"),
         {"both": "s", "over_the_larger": "x"},
         ("over_the_larger",),
         "world",
