@@ -95,7 +95,7 @@ def write(path: Path, found: Sequence[tuple[Figure, Mapping[str, object]]], date
     """A line for each figure, and the machine that it belongs to (as `machine.described` says)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for figure, machine in found:
             writer.writerow([*figure, date, *(machine.get(key, "") for key in MACHINE)])
