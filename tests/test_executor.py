@@ -97,6 +97,28 @@ def test_a_step_that_waits_is_seen() -> None:
         assert all(seen.of(WAITS) for seen in found)
 
 
+def exchanges(sp: SequenceParallel) -> int:
+    """How often a forward pass posts to the ring."""
+    plan, count, ring = sp.plan([700]), 0, sp.groups.ring
+    post = ring.exchange
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return post(*args, **kwargs)
+
+    ring.exchange = counted  # type: ignore[method-assign]
+    q, k, v = (torch.randn(1, plan.local_tokens, heads, 16).to(torch.bfloat16) for heads in (4, 2, 2))
+    executor.forward(plan, (q, k, v), Quiet(), Scores(0.1))
+    return count
+
+
+@pytest.mark.parametrize("schedule", ["ring", "all_gather"])
+def test_a_handle_stands_for_what_is_due_together_and_not_for_all_that_a_step_posts(schedule: str) -> None:
+    """An all-gather posts everything at once; whoever needs the first block does not wait for the last."""
+    assert run_lockstep(exchanges, 4, schedule=schedule) == [3, 3, 3, 3]
+
+
 @pytest.mark.gpu
 def test_a_step_is_captured_as_a_cuda_graph_and_replayed_with_other_numbers() -> None:
     sp = SequenceParallel(size=1)

@@ -139,3 +139,10 @@ def test_one_rank_alone_only_computes() -> None:
 def test_a_rank_without_tokens_costs_nothing() -> None:
     done = run(flows(4, tokens=2), 1.0, inner=link(1e9))
     assert done.seconds == pytest.approx(2.0, abs=1e-6)
+
+
+def test_messages_of_one_step_between_the_same_ranks_follow_each_other() -> None:
+    pieces = flows(2, block_tokens=5)  # 4 rows, and 6
+    assert pieces.kv.post.tolist() == [0, 0, 0, 0]
+    ends = dict(zip(pieces.kv.piece.tolist(), run(pieces, 0.0, inner=link(10)).moves[1].tolist(), strict=True))
+    assert ends == pytest.approx({0: 0.4, 1: 1.0}), "the first does not share with the second"
