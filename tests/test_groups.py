@@ -1,5 +1,7 @@
 """Groups: which rank is where, over threads and over processes, and every wrong size or mesh by name."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -132,3 +134,21 @@ def test_ranks_that_ask_for_different_sizes_are_told_so_before_any_group_is_made
 def test_a_lockstep_world_refuses_a_size_that_does_not_divide_it() -> None:
     with pytest.raises(GroupError, match="size=2, world=3"):
         run_lockstep_groups(place, 3, size=2)
+
+
+def destroyed_groups_are_gone(groups: Groups) -> list[bool]:
+    """Of a new ring's process groups: whether each is gone once it is destroyed, the ring still there."""
+    before = set(dist.distributed_c10d._world.pg_map)
+    mine = process_groups.make(2, timeout=60.0)
+    made = [weakref.ref(group) for group in dist.distributed_c10d._world.pg_map if group not in before]
+    for group in [ref() for ref in made]:
+        dist.destroy_process_group(group)
+    del group, before
+    gc.collect()
+    assert mine.size == 2
+    return [ref() is None for ref in made]
+
+
+def test_a_ring_does_not_keep_destroyed_groups_and_their_threads_until_the_interpreter_ends(pool2: RankPool) -> None:
+    for gone in pool2.run_groups(destroyed_groups_are_gone):
+        assert sum(gone) >= 4, "three lanes, and everyone; the mesh may hold one, over which nothing goes"

@@ -177,8 +177,6 @@ class _UsersGroup(DistributedTransport):
         device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         lanes = dict.fromkeys(LANES, group)
         super().__init__(lanes, device, _timeout(group, device))
-        # torch.distributed holds a group until it is destroyed. A second hold would keep `_RINGS` from letting go.
-        self._lanes = weakref.WeakValueDictionary(lanes)  # type: ignore[assignment]
 
 
 def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:

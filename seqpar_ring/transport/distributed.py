@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -39,7 +40,9 @@ class DistributedTransport(BaseTransport):
         control = lanes["control"]
         super().__init__(dist.get_rank(control), dist.get_world_size(control), lanes)
         self.device, self.timeout = device, timeout
-        self._lanes = dict(lanes)
+        # torch.distributed holds a group until it is destroyed, and then its threads must end: those that live on until
+        # the interpreter ends may abort the process. So there is no second hold here.
+        self._lanes = weakref.WeakValueDictionary(lanes)
         self._global_ranks = dist.get_process_group_ranks(control)
         for lane, group in self._lanes.items():
             # NCCL wants all ranks in a group's first call; a ring's first exchange may involve only some of them.
