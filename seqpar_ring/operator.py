@@ -97,7 +97,7 @@ def attention(  # noqa: PLR0913 - an operator takes tensors and plain values, on
         q, k, v = sharing.out(q), sharing.out(k, keys=True), sharing.out(v, keys=True)
         sinks, slopes = sharing.mine(sinks), sharing.mine(slopes)
     kernel = mine.kernel(request_for(q, k, v, mine, softcap, slopes is not None)).kernel
-    out, lse = executor.forward(mine, (q, k, v), kernel, Scores(scale, softcap, slopes))
+    out, lse = executor.forward(mine, (q, k, v), kernel, Scores(scale, softcap, slopes, keys=mine.fewest_keys))
     if sinks is not None:
         out, lse = _drain(out, lse, sinks)
     out = out.to(dtype)
@@ -136,7 +136,7 @@ def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain v
         slopes = sharing.mine(slopes)
     request = request_for(q, k, v, mine, softcap, slopes is not None)
     kernel, travels = mine.kernel(request).kernel, mine.backward_travels(request).value
-    scores = Scores(scale, softcap, slopes)
+    scores = Scores(scale, softcap, slopes, keys=mine.fewest_keys)
     dq, dk, dv = executor.backward(
         mine, dout, Kept(q, k, v, out, lse, delta), kernel, scores, queries_travel=travels == TRAVELS["q"]
     )

@@ -227,6 +227,13 @@ class Plan:
         """Keys that a query sees, on average."""
         return self.sides.regions.pairs() / self.tokens
 
+    @cached_property
+    def fewest_keys(self) -> int:
+        """Keys that the last query of every document sees at least; 0 under windows and chunks."""
+        if self.windowed or self.mask.chunk is not None:
+            return 0
+        return min(self.documents.kv_lengths or self.lengths)
+
     def explain(self) -> str:
         """The choices of the plan with their reasons, a line each."""
         documents = f"{len(self.lengths)} document" + "s" * (len(self.lengths) > 1)

@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from seqpar_ring import SequenceParallel
+from seqpar_ring.kernels.cpu import LONG, CpuKernel
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.testing import (
@@ -194,8 +196,40 @@ def test_bf16_is_as_precise_as_one_kernel_on_the_whole_sequence(schedule: str, l
         assert ours <= 1.05 * theirs, (name, ours, theirs)
 
 
-def flash_on_the_whole_sequence(case: Case, tokens: int) -> dict[str, Tensor]:
-    q, k, v, dout = (x.transpose(1, 2) for x in case.inputs(tokens))
+@pytest.mark.parametrize(("world", "layout"), [(2, "striped"), (4, "zigzag")])
+def test_a_long_document_in_bf16_is_as_precise_as_one_kernel_and_computed_in_bf16(
+    world: int, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks below `cpu.LARGE`, whose partial gradients are rounded each; against fp32 over the whole sequence."""
+    case, computed = Case(2, 1, 32, dtype=torch.bfloat16), set()
+    plain = CpuKernel._differentiate
+
+    def seen(self: CpuKernel, qkv: Any, *args: Any) -> Any:
+        computed.add(qkv[0].dtype)
+        return plain(self, qkv, *args)
+
+    monkeypatch.setattr(CpuKernel, "_differentiate", seen)
+    truth = flash_on_the_whole_sequence(case, LONG, torch.float32)
+    ring = run_lockstep(lambda sp: ring_results(sp, [LONG], case), world, layout=layout)[0]
+    alone = flash_on_the_whole_sequence(case, LONG)
+    assert computed == {torch.bfloat16}
+    for name in ("out", "dq", "dk", "dv"):
+        ours, theirs = relative_error(ring[name], truth[name]), relative_error(alone[name], truth[name])
+        assert ours <= 1.05 * theirs, (name, ours, theirs)
+
+
+@pytest.mark.parametrize("masked", [{"window": LONG}, {"chunk": LONG}], ids=["window", "chunk"])
+def test_short_sums_in_bf16_are_computed_in_fp32(masked: dict[str, int]) -> None:
+    """Of a window or a chunk nobody knows here how many keys its last query sees, so it counts as short."""
+    def fewest(sp: SequenceParallel) -> tuple[int, ...]:
+        plans = sp.plan([LONG, LONG + 1]), sp.plan([LONG, 7]), sp.plan([2 * LONG], **masked)
+        return tuple(plan.fewest_keys for plan in plans)
+
+    assert run_lockstep(fewest, 2) == [(LONG, 7, 0)] * 2
+
+
+def flash_on_the_whole_sequence(case: Case, tokens: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    q, k, v, dout = (x.transpose(1, 2).to(dtype or case.dtype) for x in case.inputs(tokens))
     for x in (q, k, v):
         x.requires_grad_()
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

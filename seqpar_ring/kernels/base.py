@@ -26,6 +26,9 @@ class Scores(NamedTuple):
     With `slopes`, (H,) or (B, H) in fp32, ALiBi (arXiv 2108.12409) follows: `- slope * |p_q - p_k|`; the positions of
     the call's rows are `q_positions` and `k_positions`, int64: no kernel can tell them from row numbers, because a
     rank's rows are not next to each other in the sequence.
+
+    `keys`: as many keys at least as the last query of each document sees, in all calls together; 0 where nobody knows.
+    No logit depends on it: a kernel may choose its precision by it, as a long sum has more rounding of its own.
     """
 
     scale: float
@@ -33,6 +36,7 @@ class Scores(NamedTuple):
     slopes: Tensor | None = None
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
+    keys: int = 0
 
 
 class Kept(NamedTuple):

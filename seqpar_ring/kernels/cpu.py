@@ -28,9 +28,15 @@ OP = "_scaled_dot_product_flash_attention_for_cpu"
 """(q_BHSD, k_BGSD, v_BGSD, dropout, causal, *, attn_mask, scale) -> (out_BHSD, lse_BHS); `OP + "_backward"` with it."""
 
 LARGE = 1 << 25
-"""Pairs from which on a block's backward is computed in 16 bits. The op rounds while it sums over its own blocks of
-keys, so in a large block one more rounding at the end adds nothing: at 16,384 tokens over 2 ranks dq has 0.93 (zigzag)
-to 1.01 (striped) of the error of one call over all keys, dk and dv 0.75; at 1,031 tokens it would be up to 1.19, 1.36.
+"""Pairs from which on a block's backward is computed in 16 bits, however short the documents."""
+
+LONG = 16384
+"""Keys of every document from which on backward is computed in 16 bits, however small the blocks.
+
+The op rounds while it sums over its own blocks of keys, and the longer its sum the larger that error; so in a large
+block, or in one of many blocks of a long document, one more rounding at the end adds nothing. Of the error of one call
+over all keys dq has 0.78 to 0.98 and dk and dv 0.43 to 0.92 at 16,384 tokens over 2 to 8 ranks, whole blocks or pieces;
+dq would have up to 1.06 at 8,192, 1.13 at 4,096, and at 1,031 1.19, with 1.36 for dk and dv.
 """
 
 Op = Callable[..., Any]
@@ -108,11 +114,12 @@ class CpuKernel:
         return out_BSHE[..., :value_width], lse_BHS
 
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Kernel.backward`. Gradients come in fp32 (fp64 for fp64), of large blocks in the inputs' dtype."""
+        """See `Kernel.backward`. Gradients come in fp32 (fp64), of large blocks or long documents in the inputs'."""
         admit(self, kept[:3], call, scores)
         dtype = wide(kept.q.dtype)
         parts = [p for rows in (cut(call) if kept.q.numel() else ()) for p in rows.parts]
-        computed = kept.q.dtype if all(_large(p) for p in parts) and kept.out is not None else dtype
+        narrow = kept.out is not None and (scores.keys >= LONG or all(_large(p) for p in parts))
+        computed = kept.q.dtype if narrow else dtype
         head_width, value_width = kept.q.shape[3], kept.v.shape[3]
         width = max(head_width, value_width)
         qkv = self._by_head(*(_padded(x.to(computed), width) for x in kept[:3]))
@@ -199,7 +206,8 @@ def _widened(x_BSHD: Tensor) -> Tensor:
 
     The op would round each partial result to 16 bits before it is merged or added up, which at 8 ranks makes up to a
     third more error than one call over all keys; in fp32 it makes less. Measured on a CPU with AVX-512: forward takes
-    the same time, backward 1.35 times as long. So backward does without it for large blocks, see `LARGE`.
+    the same time, backward 1.35 times as long. So backward does without it for large blocks and long
+    documents, see `LARGE` and `LONG`.
     """
     return x_BSHD.to(wide(x_BSHD.dtype))
 
