@@ -4,13 +4,15 @@ In forward a row is its key and value; where queries travel in backward it is qu
 are cargo too. All tensors hold rows along dim 1, and each travels as a message of its own: so rows that lie together
 are sent from where they are and used where they land, without a copy. Rows may travel in another form than the one
 they are computed with (`Form`): keys and values as one byte a number, gradients as bf16, where the user trades
-exactness for a slow link. It knows shapes and rows, not what they mean.
+exactness for a slow link. Memory is taken for many rows at once and parts of it handed out (`Store`). It knows shapes
+and rows, not what they mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,52 +23,31 @@ Fields = tuple[Tensor, ...]
 """The tensors of some rows: (B, rows, ...) each."""
 
 
-class Cargo:
-    """Makes tensors for rows that look like these tensors' rows."""
+class Kind(NamedTuple):
+    """One tensor of some cargo: (batch, rows, *rest) of this dtype."""
 
-    def __init__(self, like: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
-        self._device = like[0].device
-        self._shapes = [(x.shape[0], tuple(x.shape[2:])) for x in like]
-        self._dtypes = [dtype or x.dtype for x in like]
-
-    def room(self, rows: int) -> Fields:
-        """Memory for so many rows, not written yet."""
-        return tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in self._kinds(rows))
-
-    def zeros(self, rows: int) -> Fields:
-        """Zeros of so many rows."""
-        return tuple(torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in self._kinds(rows))
-
-    def cast(self, fields: Fields) -> Fields:
-        """The tensors in the cargo's dtypes."""
-        return tuple(x.to(dtype) for x, dtype in zip(fields, self._dtypes, strict=True))
-
-    def packed(self, fields: Fields) -> Fields:
-        """See `Form.packed`: in the cargo's dtypes; without a copy where they are that and lie together."""
-        return tuple(x.contiguous() for x in self.cast(fields))
-
-    def unpacked(self, message: Fields) -> Fields:
-        """See `Form.unpacked`: as they came, for sums take narrower numbers as they are."""
-        return message
-
-    def _kinds(self, rows: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        return [((batch, rows, *rest), dtype) for (batch, rest), dtype in zip(self._shapes, self._dtypes, strict=True)]
+    batch: int
+    rest: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def pick(fields: Fields, rows: Rows) -> Fields:
-    """These rows of a rank's own tensors; views where they are one range."""
-    if len(rows) == 1:
-        return tuple(x[:, rows[0][0] : rows[0][1]] for x in fields)
-    return tuple(torch.cat([x[:, a:b] for a, b in rows], 1) for x in fields)
+class Store:
+    """Memory for so many rows, not written yet. Any range of rows lies together, so it can be a message."""
+
+    def __init__(self, kinds: Sequence[Kind], rows: int, device: torch.device) -> None:
+        self._kinds = kinds
+        self._flat = [torch.empty(rows * _numbers(kind), dtype=kind.dtype, device=device) for kind in kinds]
+
+    def at(self, first: int, rows: int) -> Fields:
+        """So many rows of it, from this one on."""
+        return tuple(
+            flat[first * _numbers(kind) : (first + rows) * _numbers(kind)].view(kind.batch, rows, *kind.rest)
+            for kind, flat in zip(self._kinds, self._flat, strict=True)
+        )
 
 
-def add_rows(totals: Fields, rows: Rows, parts: Fields) -> None:
-    """Add parts, one row for each of these rows, to the tensors that the rows are of."""
-    at = 0
-    for a, b in rows:
-        for total, part in zip(totals, parts, strict=True):
-            total[:, a:b].add_(part[:, at : at + b - a])
-        at += b - a
+def _numbers(kind: Kind) -> int:
+    return kind.batch * prod(kind.rest)
 
 
 class Form(Protocol):
@@ -75,14 +56,47 @@ class Form(Protocol):
     A `Cargo` is one: rows travel as they are, or in its dtype.
     """
 
-    def room(self, rows: int) -> Fields:
-        """Memory for a message of so many rows."""
+    as_computed: bool
+    """Whether rows are computed with as they came."""
 
-    def packed(self, fields: Fields) -> Fields:
-        """Rows as messages; contiguous."""
+    def store(self, rows: int) -> Store:
+        """Memory for messages of so many rows together."""
 
-    def unpacked(self, message: Fields) -> Fields:
-        """What is computed with."""
+    def ready(self, fields: Fields) -> bool:
+        """Whether rows can be sent from where they are."""
+
+    def write(self, message: Fields, fields: Fields) -> None:
+        """Write as many rows as there are as a message, or as a part of one."""
+
+    def read(self, message: Fields, fields: Fields) -> None:
+        """Write the rows of a message, or of a part of one, where they are computed with."""
+
+
+class Cargo:
+    """Tensors for rows that look like these tensors' rows."""
+
+    as_computed = True
+
+    def __init__(self, like: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
+        self.kinds = [Kind(x.shape[0], tuple(x.shape[2:]), dtype or x.dtype) for x in like]
+        self.device = like[0].device
+
+    def store(self, rows: int) -> Store:
+        """See `Form.store`."""
+        return Store(self.kinds, rows, self.device)
+
+    def ready(self, fields: Fields) -> bool:
+        """See `Form.ready`: in the cargo's dtypes, and together."""
+        return all(x.dtype == kind.dtype and x.is_contiguous() for x, kind in zip(fields, self.kinds, strict=True))
+
+    def write(self, message: Fields, fields: Fields) -> None:
+        """See `Form.write`."""
+        for there, x in zip(message, fields, strict=True):
+            there.copy_(x)
+
+    def read(self, message: Fields, fields: Fields) -> None:
+        """See `Form.read`."""
+        self.write(fields, message)
 
 
 class Coded:
@@ -92,29 +106,50 @@ class Coded:
     128 of them) in the mean square, where fp8 (e4m3) is off by 2.7 % at nearly the same bytes.
     """
 
+    as_computed = False
+
     def __init__(self, like: Sequence[Tensor]) -> None:
-        self._dtypes = [x.dtype for x in like]
         numbers, scales = Cargo(like, torch.int8), Cargo([x[..., 0] for x in like], torch.float32)
-        self._kinds = numbers, scales
+        self._kinds, self._device = numbers.kinds + scales.kinds, numbers.device
 
-    def room(self, rows: int) -> Fields:
-        """See `Form.room`."""
-        return tuple(x for kind in self._kinds for x in kind.room(rows))
+    def store(self, rows: int) -> Store:
+        """See `Form.store`."""
+        return Store(self._kinds, rows, self._device)
 
-    def packed(self, fields: Fields) -> Fields:
-        """See `Form.packed`."""
+    def ready(self, fields: Fields) -> bool:
+        """See `Form.ready`."""
+        return False
+
+    def write(self, message: Fields, fields: Fields) -> None:
+        """See `Form.write`."""
         least = torch.finfo(torch.float32).tiny  # of a row of zeros
-        scales = [(x.abs().amax(-1).to(torch.float32) / 127).clamp_(min=least) for x in fields]
-        numbers = [
-            (x / scale.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
-            for x, scale in zip(fields, scales, strict=True)
-        ]
-        return tuple(x.contiguous() for x in (*numbers, *scales))
+        for numbers, scale, x in zip(message[: len(fields)], message[len(fields) :], fields, strict=True):
+            scale.copy_((x.abs().amax(-1).to(torch.float32) / 127).clamp_(min=least))
+            numbers.copy_((x / scale.unsqueeze(-1)).round_().clamp_(-127, 127))
 
-    def unpacked(self, message: Fields) -> Fields:
-        """See `Form.unpacked`."""
-        half = len(message) // 2
-        return tuple(
-            (numbers * scale.unsqueeze(-1)).to(dtype)
-            for numbers, scale, dtype in zip(message[:half], message[half:], self._dtypes, strict=True)
-        )
+    def read(self, message: Fields, fields: Fields) -> None:
+        """See `Form.read`."""
+        for numbers, scale, x in zip(message[: len(fields)], message[len(fields) :], fields, strict=True):
+            x.copy_(numbers * scale.unsqueeze(-1))
+
+
+def part(fields: Fields, a: int, b: int) -> Fields:
+    """Rows `a` to `b`, as views."""
+    return tuple(x[:, a:b] for x in fields)
+
+
+def within(rows: Rows, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Of a block of these rows, those numbered from `first` to `end`: (a, b) in memory, and which number a has."""
+    at = 0
+    for a, b in rows:
+        low, high = max(first, at), min(end, at + b - a)
+        if low < high:
+            yield a + low - at, a + high - at, low
+        at += b - a
+
+
+def add_rows(totals: Fields, rows: Rows, parts: Fields) -> None:
+    """Add parts, one row for each of these rows, to the tensors that the rows are of."""
+    for a, b, at in within(rows, 0, parts[0].shape[1]):
+        for total, x in zip(totals, parts, strict=True):
+            total[:, a:b].add_(x[:, at : at + b - a])

@@ -22,12 +22,14 @@ from seqpar_ring.kernels import Choice, Request, refuse_impossible, select
 from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import (
     Block,
+    Buffers,
     Route,
     Row,
     Sides,
     Stage,
     Traffic,
     Work,
+    buffers,
     program,
     view_runs,
     work,
@@ -116,11 +118,12 @@ class Documents:
 
 
 class Pass(NamedTuple):
-    """One pass as one rank runs it: the group's traffic, this rank's stages, its work by step."""
+    """One pass as one rank runs it: the group's traffic, this rank's stages, its work by step and its memory."""
 
     traffic: Traffic
     stages: tuple[Stage, ...]
     work: dict[int, Work]
+    buffers: Buffers
 
 
 class Plan:
@@ -258,8 +261,7 @@ class Plan:
     @cached_property
     def backward_pass(self) -> Pass:
         """What this rank does in backward where keys travel."""
-        stages = program(self.backward_schedule, self.documents.ring.rank)
-        return Pass(self.backward_schedule, stages, self.forward_pass.work)
+        return self._pass(self.backward_schedule, self.forward_pass.work)
 
     @cached_property
     def query_pass(self) -> Pass:
@@ -301,9 +303,10 @@ class Plan:
         shown = self.lengths if len(self.lengths) < 9 else (*self.lengths[:8], "...")
         return f"Plan(lengths={shown}, {self.mask}, rank {self.sequence.rank} of {self.sequence.world})"
 
-    def _pass(self, traffic: Traffic) -> Pass:
+    def _pass(self, traffic: Traffic, known: dict[int, Work] | None = None) -> Pass:
         rank = self.documents.ring.rank
-        return Pass(traffic, program(traffic, rank), work(traffic, rank, self.sides))
+        found = work(traffic, rank, self.sides) if known is None else known
+        return Pass(traffic, program(traffic, rank), found, buffers(traffic, rank, found))
 
     def _reasons(self, why: str) -> tuple[Reason, ...]:
         settings, sizes = self.documents.settings, self.documents.sizes

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from seqpar_ring import SequenceParallel, executor, ring_attention
+from seqpar_ring.cargo import Store
 from seqpar_ring.kernels import Kept, Scores
 from seqpar_ring.kernels.base import Capabilities
 from seqpar_ring.kernels.library import Library
@@ -42,15 +45,22 @@ class Quiet(VarlenKernel):
 
 
 class Seen(TorchDispatchMode):
-    """Counts the operators that are called."""
+    """Counts the operators that are called, and those whose result is memory that was not there before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.allocated: list[str] = []
+        self.elsewhere = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.numel() and x.untyped_storage().data_ptr() not in known:
+                self.allocated += [] if self.elsewhere else [self.names[-1]]
+        return result
 
     def of(self, some: tuple[str, ...]) -> list[str]:
         return [name for name in self.names if name in some]
@@ -90,6 +100,76 @@ def test_a_step_neither_waits_for_the_device_nor_sends_it_numbers_of_the_host(se
         assert again.of(WAITS) == first.of(WAITS) == []
         assert again.of(UPLOADS) == []
         assert first.of(UPLOADS), "cumulative lengths go to the device once; the test would not see them"
+
+
+class Stages:
+    """A recorder that says which stage allocated what; a pass is a list of stages."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen, self.passes = seen, list[dict[int, list[str]]]()
+
+    def start(self, label: str) -> None:
+        self.passes.append({})
+
+    @contextmanager
+    def span(self, kind: str, stage: int) -> Iterator[None]:
+        before = len(self._seen.allocated)
+        yield
+        self.passes[-1].setdefault(stage, []).extend(self._seen.allocated[before:])
+
+
+def elsewhere(seen: Seen, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose own memory does not count."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        seen.elsewhere, before = True, seen.elsewhere
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seen.elsewhere = before
+
+    return called
+
+
+def allocations(sp: SequenceParallel, batch: int, **how: Any) -> list[dict[int, list[str]]]:
+    """What the stages of a forward and a backward pass allocate, but for what kernels and the network make."""
+    plan, kernel, scores, seen = sp.plan([700, 3, 321]), Quiet(), Scores(0.1), Seen()
+    ring, stages = plan.documents.ring, Stages(seen)
+    ring.exchange = elsewhere(seen, ring.exchange)  # type: ignore[method-assign]
+    kernel.forward = elsewhere(seen, kernel.forward)  # type: ignore[method-assign]
+    kernel.backward = elsewhere(seen, kernel.backward)  # type: ignore[method-assign]
+    plan.sequence.recorder = stages  # type: ignore[assignment]
+    q, k, v, dout = (torch.randn(batch, plan.local_tokens, h, 16).to(torch.bfloat16) for h in (4, 2, 2, 4))
+    with seen:
+        out, lse = executor.forward(plan, (q, k, v), kernel, scores)
+        executor.backward(plan, dout, Kept(q, k, v, out, lse, None), kernel, scores, **how)
+    assert seen.allocated, "memory that is taken when a pass begins; the test would not see it"
+    return stages.passes
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("queries_travel", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_step_takes_no_memory_once_the_sums_are_there(
+    settings: dict[str, Any], queries_travel: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of the rows that stay begin as the first result that fits, so the first two computations may make them."""
+    monkeypatch.setattr(executor, "merge_parts_", lambda *_: None)  # one kernel on a GPU, which takes no memory
+    coded = settings.get("kv_dtype") == "int8"
+    for passes in run_lockstep(lambda sp: allocations(sp, batch, queries_travel=queries_travel), 4, **settings):
+        assert len(passes) == 2
+        for stages in passes:
+            made = [names for _, names in sorted(stages.items())]
+            assert sum(map(len, made[:2])) <= 4 + 20 * coded
+            if not coded:  # to code and decode rows takes steps of its own
+                assert all(names == [] for names in made[2:])
+
+
+def test_a_step_that_takes_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Store.at
+    monkeypatch.setattr(Store, "at", lambda *args: tuple(x.clone() for x in plain(*args)))
+    for passes in run_lockstep(lambda sp: allocations(sp, 1), 4):
+        assert all(any(names for step, names in stages.items() if step > 1) for stages in passes)
 
 
 def test_a_step_that_waits_is_seen() -> None:

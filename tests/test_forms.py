@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring import ring_attention
-from seqpar_ring.cargo import Cargo, Coded
+from seqpar_ring.cargo import Cargo, Coded, Fields, Form, within
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError
 from seqpar_ring.parallel import SequenceParallel
@@ -31,9 +31,17 @@ def some(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def packed(form: Form, *fields: Tensor) -> Fields:
+    rows = fields[0].shape[1]
+    message = form.store(rows + 3).at(2, rows)
+    form.write(message, fields)
+    return message
+
+
 def there_and_back(x: Tensor) -> Tensor:
-    form = Coded((x,))
-    return form.unpacked(form.packed((x,)))[0]
+    form, again = Coded((x,)), torch.empty_like(x)
+    form.read(packed(form, x), (again,))
+    return again
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -61,9 +69,9 @@ def test_rows_of_zeros_and_rows_far_from_one_stay_finite_and_as_good(scale: floa
 
 def test_a_message_holds_one_byte_a_number_and_a_scale_for_each_token_and_head() -> None:
     k, v = some(2, 7, 3, 64), some(2, 7, 3, 32)
-    message = Coded((k, v)).packed((k, v))
+    message = packed(Coded((k, v)), k, v)
     assert sum(x.nbytes for x in message) == 2 * 7 * 3 * (64 + 32 + 2 * 4)
-    assert [(x.shape, x.dtype) for x in message] == [(x.shape, x.dtype) for x in Coded((k, v)).room(7)]
+    assert all(x.is_contiguous() for x in message)
     row = Row(6, 3, 64, 32, 2).sent("int8", "bf16")
     assert row.out("kv") == 3 * (64 + 32 + 2 * 4)
     assert row.back("kv") == 3 * (64 + 32) * 2
@@ -74,10 +82,41 @@ def test_a_message_holds_one_byte_a_number_and_a_scale_for_each_token_and_head()
 
 def test_what_lies_together_is_sent_from_where_it_is_and_a_narrow_sum_is_cast() -> None:
     x = some(1, 4, 2, 8, dtype=torch.float32)
-    assert Cargo((x,)).packed((x,))[0] is x
-    form = Cargo((x,), torch.bfloat16)
-    assert torch.equal(form.packed((x,))[0], x.bfloat16())
-    assert form.room(3)[0].dtype == torch.bfloat16
+    assert Cargo((x,)).ready((x,))
+    assert Cargo((x,)).ready((x[:, 1:3],))
+    assert not Cargo((x,)).ready((x.transpose(0, 2),))
+    assert not Cargo((x.repeat(2, 1, 1, 1),)).ready((x.repeat(2, 1, 1, 1)[:, 1:3],))
+    narrow = Cargo((x,), torch.bfloat16)
+    assert not narrow.ready((x,))
+    assert torch.equal(packed(narrow, x)[0], x.bfloat16())
+
+
+def test_parts_of_a_store_share_its_memory_and_no_other_part_s() -> None:
+    x, y = some(2, 5, 3, 4, dtype=torch.float32), some(2, 5, 7, dtype=torch.float64)
+    store = Cargo((x, y)).store(9)
+    first, second = store.at(0, 5), store.at(5, 4)
+    for mine in (first, second):
+        assert [(t.shape[0], t.shape[2:], t.dtype) for t in mine] == [
+            (2, (3, 4), torch.float32), (2, (7,), torch.float64)
+        ]
+        assert all(t.is_contiguous() for t in mine)
+    for t in second:
+        t.zero_()
+    for t, value in zip(first, (x, y), strict=True):
+        t.copy_(value)
+    assert all(bool((t == 0).all()) for t in second)
+    assert all(torch.equal(t, value) for t, value in zip(store.at(0, 5), (x, y), strict=True))
+    assert torch.equal(store.at(0, 0)[0], x[:, :0])
+
+
+def test_rows_within_a_block_are_found_where_they_lie() -> None:
+    rows = ((10, 13), (20, 21), (30, 36))
+    memory = [x for a, b in rows for x in range(a, b)]
+    for first in range(11):
+        for end in range(first, 11):
+            found = list(within(rows, first, end))
+            assert [x for a, b, _ in found for x in range(a, b)] == memory[first:end]
+            assert [memory.index(a) for a, _, _ in found] == [number for _, _, number in found]
 
 
 def as_seen_by(rank: int, owner: Tensor, whole: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Schedules as plain data: traffic, its builders, its backward, its kernel calls, its checker. Imports no torch."""
 
+from seqpar_ring.schedule.buffers import Buffers, Places, buffers
 from seqpar_ring.schedule.build import Granularity, build, choose, rows_sent
 from seqpar_ring.schedule.calls import Call, coalesce, tiles
 from seqpar_ring.schedule.check import check
@@ -18,6 +19,7 @@ __all__ = [
     "BUILDERS",
     "CUTS",
     "Block",
+    "Buffers",
     "Builder",
     "Call",
     "Fabric",
@@ -27,6 +29,7 @@ __all__ = [
     "MoveColumns",
     "Needs",
     "Pieces",
+    "Places",
     "Route",
     "Row",
     "Sides",
@@ -36,6 +39,7 @@ __all__ = [
     "UseColumns",
     "Visit",
     "Work",
+    "buffers",
     "build",
     "check",
     "choose",

@@ -1,0 +1,249 @@
+"""A run: one pass of a plan under way on this rank, and the memory it holds meanwhile.
+
+All memory is taken when the run begins, as much as the schedule's buffers say (`schedule.buffers`), and what arrives,
+is made or is laid together has its planned place in it; so a step allocates nothing but what the kernel makes. It
+knows stages, blocks and messages; what is computed with them is its caller's. Who sends what when stands in the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from seqpar_ring.cargo import Cargo, Coded, Fields, Form, add_rows, part, within
+from seqpar_ring.geometry import count
+from seqpar_ring.plan import Pass, Plan
+from seqpar_ring.schedule import Block, Move, Places, Stage, Work
+from seqpar_ring.transport import Handle, Messenger, Recv, Send
+
+SILENT: AbstractContextManager[None] = nullcontext()
+"""Where nobody records."""
+
+BACKWARD = {"kv": "backward", "q": "backward, queries travel"}
+"""Names of the pass, by what travels, for who records."""
+
+
+class Sum:
+    """A sum of gradients over calls, in memory that is given; `begun` where something is in it already."""
+
+    def __init__(self, fields: Fields, begun: bool = False) -> None:
+        self._fields, self._begun = fields, begun
+
+    def add(self, a: int, b: int, parts: Fields) -> None:
+        """Add the gradients of rows `a` to `b`."""
+        if not self._begun and b - a < self._fields[0].shape[1]:
+            for x in self._fields:
+                x.zero_()
+            self._begun = True
+        for total, x in zip(self._fields, parts, strict=True):
+            if self._begun:
+                total[:, a:b].add_(x)
+            else:
+                total.copy_(x)
+        self._begun = True
+
+    def result(self) -> Fields:
+        """The sum; zeros if nothing was added."""
+        if not self._begun:
+            for x in self._fields:
+                x.zero_()
+        return self._fields
+
+
+class Held:
+    """Memory of a run with the places of what lies in it, which is nothing if there are none."""
+
+    def __init__(self, form: Form, places: Places) -> None:
+        self._places, self._store = places, form.store(places.rows)
+
+    def of(self, thing: Move | Block) -> Fields:
+        """The memory of a block, or of what a transfer brings or takes."""
+        block = thing.block if isinstance(thing, Move) else thing
+        return self._store.at(self._places.of[thing], count(block.rows))
+
+
+class Run:
+    """The state of one run over a pass: what has arrived, what is under way, what has been made.
+
+    Args:
+        plan: whose ring, settings and recorder are used.
+        what: the pass.
+        own: this rank's rows of the side that travels.
+        gradient_dtype: of the gradients that return, in backward.
+        gradients: how many of `own` (from the first on) have one.
+    """
+
+    def __init__(
+        self, plan: Plan, what: Pass, own: Fields, gradient_dtype: torch.dtype | None = None, gradients: int = 2
+    ) -> None:
+        self._ring: Messenger = plan.documents.ring
+        self._recorder = plan.sequence.recorder
+        self._label = "forward" if gradient_dtype is None else BACKWARD[what.traffic.travels]
+        self._pass, self._node, self._own = what, plan.fabric.node, own
+        keys_travel, settings = what.traffic.travels == "kv", plan.documents.settings
+        self._form: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else Cargo(own)
+        self._arrived: dict[Block, Fields] = {}
+        self._under_way: dict[tuple[str, Move], tuple[Handle, Fields]] = {}
+        planned = what.buffers
+        self._received, self._copied = Held(self._form, planned.received), self._copies()
+        self._view = Cargo(own).store(planned.view if self._form.as_computed else planned.coded)
+        if gradient_dtype is not None:
+            sums = Cargo(own[:gradients], gradient_dtype)
+            narrow = keys_travel and settings.dkv_dtype == "bf16"
+            self._back: Form = Cargo(own[:gradients], torch.bfloat16) if narrow else sums
+            self._made_here, self._returned = Held(sums, planned.made), Held(self._back, planned.returned)
+            self._narrowed = Held(self._back, planned.narrowed) if narrow else None
+            self._gradient_of_view = sums.store(planned.view)
+            self._total = tuple(x.zero_() for x in sums.store(own[0].shape[1]).at(0, own[0].shape[1]))
+
+    def _copies(self) -> Held:
+        """Memory for what must be copied to be sent: all own rows, or only those that do not lie together."""
+        moves = [m for m in self._pass.buffers.copied.of if isinstance(m, Move) and len(m.block.rows) == 1]
+        as_they_lie = all(self._form.ready(part(self._own, *m.block.rows[0])) for m in moves)
+        planned = self._pass.buffers
+        self._sends_as_it_lies = as_they_lie and (self._form.as_computed or not planned.copied.of)
+        return Held(self._form, planned.scattered if self._sends_as_it_lies else planned.copied)
+
+    def go(self, compute: Callable[[Work, Fields], None]) -> None:
+        """Every stage in turn: wait for what is due, post what is to be posted, compute what is to be used."""
+        if self._recorder is not None:
+            self._recorder.start(self._label)
+        for step, stage in enumerate(self._pass.stages):
+            with self._noted("wait", step):
+                self._settle(stage)
+            with self._noted("post", step):
+                self._post("kv", stage.post_kv)
+                self._post("dkv", stage.post_dkv)
+            if stage.uses:
+                work = self._pass.work[step]
+                with self._noted("compute", step):
+                    compute(work, self._seen(work))
+            for block in stage.drop:
+                del self._arrived[block]
+
+    def gradient_of(self, work: Work) -> Sum:
+        """The sum for the gradient of a step's view: where it will be wanted, if it is of rows that lie together."""
+        block = work.blocks[0]
+        if work.slices or (block.owner == self._ring.rank and len(block.rows) > 1):
+            return Sum(self._gradient_of_view.at(0, _rows_of(work)))
+        if block.owner == self._ring.rank:
+            return Sum(part(self._total, *block.rows[0]) if block.rows else part(self._total, 0, 0), begun=True)
+        return Sum(self._made_here.of(block))
+
+    def keep(self, work: Work, gradient: Sum) -> None:
+        """Take the gradient of a step's view: own rows are added up, others' held until they are sent."""
+        fields, block = gradient.result(), work.blocks[0]
+        if not work.slices:
+            if block.owner == self._ring.rank and len(block.rows) > 1:
+                add_rows(self._total, block.rows, fields)
+            return
+        at = 0
+        for b, first, end in work.slices:
+            block, rows = work.blocks[b], part(fields, at, at + end - first)
+            if block.owner == self._ring.rank:
+                for x, y, number in within(block.rows, first, end):
+                    for total, one in zip(self._total, part(rows, number - first, number - first + y - x), strict=True):
+                        total[:, x:y].add_(one)
+            else:
+                for there, one in zip(part(self._made_here.of(block), first, end), rows, strict=True):
+                    there.copy_(one)
+            at += end - first
+
+    def own_gradient(self) -> Fields:
+        """The gradient of this rank's own rows, complete once the run is over."""
+        return self._total
+
+    def _noted(self, kind: str, step: int) -> AbstractContextManager[None]:
+        return SILENT if self._recorder is None else self._recorder.span(kind, step)
+
+    def _seen(self, work: Work) -> Fields:
+        """The rows of a step's blocks as the calls see them: where they are, or laid together."""
+        block = work.blocks[0]
+        if not work.slices and block.owner != self._ring.rank and self._form.as_computed:
+            return self._arrived[block]
+        if not work.slices and block.owner == self._ring.rank and len(block.rows) == 1:
+            return part(self._own, *block.rows[0])
+        view, at = self._view.at(0, _rows_of(work)), 0
+        for b, first, end in work.slices or ((0, 0, count(block.rows)),):
+            block = work.blocks[b]
+            if block.owner == self._ring.rank:
+                for x, y, number in within(block.rows, first, end):
+                    begin = at + number - first
+                    for there, one in zip(part(view, begin, begin + y - x), part(self._own, x, y), strict=True):
+                        there.copy_(one)
+            else:
+                self._form.read(part(self._arrived[block], first, end), part(view, at, at + end - first))
+            at += end - first
+        return view
+
+    def _settle(self, stage: Stage) -> None:
+        for move in stage.due_kv:
+            landed = self._finish("kv", move)
+            if move.dst == self._ring.rank:
+                self._arrived[move.block] = landed
+        for move in stage.due_dkv:
+            landed = self._finish("dkv", move)
+            if move.dst == self._ring.rank:
+                self._take_gradient(move.block, landed)
+
+    def _finish(self, kind: str, move: Move) -> Fields:
+        handle, message = self._under_way.pop((kind, move))
+        handle.wait()
+        return message
+
+    def _take_gradient(self, block: Block, landed: Fields) -> None:
+        if block.owner == self._ring.rank:
+            add_rows(self._total, block.rows, landed)
+        else:
+            for total, x in zip(self._made_here.of(block), landed, strict=True):
+                total.add_(x)
+
+    def _post(self, kind: str, moves: tuple[Move, ...]) -> None:
+        """All transfers of one stage and lane that are due together, with one handle; those due first go first."""
+        groups: dict[tuple[int, str], list[Move]] = {}
+        for move in moves:
+            groups.setdefault((move.due, self._lane(kind, move)), []).append(move)
+        for (_, lane), together in sorted(groups.items()):
+            sends, recvs, messages = [], [], []
+            for move in together:
+                if move.src == self._ring.rank:
+                    messages.append(self._gradient_out(move) if kind == "dkv" else self._rows_out(move))
+                    sends += [Send(move.dst, tensor) for tensor in messages[-1]]
+                else:
+                    messages.append((self._received if kind == "kv" else self._returned).of(move))
+                    recvs += [Recv(move.src, tensor) for tensor in messages[-1]]
+            handle = self._ring.exchange(sends, recvs, lane)
+            for move, message in zip(together, messages, strict=True):
+                self._under_way[kind, move] = handle, message
+
+    def _lane(self, kind: str, move: Move) -> str:
+        """What goes between nodes has lanes of its own, where the transport made them."""
+        far = move.src // self._node != move.dst // self._node and f"{kind}_far" in self._ring.lanes
+        return f"{kind}_far" if far else kind
+
+    def _rows_out(self, move: Move) -> Fields:
+        """The message of a block: passed on as it came, or own rows from where they lie, or a copy of them."""
+        block = move.block
+        if block.owner != self._ring.rank:
+            return self._arrived[block]
+        if self._sends_as_it_lies and len(block.rows) == 1:
+            return part(self._own, *block.rows[0])
+        message, at = self._copied.of(move), 0
+        for a, b in block.rows:
+            self._form.write(part(message, at, at + b - a), part(self._own, a, b))
+            at += b - a
+        return message
+
+    def _gradient_out(self, move: Move) -> Fields:
+        made = self._made_here.of(move.block)
+        if self._narrowed is None:
+            return made
+        message = self._narrowed.of(move)
+        self._back.write(message, made)
+        return message
+
+
+def _rows_of(work: Work) -> int:
+    return sum(end - first for _, first, end in work.slices) if work.slices else count(work.blocks[0].rows)

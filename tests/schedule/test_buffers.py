@@ -1,0 +1,100 @@
+"""Planned memory: no two things that are held in one step share a row, and hardly any row is held for nothing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from schedule_cases import Drawn, problems
+
+from seqpar_ring.geometry import count
+from seqpar_ring.schedule import Block, Traffic, buffers, lives, transpose, work
+from seqpar_ring.schedule.buffers import Life, Places, places
+
+
+def block(number: int, rows: int) -> Block:
+    return Block(number, ((0, rows),))
+
+
+@st.composite
+def some_lives(draw: st.DrawFn, sizes: st.SearchStrategy[int]) -> list[Life]:
+    found = []
+    for number in range(draw(st.integers(0, 30))):
+        first, rows = draw(st.integers(0, 12)), draw(sizes)
+        found.append(Life(first, first + draw(st.integers(0, 5)), rows, block(number, rows)))
+    return found
+
+
+def at_once(things: list[Life]) -> int:
+    """Rows held in the step in which most are."""
+    return max((sum(x.rows for x in things if x.first <= step <= x.last) for step in range(20)), default=0)
+
+
+def shared(things: list[Life], found: Places) -> list[tuple[Life, Life]]:
+    """Pairs that are held in one step and lie in one row."""
+    def clash(x: Life, y: Life) -> bool:
+        a, b = found.of[x.thing], found.of[y.thing]
+        together = x.first <= y.last and y.first <= x.last and x.rows > 0 and y.rows > 0
+        return together and a < b + y.rows and b < a + x.rows
+
+    return [(x, y) for i, x in enumerate(things) for y in things[:i] if clash(x, y)]
+
+
+@given(some_lives(st.integers(0, 9)))
+def test_no_two_things_that_are_held_at_once_share_a_row(things: list[Life]) -> None:
+    found = places(things)
+    assert shared(things, found) == []
+    assert all(found.of[x.thing] + x.rows <= found.rows for x in things)
+    assert found.rows >= at_once(things)
+
+
+@given(some_lives(st.just(7)))
+def test_things_of_one_size_need_no_more_rows_than_are_held_at_once(things: list[Life]) -> None:
+    assert places(things).rows == at_once(things)
+
+
+@settings(max_examples=30)
+@given(some_lives(st.just(3)).filter(lambda things: any(x.last < y.first for x in things for y in things)))
+def test_a_life_planned_too_short_shows(things: list[Life]) -> None:
+    """The seeded fault: a buffer that is given away while it is still read."""
+    early = [x._replace(last=x.first) for x in things]
+    if at_once(early) < at_once(things):
+        assert shared(things, places(early))
+
+
+def passes(drawn: Drawn, node: int) -> list[tuple[Traffic, bool]]:
+    forward = drawn.traffic()
+    return [(forward, False), (transpose(forward, node), False), (transpose(drawn.traffic("q"), node), True)]
+
+
+@given(problems(), st.sampled_from([1, 2, 4]))
+def test_everything_a_pass_holds_has_a_place_and_views_hold_whole_blocks(drawn: Drawn, node: int) -> None:
+    node = node if drawn.fabric.world % node == 0 else 1
+    for traffic, _ in passes(drawn, node):
+        for rank in range(traffic.world):
+            alive, steps = lives(traffic, rank), work(traffic, rank, drawn.sides)
+            found = buffers(traffic, rank, steps)
+            received = {move.block for move in found.received.of if not isinstance(move, Block)}
+            assert received == {one for _, _, one in alive["kv"]}
+            assert set(found.made.of) == {one for _, _, one in alive["made"]}
+            assert len(found.returned.of) == len(alive["got"])
+            assert {m for m in traffic.dkv if m.src == rank} == set(found.narrowed.of)
+            assert set(found.scattered.of) <= set(found.copied.of)
+            for step in steps.values():
+                laid: dict[int, list[int]] = {}
+                for b, first, end in step.slices:
+                    laid.setdefault(b, []).extend(range(first, end))
+                assert all(sorted(rows) == list(range(count(step.blocks[b].rows))) for b, rows in laid.items())
+                assert not step.slices or sum(map(len, laid.values())) <= found.view <= found.coded
+
+
+@pytest.mark.parametrize("kind", ["received", "returned", "made"])
+@settings(max_examples=60)
+@given(drawn=problems())
+def test_blocks_of_different_sizes_need_at_most_half_as_much_again(kind: str, drawn: Drawn) -> None:
+    traffic = transpose(drawn.traffic(), 1)
+    for rank in range(traffic.world):
+        of_kind = lives(traffic, rank)[{"received": "kv", "returned": "got", "made": "made"}[kind]]
+        rows: int = getattr(buffers(traffic, rank, {}), kind).rows
+        held = [sum(count(b.rows) for a, z, b in of_kind if a <= step <= z) for step in range(traffic.steps + 2)]
+        assert max(held) <= rows <= 1.5 * max(held) + 4
