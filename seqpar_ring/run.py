@@ -85,26 +85,26 @@ class Run:
         keys_travel, settings = what.traffic.travels == "kv", plan.documents.settings
         self._form: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else Cargo(own)
         self._arrived: dict[Block, Fields] = {}
+        self._written: set[Block] = set()
         self._under_way: dict[tuple[str, Move], tuple[Handle, Fields]] = {}
         planned = what.buffers
-        self._received, self._copied = Held(self._form, planned.received), self._copies()
-        self._view = Cargo(own).store(planned.view if self._form.as_computed else planned.coded)
+        self._copies = self._must_copy()
+        self._rows = Held(self._form, planned.rows_and_copies if self._copies else planned.rows)
+        self._view = Cargo(own).store(planned.view if self._form.as_computed else planned.largest)
         if gradient_dtype is not None:
             sums = Cargo(own[:gradients], gradient_dtype)
-            narrow = keys_travel and settings.dkv_dtype == "bf16"
-            self._back: Form = Cargo(own[:gradients], torch.bfloat16) if narrow else sums
-            self._made_here, self._returned = Held(sums, planned.made), Held(self._back, planned.returned)
-            self._narrowed = Held(self._back, planned.narrowed) if narrow else None
+            self._narrow = keys_travel and settings.dkv_dtype == "bf16"
+            self._back = Cargo(own[:gradients], torch.bfloat16) if self._narrow else sums
+            self._sums = Held(sums, planned.sums if self._narrow else planned.sums_and_returned)
+            self._on_their_way = Held(self._back, planned.narrow) if self._narrow else self._sums
             self._gradient_of_view = sums.store(planned.view)
             self._total = tuple(x.zero_() for x in sums.store(own[0].shape[1]).at(0, own[0].shape[1]))
 
-    def _copies(self) -> Held:
-        """Memory for what must be copied to be sent: all own rows, or only those that do not lie together."""
-        moves = [m for m in self._pass.buffers.copied.of if isinstance(m, Move) and len(m.block.rows) == 1]
-        as_they_lie = all(self._form.ready(part(self._own, *m.block.rows[0])) for m in moves)
-        planned = self._pass.buffers
-        self._sends_as_it_lies = as_they_lie and (self._form.as_computed or not planned.copied.of)
-        return Held(self._form, planned.scattered if self._sends_as_it_lies else planned.copied)
+    def _must_copy(self) -> bool:
+        """Whether own rows must be copied to be sent, also those that lie together."""
+        moves = (move for stage in self._pass.stages for move in stage.post_kv if move.src == self._ring.rank)
+        sent = [move.block.rows for move in moves if move.block.owner == self._ring.rank]
+        return not all(self._form.ready(part(self._own, *rows[0])) for rows in sent if len(rows) == 1)
 
     def go(self, compute: Callable[[Work, Fields], None]) -> None:
         """Every stage in turn: wait for what is due, post what is to be posted, compute what is to be used."""
@@ -130,7 +130,7 @@ class Run:
             return Sum(self._gradient_of_view.at(0, _rows_of(work)))
         if block.owner == self._ring.rank:
             return Sum(part(self._total, *block.rows[0]) if block.rows else part(self._total, 0, 0), begun=True)
-        return Sum(self._made_here.of(block))
+        return Sum(self._sums.of(block))
 
     def keep(self, work: Work, gradient: Sum) -> None:
         """Take the gradient of a step's view: own rows are added up, others' held until they are sent."""
@@ -147,7 +147,7 @@ class Run:
                     for total, one in zip(self._total, part(rows, number - first, number - first + y - x), strict=True):
                         total[:, x:y].add_(one)
             else:
-                for there, one in zip(part(self._made_here.of(block), first, end), rows, strict=True):
+                for there, one in zip(part(self._sums.of(block), first, end), rows, strict=True):
                     there.copy_(one)
             at += end - first
 
@@ -197,7 +197,7 @@ class Run:
         if block.owner == self._ring.rank:
             add_rows(self._total, block.rows, landed)
         else:
-            for total, x in zip(self._made_here.of(block), landed, strict=True):
+            for total, x in zip(self._sums.of(block), landed, strict=True):
                 total.add_(x)
 
     def _post(self, kind: str, moves: tuple[Move, ...]) -> None:
@@ -212,7 +212,7 @@ class Run:
                     messages.append(self._gradient_out(move) if kind == "dkv" else self._rows_out(move))
                     sends += [Send(move.dst, tensor) for tensor in messages[-1]]
                 else:
-                    messages.append((self._received if kind == "kv" else self._returned).of(move))
+                    messages.append((self._rows if kind == "kv" else self._on_their_way).of(move))
                     recvs += [Recv(move.src, tensor) for tensor in messages[-1]]
             handle = self._ring.exchange(sends, recvs, lane)
             for move, message in zip(together, messages, strict=True):
@@ -228,19 +228,20 @@ class Run:
         block = move.block
         if block.owner != self._ring.rank:
             return self._arrived[block]
-        if self._sends_as_it_lies and len(block.rows) == 1:
+        if len(block.rows) == 1 and not self._copies:
             return part(self._own, *block.rows[0])
-        message, at = self._copied.of(move), 0
-        for a, b in block.rows:
+        message, at = self._rows.of(block), 0
+        for a, b in block.rows if block not in self._written else ():
             self._form.write(part(message, at, at + b - a), part(self._own, a, b))
             at += b - a
+        self._written.add(block)
         return message
 
     def _gradient_out(self, move: Move) -> Fields:
-        made = self._made_here.of(move.block)
-        if self._narrowed is None:
+        made = self._sums.of(move.block)
+        if not self._narrow:
             return made
-        message = self._narrowed.of(move)
+        message = self._on_their_way.of(move)
         self._back.write(message, made)
         return message
 

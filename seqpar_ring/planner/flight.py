@@ -1,8 +1,9 @@
 """Flight: the bytes that attention's backward holds on a rank beside its inputs: blocks, gradients, the kernel's own.
 
-The rows are counted from the schedule's own columns, by the rules of `schedule.lives`, which is the tests' oracle.
-Forward holds less at each step, so backward is what decides. A schedule is looked at once for all models and dtypes
-that share it. No torch, no seconds.
+The rows are counted from the schedule's own columns, by the rules of `schedule.lives` and `schedule.buffers`, which are
+the tests' oracle; that blocks of different sizes cannot always be placed without a gap is not counted. Memory of a pass
+is held from its beginning to its end. Forward holds less, so backward is what decides. A schedule is looked at once for
+all models and dtypes that share it. No torch, no seconds.
 """
 
 from __future__ import annotations
@@ -64,18 +65,24 @@ class Rows(NamedTuple):
     """Rows at each step on each rank, arrays of (steps, world).
 
     Attributes:
-        received: of blocks that are not the rank's own.
-        partial: of gradients of others' rows: made here, or received to be passed on or added.
+        rows: of blocks that are not the rank's own, and of copies of its own that are under way.
+        sums: of gradients of others' rows that are made here.
+        back: of gradients that come in.
+        out: of gradients that go out.
         home, cargo: spanned by the step's kernel calls, of the side that stays and the side that travels.
-        copied: of the rank's own block, laid side by side to be computed with: pieces that do not lie together.
+        view: of blocks that are laid together to be computed with.
+        whole: of all blocks of the step.
         own: of each rank, (world,).
     """
 
-    received: Floats
-    partial: Floats
+    rows: Floats
+    sums: Floats
+    back: Floats
+    out: Floats
     home: Floats
     cargo: Floats
-    copied: Floats
+    view: Floats
+    whole: Floats
     own: Floats
 
 
@@ -126,17 +133,20 @@ def in_flight(rows: Rows, row: Row, travels: str, kernel: Kernel) -> float:
     """Bytes on the fullest rank at the fullest step, for one sequence of a batch."""
     stays = "q" if travels == "kv" else "kv"
     made = {side: _made(row, side, kernel) for side in ("q", "kv")}
-    # The sum of the travelling side's own gradient lives all the time; that of the side that stays from the second step
-    # on, until then it is the first step's result.
-    as_they_are = row._replace(coded=False).out(travels)
-    held = rows.received * row.out(travels) + rows.partial * row.home(travels) + rows.copied * as_they_are
-    held = held + rows.own * row.home(travels)
-    held[1:] += rows.own * row.home(stays)
-    held += rows.home * (row.home(stays) + made[stays]) + rows.cargo * made[travels]
-    if row.coded and travels == "kv":
-        held += rows.cargo * as_they_are  # what is computed with, made of what came
-    held[0] += rows.cargo[0] * row.home(travels)  # of others' rows the result is among the partial gradients
-    held[1:] += rows.copied[1:] * row.home(travels)
+    as_they_are, wide = row._replace(coded=False).out(travels), not kernel.own or row.itemsize >= 4
+    planned = rows.rows.max(0) * row.out(travels) + rows.own * row.home(travels) + rows.view.max(0) * row.home(travels)
+    planned += (rows.whole if row.coded and travels == "kv" else rows.view).max(0) * as_they_are
+    if row.narrow and travels == "kv":
+        planned += rows.sums.max(0) * row.home(travels) + (rows.back + rows.out).max(0) * row.back(travels)
+    else:
+        planned += (rows.sums + rows.back).max(0) * row.home(travels)
+    held = planned + rows.home * made[stays] + rows.cargo * made[travels]
+    if wide:
+        # The gradient of the side that stays begins as the first step's result.
+        held += rows.home * row.home(stays) + rows.cargo * row.home(travels)
+        held[1:] += rows.own * row.home(stays)
+    else:
+        held += rows.own * row.home(stays)
     delta = 3 * row.wide * row.heads  # delta, a gradient of the log-sum-exp (zeros), and the log-sum-exp without -inf
     before = 3 * row.heads * row.value_dim * 4 if row.itemsize < 4 else 4 * row.heads * row.value_dim
     fullest = (held + rows.own * delta).max(initial=0)
@@ -184,30 +194,64 @@ def _rows(
     side = layouts.make(layout, lengths, ring, balance)
     sides = Sides(side, side, mask.regions(lengths))
     names = {"size": ring * heads, "heads": heads, "schedule": schedule, "node": node}
-    route = Route.of(Settings.parse({**names, "block_tokens": block, "cut": cut}), sides)
+    return rows_of_route(Route.of(Settings.parse({**names, "block_tokens": block, "cut": cut}), sides), travels)
+
+
+def rows_of_route(route: Route, travels: str) -> Rows:
+    """The rows of the backward pass of a route where keys travel, or queries."""
     flows = route.flows(backward=True, travels=travels)
     received, made, got = held_rows(flows)
-    work = loads(flows, sides, route.pieces)
-    home, cargo = (np.zeros(received.shape) for _ in range(2))
+    shape = (received.shape[0], received.shape[1])
+    work = loads(flows, route.sides, route.pieces)
+    home, cargo = (np.zeros(shape) for _ in range(2))
     home[: len(work.home)], cargo[: len(work.cargo)] = work.home, work.cargo
-    copied = _copied(flows, route, received.shape)
-    own = np.array(side.sizes, dtype=float)
-    return Rows(received.astype(float), (made + got).astype(float), home, cargo, copied, own)
+    own_out, back_out = _sent(flows, shape)
+    view, whole = _laid_together(flows, route, shape)
+    own = np.array((route.sides.k if travels == "kv" else route.sides.q).sizes, dtype=float)
+    rows, sums, back, out = (x.astype(float) for x in (received + own_out, made, got, back_out))
+    return Rows(rows, sums, back, out, home, cargo, view, whole, own)
 
 
-def _copied(flows: Flows, route: Route, shape: tuple[int, ...]) -> Floats:
-    """Rows of each rank's own pieces that a step computes with and that do not lie together."""
-    found = np.zeros(shape)
-    if route.pieces.number == 1:
-        return found
-    parts = [route.pieces.of(n) for n in (route.sides.k if flows.travels == "kv" else route.sides.q).sizes]
-    uses = flows.uses
-    own = uses.owner == uses.rank
-    columns = (column[own].tolist() for column in (uses.step, uses.rank, uses.piece, uses.end))
-    for step, rank, first, end in zip(*columns, strict=True):
-        rows = joined(parts[rank][first:end])
-        found[step, rank] = count(rows) if len(rows) > 1 else 0
-    return found
+def _sent(flows: Flows, shape: tuple[int, int]) -> tuple[Ints, Ints]:
+    """Rows of copies under way, at each step on each rank: of own rows, and of gradients.
+
+    Own rows are copied to be sent unless they lie together in memory, which those that rotary positions were applied to
+    seldom do.
+    """
+    leaving = flows.kv.take(flows.kv.src == flows.kv.owner)
+    # Of one piece different ranks may need different rows, which are blocks of their own; as many count as the same.
+    columns = np.stack([leaving.owner, leaving.piece, leaving.rows])
+    (owner, _, rows), which = np.unique(columns, axis=1, return_inverse=True)
+    which = which.ravel()
+    first, last = np.zeros_like(owner), np.zeros_like(owner)
+    first[which] = leaving.post
+    np.minimum.at(first, which, leaving.post)
+    np.maximum.at(last, which, leaving.due - 1)
+    back = _alive(shape, flows.dkv.src, (flows.dkv.post, flows.dkv.due - 1), flows.dkv.rows)
+    return _alive(shape, owner, (first, last), rows), back
+
+
+def _laid_together(flows: Flows, route: Route, shape: tuple[int, int]) -> tuple[Floats, Floats]:
+    """Rows of the blocks that a step computes with: those that must be laid together, and all."""
+    sizes = (route.sides.k if flows.travels == "kv" else route.sides.q).sizes
+    parts = {n: route.pieces.of(n) for n in set(sizes)}
+    ends = np.array([[0, *np.cumsum([count(rows) for rows in parts[n]])] for n in sizes], dtype=np.int64)
+    uses, kv, many = flows.uses, flows.kv, route.pieces.number
+    came = np.zeros(shape[1] * shape[1] * many, dtype=np.int64)  # of a block only what is needed comes
+    came[(kv.dst * shape[1] + kv.owner) * many + kv.piece] = kv.rows
+    rows = ends[uses.owner, uses.end] - ends[uses.owner, uses.piece]
+    rows = np.where(uses.owner == uses.rank, rows, came[(uses.rank * shape[1] + uses.owner) * many + uses.piece])
+    whole, blocks = np.zeros(shape), np.zeros(shape)
+    np.add.at(whole, (uses.step, uses.rank), rows)
+    np.add.at(blocks, (uses.step, uses.rank), 1)
+    view = np.where(blocks > 1, whole, 0.0)
+    if many > 1:
+        own = uses.owner == uses.rank
+        columns = (column[own].tolist() for column in (uses.step, uses.rank, uses.piece, uses.end))
+        for step, rank, first, end in zip(*columns, strict=True):
+            if len(joined(parts[sizes[rank]][first:end])) > 1:
+                view[step, rank] = whole[step, rank]
+    return view, whole
 
 
 def held_rows(flows: Flows) -> tuple[Ints, Ints, Ints]:

@@ -38,27 +38,26 @@ class Places(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """The memory of one rank for one pass, by content.
+    """The memory of one rank for one pass. What has the same form shares memory, one after the other.
 
     Attributes:
-        received: keys and values of others (or queries, where they travel), by the transfer they come with.
-        returned: gradients that come in, by transfer.
-        made: partial gradients of others' rows, by block.
-        narrowed: gradients that go out in another dtype than they are summed in, by transfer.
-        copied: own rows that go out in another form than they lie in memory, by transfer.
-        scattered: of those, the ones whose rows do not lie together.
+        rows: keys and values of others (or queries, where they travel), by the transfer that brings them, and copies of
+            own blocks whose rows do not lie together, which all transfers of the block share.
+        rows_and_copies: the same where all own rows must be copied to be sent.
+        sums: partial gradients of others' rows, by block.
+        sums_and_returned: the same, and gradients that come in, by transfer.
+        narrow: gradients that come in and go out, where they travel in another dtype than they are summed in.
         view: rows of the largest step whose blocks do not lie together.
-        coded: rows of the largest step, whatever its blocks.
+        largest: rows of the largest step, whatever its blocks.
     """
 
-    received: Places
-    returned: Places
-    made: Places
-    narrowed: Places
-    copied: Places
-    scattered: Places
+    rows: Places
+    rows_and_copies: Places
+    sums: Places
+    sums_and_returned: Places
+    narrow: Places
     view: int
-    coded: int
+    largest: int
 
 
 def buffers(traffic: Traffic, rank: int, work: Mapping[int, Work]) -> Buffers:
@@ -73,22 +72,18 @@ def buffers(traffic: Traffic, rank: int, work: Mapping[int, Work]) -> Buffers:
     bringing = {move.block: move for move in traffic.kv if move.dst == rank}
     received = [Life(a, b, count(block.rows), bringing[block]) for a, b, block in alive["kv"]]
     made = [Life(a, b, count(block.rows), block) for a, b, block in alive["made"]]
-    returned = [_on_its_way(move) for move in traffic.dkv if move.dst == rank]
-    narrowed = [_on_its_way(move) for move in traffic.dkv if move.src == rank]
-    own = [move for move in traffic.kv if move.src == rank == move.block.owner]
-    copied, scattered = ([_on_its_way(m) for m in own if len(m.block.rows) >= least] for least in (0, 2))
+    returned, sent = ([_on_its_way(m) for m in traffic.dkv if rank == end(m)] for end in (_to, _from))
+    copied = _sent(move for move in traffic.kv if move.src == rank == move.block.owner)
+    scattered = [life for life in copied if isinstance(life.thing, Block) and len(life.thing.rows) > 1]
     sizes = [(_laid_together(step, rank), _rows(step)) for step in work.values()]
-    view = max((rows for together, rows in sizes if together), default=0)
-    coded = max((rows for _, rows in sizes), default=0)
     return Buffers(
-        received=places(received),
-        returned=places(returned),
-        made=places(made),
-        narrowed=places(narrowed),
-        copied=places(copied),
-        scattered=places(scattered),
-        view=view,
-        coded=coded,
+        rows=places(received + scattered),
+        rows_and_copies=places(received + copied),
+        sums=places(made),
+        sums_and_returned=places(made + returned),
+        narrow=places(returned + sent),
+        view=max((rows for together, rows in sizes if together), default=0),
+        largest=max((rows for _, rows in sizes), default=0),
     )
 
 
@@ -125,6 +120,23 @@ def _with_gap(gaps: list[tuple[int, int]], a: int, b: int) -> list[tuple[int, in
     touching = [gap for gap in gaps if gap[1] == a or gap[0] == b]
     joined = min([a, *(gap[0] for gap in touching)]), max([b, *(gap[1] for gap in touching)])
     return sorted([*(gap for gap in gaps if gap not in touching), joined])
+
+
+def _from(move: Move) -> int:
+    return move.src
+
+
+def _to(move: Move) -> int:
+    return move.dst
+
+
+def _sent(moves: Iterable[Move]) -> list[Life]:
+    """Own blocks from when they first leave until they last have arrived."""
+    spans: dict[Block, tuple[int, int]] = {}
+    for move in moves:
+        first, last = spans.get(move.block, (move.post, move.due - 1))
+        spans[move.block] = min(first, move.post), max(last, move.due - 1)
+    return [Life(first, last, count(block.rows), block) for block, (first, last) in spans.items()]
 
 
 def _on_its_way(move: Move) -> Life:
