@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases that contain this, e.g. \"'bf16'\"")
     parser.add_argument("--again", action="store_true", help="measure what is in the results already, too")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "planner-memory.json"
     old = json.loads(file.read_text()) if file.exists() and not args.again else {}
     known: dict[str, Figures] = old.get("figures", {})
