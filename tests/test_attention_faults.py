@@ -1,7 +1,7 @@
 """Ring attention: what must fail, and what is refused.
 
-Beside what must hold (`test_attention.py`) stand seeded faults in the executor, each of which has to break the
-comparison with dense attention, and bad arguments, which have to end in a named error on every rank.
+Beside what must hold (`test_attention.py`) stand seeded faults in the executor and its runs, each of which has to break
+the comparison with dense attention, and bad arguments, which have to end in a named error on every rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqpar_ring import executor, operator, ring_attention
+from seqpar_ring import executor, operator, ring_attention, run
 from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
 from seqpar_ring.kernels import ReferenceKernel, merge, register, unregister
 from seqpar_ring.parallel import SequenceParallel
@@ -35,16 +35,16 @@ from seqpar_ring.testing import (
 
 def drop_a_hop(patch: pytest.MonkeyPatch) -> None:
     """In forward, the block of one other rank is not computed with."""
-    go = executor._Run.go
+    go = run.Run.go
 
     def without(self: Any, compute: Any) -> None:
         def some(work: Work, view: Any) -> None:
-            if self._gradient_dtype is not None or work.blocks[0].owner != (self._ring.rank + 1) % 4:
+            if self._label != "forward" or work.blocks[0].owner != (self._ring.rank + 1) % 4:
                 compute(work, view)
 
         go(self, some)
 
-    patch.setattr(executor._Run, "go", without)
+    patch.setattr(run.Run, "go", without)
 
 
 def average_instead_of_merge(patch: pytest.MonkeyPatch) -> None:
@@ -70,24 +70,24 @@ def forget_what_waits(patch: pytest.MonkeyPatch) -> None:
 
 def lose_a_gradient(patch: pytest.MonkeyPatch) -> None:
     """One dKV that comes home is not added."""
-    take = executor._Run._take_gradient
+    take = run.Run._take_gradient
 
     def lossy(self: Any, block: Block, landed: Any) -> None:
         if block.owner != 0:
             take(self, block, landed)
 
-    patch.setattr(executor._Run, "_take_gradient", lossy)
+    patch.setattr(run.Run, "_take_gradient", lossy)
 
 
 def keep_stale_keys(patch: pytest.MonkeyPatch) -> None:
     """Backward computes with the rank's own keys instead of those that arrived."""
-    fetch = executor._Run._fields
+    fetch = run.Run._seen
 
-    def stale(self: Any, block: Block) -> tuple[Tensor, ...]:
-        k, v = fetch(self, block)
-        return (torch.zeros_like(k), v) if self._gradient_dtype is not None and block.owner == 1 else (k, v)
+    def stale(self: Any, work: Work) -> tuple[Tensor, ...]:
+        k, v = fetch(self, work)
+        return (torch.zeros_like(k), v) if self._label != "forward" and work.blocks[0].owner == 1 else (k, v)
 
-    patch.setattr(executor._Run, "_fields", stale)
+    patch.setattr(run.Run, "_seen", stale)
 
 
 def widen_the_mask(patch: pytest.MonkeyPatch) -> None:
@@ -114,23 +114,23 @@ def use_the_local_lse(patch: pytest.MonkeyPatch) -> None:
 
 def mix_up_blocks_that_arrive_together(patch: pytest.MonkeyPatch) -> None:
     """The view of several blocks is put together in the wrong order."""
-    view = executor._Run._view
+    view = run.Run._seen
 
     def shuffled(self: Any, work: Work) -> Any:
         return view(self, work._replace(slices=work.slices[::-1]))
 
-    patch.setattr(executor._Run, "_view", shuffled)
+    patch.setattr(run.Run, "_seen", shuffled)
 
 
 def forget_the_delta(patch: pytest.MonkeyPatch) -> None:
     """Where queries travel, what softmax takes away from every row's gradient is left at home."""
-    fetch = executor._Run._fields
+    fetch = run.Run._seen
 
-    def without(self: Any, block: Block) -> Any:
-        fields = fetch(self, block)
+    def without(self: Any, work: Work) -> Any:
+        fields = fetch(self, work)
         return (*fields[:3], torch.zeros_like(fields[3])) if len(fields) == 4 else fields
 
-    patch.setattr(executor._Run, "_fields", without)
+    patch.setattr(run.Run, "_seen", without)
 
 
 def sink_in_every_block(patch: pytest.MonkeyPatch) -> None:
