@@ -85,12 +85,12 @@ def ours(plan: Plan) -> Attend:
     return attend
 
 
-def _ours(blocks: float | None = None) -> Callable[[Rank], Attend]:
+def _ours(blocks: float | None = None, schedule: str = "ring") -> Callable[[Rank], Attend]:
     """With so many of a rank's blocks at a time, or as it is by default."""
 
     def make(at: Rank) -> Attend:
         size = "auto" if blocks is None else math.ceil(at.tokens / at.world * blocks)
-        settings = at.sp.settings.model_copy(update={"block_tokens": size})
+        settings = at.sp.settings.model_copy(update={"block_tokens": size, "schedule": schedule})
         return ours(SequenceParallel.over(at.sp.groups, settings).plan(at.tokens))
 
     return make
@@ -278,6 +278,7 @@ _RFA, _TORCH, _RINGMASTER = "ring-flash-attn", "torch", "axolotl-ringmaster"
 _ALL = (
     Way(OURS, "", "zigzag", _ours()),
     Way("seqpar_ring, 4 pieces", "", "zigzag", _ours(1 / 4)),
+    Way("seqpar_ring, direct", "", "zigzag", _ours(schedule="direct")),
     Way("ring-flash-attn, zigzag", _RFA, "zigzag", _loop("zigzag_ring_flash_attn_func")),
     Way("ring-flash-attn, ring", _RFA, "contiguous", _loop("ring_flash_attn_func")),
     Way("ring-flash-attn, stripe", _RFA, "striped", _loop("stripe_flash_attn_func")),

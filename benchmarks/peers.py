@@ -41,6 +41,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 SOME = (
     OURS,
+    "seqpar_ring, direct",
     "ring-flash-attn, zigzag",
     "ring-flash-attn, ring",
     "ring-flash-attn, stripe",

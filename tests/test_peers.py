@@ -18,6 +18,7 @@ from seqpar_ring.testing import RankPool, relative_error
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+OURS = ("seqpar_ring", "seqpar_ring, 4 pieces", "seqpar_ring, direct")
 SHAPES = [(37, 37, True), (37, 37, False), (16, 41, True), (5, 41, False)]
 
 
@@ -120,7 +121,7 @@ def answered(sp: SequenceParallel, name: str, layout: str = "") -> dict[str, flo
     return dict(peers.errors(way._replace(layout=layout or way.layout), peers._at(sp, work), work))
 
 
-@pytest.mark.parametrize("name", ["seqpar_ring", "seqpar_ring, 4 pieces", "torch context parallel, all-to-all"])
+@pytest.mark.parametrize("name", [*OURS, "torch context parallel, all-to-all"])
 def test_a_way_that_is_exact_is_found_so(pool2: RankPool, name: str) -> None:
     for errors in pool2.run(answered, name):
         assert set(errors) == {"out", "dq", "dk", "dv"}
