@@ -2,13 +2,15 @@
 
 A builder says in which order a block goes round; this says when, for all pieces of it. Pieces go round two by two, a
 step of one and a step of the other in turn, so that each transfer has two computations to hide under and a link always
-has the next one waiting. A rank computes with its own rows three times: with half of them before anything has arrived,
-with most of the rest half way, and with the last of them at the end, when gradients are on their way home. Whole
-blocks go one step after the other, and own rows come first. It knows no mask, layout or schedule by name.
+has the next one waiting. A rank's own pieces are shared out among the pairs, each of which has its share before it, so
+that the link never waits for a long computation in between; the last one comes at the end, when gradients are on their
+way home. Whole blocks go one step after the other, and own rows come first. It knows no mask, layout or schedule by
+name.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 AHEAD = 2
@@ -49,17 +51,13 @@ def timetable(pieces: int, visits: int) -> Timetable:
     """The timetable of so many pieces, each of which visits others in so many steps."""
     if pieces == 1:
         return Timetable((Own(0, 0, 1),), (1,), (1,))
-    half = pieces // 2
-    middle = half + half % 2  # pairs are not parted
+    pairs = -(-pieces // 2)
+    shares = [-(-(pieces - 1) * i // pairs) for i in range(pairs + 1)]  # the earlier the larger, where they differ
     own, first, stride, step = [], [], [], 0
-    for pair in range(0, pieces, 2):
-        if pair == 0:
-            own.append(Own(step, 0, half))
-            step += 1
-        if pair == middle and half < pieces - 1:
-            own.append(Own(step, half, pieces - 1))
-            step += 1
-        together = min(2, pieces - pair)
+    for pair, (begin, end) in enumerate(pairwise(shares)):
+        own.append(Own(step, begin, end))
+        step += 1
+        together = min(2, pieces - 2 * pair)
         first += [step + i for i in range(together)]
         stride += [together] * together
         step += together * visits
