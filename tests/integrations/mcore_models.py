@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from seqpar_ring.integrations.megatron import with_ring
+from seqpar_ring.integrations.megatron import with_layouts, with_ring
 
 VOCAB, HEADS, HIDDEN, LAYERS = 96, 4, 32, 2
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 12}
@@ -41,6 +41,9 @@ class Case:
         remat: what becomes of attention's results then.
         options: of the TransformerConfig.
         settings: of the ring.
+        layouts: of the micro-batches in turn; "" is Megatron's own. None: the model is not prepared for ours.
+        rows: of each rank in a layout of ours; 0: as few as fit.
+        learned: positions are learned, not rotary.
         fault: what is done wrongly on purpose.
     """
 
@@ -56,6 +59,9 @@ class Case:
     micro_batches: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    layouts: tuple[str, ...] | None = None
+    rows: int = 0
+    learned: bool = False
     fault: str = ""
 
 
@@ -159,16 +165,17 @@ def model_of(case: Case, config: Any, attention: Any = None, **stage: Any) -> An
         spec = with_ring(spec, remat=case.remat, **dict(case.settings))
     else:
         spec.submodules.self_attention.submodules.core_attention = attention
-    return GPTModel(
+    model = GPTModel(
         config,
         spec,
         vocab_size=VOCAB,
         max_sequence_length=128,
-        position_embedding_type="rope" if case.rope else "none",
+        position_embedding_type="learned_absolute" if case.learned else "rope" if case.rope else "none",
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         **stage,
     )
+    return model if attention is not None or case.layouts is None else with_layouts(model)
 
 
 def batch_of(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
