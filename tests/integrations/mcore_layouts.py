@@ -20,8 +20,6 @@ from seqpar_ring.groups import Groups
 ODD = (21, 3, 1, 40)
 """Lengths that "packed" lays out as 34 and 31 tokens on two ranks."""
 
-YARN = (("rope_type", "yarn"), ("rotary_scaling_factor", 4.0), ("original_max_position_embeddings", 16))
-
 
 def group_of(cp: int) -> Any:
     parallel(1, cp)
@@ -43,7 +41,7 @@ def cut(_: Groups, layout: str, multiple: int) -> tuple[list[list[int]], int]:
 def kept(_: Groups) -> tuple[int, int]:
     """A prepared model has the names it had and answers Megatron's calls as it did: rotary embeddings and names."""
     met = names = 0
-    for case in (Case(), Case(mla=True), Case(mla=True, options=YARN)):
+    for case in (Case(), Case(mla=True), Case(mla=True, yarn=True)):
         parallel(1, 2)
         model = model_of(case, config_of(case, 2))
         rotary = [one for one in model.modules() if isinstance(one, RotaryEmbedding)]

@@ -290,14 +290,14 @@ def test_what_cannot_be_exact_is_refused_by_name(pool2: RankPool, what: str) -> 
 # ---------------------------------------------------------------------------------------------------- our layouts
 
 ODD = {"lengths": (21, 3, 1, 40)}
-YARN = (("rope_type", "yarn"), ("rotary_scaling_factor", 4.0), ("original_max_position_embeddings", 16))
 IN_OURS: dict[str, dict[str, Any]] = {
     **{layout: {"layouts": (layout,), **ODD} for layout in ("packed", "striped", "zigzag")},
     "contiguous, more rows": {"layouts": ("contiguous",), "rows": 40, **ODD},
     "learned positions": {"layouts": ("packed",), "learned": True, **ODD},
     "no positions": {"layouts": ("striped",), "rope": False, **ODD},
     "latent": {"layouts": ("packed",), "mla": True, **ODD},
-    "latent, yarn": {"layouts": ("striped",), "mla": True, "options": YARN, **ODD},
+    "yarn": {"layouts": ("zigzag",), "yarn": True, **ODD},
+    "latent, yarn": {"layouts": ("striped",), "mla": True, "yarn": True, **ODD},
     "two rows of one document": {"layouts": ("zigzag",), "tokens": 47},
     "two rows, latent": {"layouts": ("packed",), "tokens": 47, "mla": True},
 }
