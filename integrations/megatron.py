@@ -5,9 +5,9 @@
 
 Nothing else of a Megatron job changes: it cuts batches, slices rotary embeddings, averages gradients and saves as ever.
 `RingCoreAttention` attends over the context-parallel group that Megatron gives it, or the one that a micro-batch
-brings. It is no layer and owns no weights (but the logits of learnable sinks), and it has no layout of its own. What
-Megatron may ask and this does not compute is refused: by `megatron_rules` when a layer is built, here where only a call
-shows it.
+brings. It is no layer and owns no weights (but the logits of learnable sinks), and it takes tokens where the batch says
+they are: in Megatron's layout, or in one of ours (`megatron_batch`). What Megatron may ask and this does not compute is
+refused: by `megatron_rules` when a layer is built, here where only a call shows it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ try:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    from .megatron_batch import LayoutParams, laid_out, shard_batch, unprepared
+    from .megatron_rotary import with_layouts
 except ImportError as error:
     raise VersionError(
         "megatron-core is missing, or older than this integration knows",
@@ -52,7 +55,7 @@ except ImportError as error:
 
 VERSION: str = megatron.core.__version__
 
-__all__ = ["RingCoreAttention", "batch_on_this_rank", "with_ring"]
+__all__ = ["RingCoreAttention", "batch_on_this_rank", "shard_batch", "with_layouts", "with_ring"]
 
 MEAN_OF_MEANS = (
     "Megatron averages the loss of each context-parallel rank over that rank's own tokens, and then the ranks, which "
@@ -123,6 +126,7 @@ class RingCoreAttention(nn.Module):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"])
         shared = config.context_parallel_size > 1  # a layer may be exempt although there is a group
         self.config, self.layer_number, self.attn_mask_type = config, max(1, layer_number), attn_mask_type
+        self.takes_layouts = False  # `with_layouts` says so of a model in which nothing else needs Megatron's
         self._group: dist.ProcessGroup | None = groups.cp if shared else None
         self._tp_group = groups.tp
         node = _node(getattr(groups, "hcp", None), groups.cp) if shared else None
@@ -157,11 +161,12 @@ class RingCoreAttention(nn.Module):
             attention_mask: None, or True where a query does not see a key, as the mask type says anyhow.
             attn_mask_type: overrides the one the layer was built with.
             attention_bias: None.
-            packed_seq_params: lengths of packed sequences (`qkv_format` "thd"), and the group of this micro-batch.
+            packed_seq_params: lengths of packed sequences (`qkv_format` "thd"), and the group of this micro-batch; or
+                what `shard_batch` returned.
             **others: what newer versions hand over to other kinds of attention; None.
 
         Returns:
-            (S_local, B, H * E), or (T_local, H * E) with zeros for padding.
+            (S_local, B, H * E), or (T_local, H * E) of the format "thd"; with zeros for padding.
 
         Raises:
             UnsupportedError: a bias, a mask of its own, keys from a cache, or what no kernel can do exactly.
@@ -170,13 +175,14 @@ class RingCoreAttention(nn.Module):
         """
         kind = (self.attn_mask_type if attn_mask_type is None else attn_mask_type).name
         thd = getattr(packed_seq_params, "qkv_format", None) == "thd"
+        by_lengths = thd or isinstance(packed_seq_params, LayoutParams)
         ring = self._ring(packed_seq_params)
         try:
             _expect_nothing_else(attention_bias, others)
-            qkv = [x.unsqueeze(0) if thd else x.transpose(0, 1) for x in (query, key, value)]
-            held = self._held(ring, packed_seq_params if thd else None, qkv[0], qkv[1])
-            plan = held.documents.plan(self._mask(kind, thd, max(held.documents.lengths)))
-            _expect_plain(attention_mask, kind, None if thd else plan)
+            qkv = [x.unsqueeze(0) if x.dim() == 3 else x.transpose(0, 1) for x in (query, key, value)]
+            held = self._held(ring, packed_seq_params if by_lengths else None, qkv[0], qkv[1])
+            plan = held.documents.plan(self._mask(kind, by_lengths, max(held.documents.lengths)))
+            _expect_plain(attention_mask, kind, None if by_lengths else plan)
         except SeqparError as problem:
             # The other ranks are told here what they meet in ring_attention, where all agree before anything travels.
             ring.transport.agree("ring_attention", {}, problem)
@@ -192,7 +198,7 @@ class RingCoreAttention(nn.Module):
         with around_attention() if kept else nullcontext():
             out = ring_attention(q, k, v, plan, scale=self._scale, softcap=self._softcap, sinks=self.softmax_offset)
         assert isinstance(out, Tensor)
-        return out if rows is None else out.new_zeros(1, tokens, *out.shape[2:]).index_copy(1, rows, out)
+        return out if rows is None else out.new_zeros(len(out), tokens, *out.shape[2:]).index_copy(1, rows, out)
 
     def _ring(self, params: Any) -> Ring:
         """The ranks that share this micro-batch: the layer's, or those that the micro-batch names."""
@@ -218,6 +224,10 @@ class RingCoreAttention(nn.Module):
             )
         world = ring.transport.world
         settings = self.settings if world == self.settings.size else self._settings(world)
+        if isinstance(params, LayoutParams):
+            if not self.takes_layouts:
+                raise unprepared(params)
+            return laid_out(ring, settings, params, q_BSHD)
         if params is None:
             return whole(ring, settings, tokens)
         return packed(ring, settings, params, tokens, q_BSHD.device)
@@ -309,7 +319,7 @@ def _expect_plain(mask: Tensor | None, kind: str, plan: Plan | None) -> None:
     if plan is None:
         raise UnsupportedError(
             "packed sequences with an attention_mask beside cu_seqlens",
-            fix="Give attention_mask=None: cu_seqlens say all.",
+            fix="Give attention_mask=None: the lengths say all.",
             attention_mask=tuple(mask.shape),
         )
     shape = (plan.local_tokens, plan.tokens)

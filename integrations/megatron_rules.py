@@ -50,13 +50,17 @@ def check_version(version: str) -> None:
     Raises:
         VersionError: it is older than `OLDEST`.
     """
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < OLDEST:
+    if version_of(version) < OLDEST:
         raise VersionError(
             f"megatron-core {version} builds attention in another way",
             fix=f"Install megatron-core {'.'.join(map(str, OLDEST))} or newer.",
             megatron_core=version,
         )
+
+
+def version_of(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def settings_of(size: int, cp_comm_type: str | None, given: Mapping[str, Any] | None, node: int | None) -> Settings:

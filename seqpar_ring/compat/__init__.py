@@ -7,6 +7,7 @@ was; docs/compat.md says what each function takes a rank to hold, and what was i
 code is better off with `SequenceParallel`, which takes any lengths, masks and layouts.
 """
 
+from seqpar_ring.compat.lanes import own_lanes
 from seqpar_ring.compat.llama3 import (
     llama3_flash_attn_prepare_cu_seqlens,
     llama3_flash_attn_varlen_func,
@@ -40,6 +41,7 @@ __all__ = [
     "llama3_flash_attn_varlen_func",
     "llama3_flash_attn_varlen_kvpacked_func",
     "llama3_flash_attn_varlen_qkvpacked_func",
+    "own_lanes",
     "ring_flash_attn_func",
     "ring_flash_attn_kvpacked_func",
     "ring_flash_attn_qkvpacked_func",

@@ -7,7 +7,7 @@ transport are worth keeping. A `Ring` holds both; `ring_of` finds that of a grou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Protocol
@@ -30,6 +30,10 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 
 PLANS_KEPT = 64
 """Sets of document lengths that a ring remembers."""
+
+
+NO_LANES: Mapping[str, dist.ProcessGroup] = {}
+"""Where all messages use the one group."""
 
 
 class Placement(Protocol):
@@ -165,22 +169,27 @@ def ring_of(group: Group) -> Ring:
     return _RINGS[group]
 
 
+def with_lanes(group: dist.ProcessGroup, lanes: Mapping[str, dist.ProcessGroup]) -> None:
+    """From now on the ring over a process group has these lanes beside the group; see `lanes`. Collective over it."""
+    _RINGS[group] = Ring(_UsersGroup(group, lanes))
+
+
 class _UsersGroup(DistributedTransport):
     """A transport over one group for all lanes, that of the caller, which it does not keep alive.
 
     Messages of a pair match in posting order, and both sides post in the same order, so one group will do; lanes of
-    their own would only let a fast transfer pass a slow one.
+    their own (`lanes.own_lanes`) let a fast transfer pass a slow one.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, own: Mapping[str, dist.ProcessGroup] = NO_LANES) -> None:
         on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
         device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        lanes = dict.fromkeys(LANES, group)
-        super().__init__(lanes, device, _timeout(group, device))
+        lanes = {**dict.fromkeys(LANES, group), **own}
+        super().__init__(lanes, device, timeout_of(group, device).total_seconds())
 
 
-def _timeout(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Seconds after which the group gives up, for messages; torch shows them in no public place."""
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """After how long the group gives up, for messages; torch shows it in no public place."""
     options: Any = group._get_backend(device).options
     limit: timedelta = getattr(options, "_timeout", timedelta.max)
-    return limit.total_seconds()
+    return limit

@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from seqpar_ring.integrations.megatron import RingCoreAttention, batch_on_this_rank, with_ring
 from torch import Tensor
 
+from seqpar_ring.compat import own_lanes
 from seqpar_ring.errors import SeqparError
 from seqpar_ring.groups import Groups
 from seqpar_ring.testing import relative_error
@@ -109,14 +110,16 @@ def comm_types(_: Groups) -> list[tuple[str, int | None, float]]:
 
 
 def groups_of_micro_batches(_: Groups) -> list[float]:
-    """One layer, four micro-batches: over four ranks, over two, over this one alone, over four again."""
+    """One layer, five micro-batches: over four ranks, two, this one, four, and two with lanes of their own."""
     parallel(1, 4)
     rank = dist.get_rank()
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     single = [dist.new_group([one]) for one in range(4)]
     case = Case(cp=4, lengths=(21, 5, 31), padded=(24, 8, 32))
     layer, found = built(case), []
-    for size, group in ((4, None), (2, pairs[rank // 2]), (1, None), (4, None)):
+    for size, group in ((4, None), (2, pairs[rank // 2]), (1, None), (4, None), (2, pairs[rank // 2])):
+        if len(found) == 4:
+            own_lanes(pairs[rank // 2])
         params = batch_of(case)[1]
         params.local_cp_size, params.cp_group = (None, None) if size == 4 else (size, group)
         held = group or (mpu.get_context_parallel_group() if size == 4 else single[rank])

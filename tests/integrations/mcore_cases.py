@@ -52,7 +52,7 @@ def compare(_: Groups, case: Case, reference: Step) -> tuple[Any, ...]:
         model = model_of(case, config)
         engine = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
         sums, counts = torch.zeros(2), torch.zeros(2)
-        losses = [forward(engine, case, *batch_of(case, seed)) for seed in range(case.micro_batches)]
+        losses = [forward(engine, case, seed) for seed in range(case.micro_batches)]
         for loss, count in losses:  # all forward passes come first, as in a pipeline
             loss.backward()
             sums, counts = sums + loss.detach(), counts + count
@@ -85,15 +85,26 @@ def alone(_: Groups, case: Case) -> Step:
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def forward(model: Any, case: Case, batch: dict[str, Tensor], params: Any) -> tuple[Tensor, Tensor]:
-    """The loss summed over this rank's tokens, and their number."""
-    group = mpu.get_context_parallel_group()
-    if case.fault == "contiguous":
-        here = {key: x.chunk(group.size(), 1)[group.rank()] for key, x in batch.items()}
-    else:
-        here = megatron.batch_on_this_rank(batch, group, params)
+def forward(model: Any, case: Case, seed: int) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch summed over this rank's tokens, and their number."""
+    here, params = local(case, seed)
     out = model(here["tokens"], here["position_ids"], None, labels=here["labels"], packed_seq_params=params)
     return (out * here["loss_mask"]).sum(), here["loss_mask"].sum()
+
+
+def local(case: Case, seed: int) -> tuple[dict[str, Tensor], Any]:
+    """This rank's part of a micro-batch, in the layout that is its turn."""
+    (batch, params), group = batch_of(case, seed), mpu.get_context_parallel_group()
+    layout = case.layouts[seed % len(case.layouts)] if case.layouts else ""
+    if layout:
+        lengths = case.lengths or case.tokens
+        here, params = megatron.shard_batch(batch, group, lengths, layout, rows=case.rows or None)
+        if case.fault == "rope":
+            dist.broadcast(params.positions, group_src=0, group=group)
+        return here, params
+    if case.fault == "contiguous":
+        return {key: x.chunk(group.size(), 1)[group.rank()] for key, x in batch.items()}, params
+    return megatron.batch_on_this_rank(batch, group, params), params
 
 
 def part_of(parameter: Any, whole: Tensor) -> Tensor:

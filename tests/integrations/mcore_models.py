@@ -23,11 +23,21 @@ with warnings.catch_warnings():
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from seqpar_ring.integrations.megatron import with_ring
+from seqpar_ring.integrations.megatron import with_layouts, with_ring
 
 VOCAB, HEADS, HIDDEN, LAYERS = 96, 4, 32, 2
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 12}
 """Multi-latent attention in which values are narrower than keys."""
+
+YARN = {
+    "rotary_scaling_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+"""Rotary embeddings stretched to four times a length of 16."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,10 @@ class Case:
         remat: what becomes of attention's results then.
         options: of the TransformerConfig.
         settings: of the ring.
+        layouts: of the micro-batches in turn; "" is Megatron's own. None: the model is not prepared for ours.
+        rows: of each rank in a layout of ours; 0: as few as fit.
+        yarn: rotary embeddings are stretched.
+        learned: positions are learned, not rotary.
         fault: what is done wrongly on purpose.
     """
 
@@ -56,6 +70,10 @@ class Case:
     micro_batches: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    layouts: tuple[str, ...] | None = None
+    rows: int = 0
+    yarn: bool = False
+    learned: bool = False
     fault: str = ""
 
 
@@ -137,13 +155,17 @@ def config_of(case: Case, cp: int, tp: int = 1) -> Any:
         if case.recompute == "full":
             options.update(recompute_method="uniform", recompute_num_layers=1)
     if case.mla:
-        mla = {**LATENT, "rope_type": "rope"}
+        mla = {**LATENT, **(YARN if case.yarn else {"rope_type": "rope"})}
         return MLATransformerConfig(**{**options, **mla, **dict(case.options)})
     softcap = dict(case.options).get("attn_logit_softcapping")
     known = {key: value for key, value in case.options if key != "attn_logit_softcapping"}
     config = TransformerConfig(**{**options, "num_query_groups": 2, **known})
+    # As Megatron-Bridge's configs have them.
     if softcap:
-        config.attn_logit_softcapping = softcap  # as Megatron-Bridge's configs have it
+        config.attn_logit_softcapping = softcap
+    if case.yarn:
+        stretched = {**YARN, "correction_range_round_to_int": True}
+        vars(config).update({f"yarn_{name}": value for name, value in stretched.items()})
     return config
 
 
@@ -159,16 +181,18 @@ def model_of(case: Case, config: Any, attention: Any = None, **stage: Any) -> An
         spec = with_ring(spec, remat=case.remat, **dict(case.settings))
     else:
         spec.submodules.self_attention.submodules.core_attention = attention
-    return GPTModel(
+    rotary = "yarn" if case.yarn and not case.mla else "rope"
+    model = GPTModel(
         config,
         spec,
         vocab_size=VOCAB,
         max_sequence_length=128,
-        position_embedding_type="rope" if case.rope else "none",
+        position_embedding_type="learned_absolute" if case.learned else rotary if case.rope else "none",
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         **stage,
     )
+    return model if attention is not None or case.layouts is None else with_layouts(model)
 
 
 def batch_of(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], Any]:

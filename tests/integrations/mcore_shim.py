@@ -55,14 +55,14 @@ class OnTheCpu(TorchFunctionMode):
 
 
 def shim_megatron() -> None:
-    from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
+    from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
 
     multi_latent_attention.HAVE_TE = False  # 0.16 finds its own stand-ins for Transformer Engine and takes them for it
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    for module in (rope_utils, rotary_pos_embedding):  # imported by name into the second
+    for module in (rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding):  # imported by name into the others
         module.get_pos_emb_on_this_cp_rank = slice_of_angles
     packed = rope_utils._get_thd_freqs_on_this_cp_rank
     rope_utils._get_thd_freqs_on_this_cp_rank = lambda rank, *args: packed(0 if "rope" in FAULTS else rank, *args)

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import mcore_shim
 import torch
 import torch.distributed as dist
-from mcore_cases import counted, faults
-from mcore_models import Case, Dense, batch_of, config_of, model_of, mpu, parallel
+from mcore_cases import counted, faults, local
+from mcore_models import Case, Dense, config_of, model_of, mpu, parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from seqpar_ring.integrations.megatron import batch_on_this_rank
 from torch import Tensor
 
 from seqpar_ring.groups import Groups
@@ -83,7 +82,7 @@ def one_step(model: Any, optimizer: Any, case: Case, step: int) -> float:
     model.zero_grad_buffer()
     optimizer.zero_grad()
     seeds = iter(range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES))
-    tokens = sum(case.padded or case.lengths) or case.tokens
+    tokens = case.rows * case.cp or sum(case.padded or case.lengths) or case.tokens
     done = get_forward_backward_func()(
         forward_step_func=partial(forward_step, case),
         data_iterator=seeds,
@@ -100,8 +99,7 @@ def one_step(model: Any, optimizer: Any, case: Case, step: int) -> float:
 
 
 def forward_step(case: Case, seeds: Iterator[int], model: Any) -> tuple[Tensor, Any]:
-    batch, params = batch_of(case, next(seeds))
-    here = batch_on_this_rank(batch, mpu.get_context_parallel_group(), params)
+    here, params = local(case, next(seeds))
     out = model(here["tokens"], here["position_ids"], None, labels=here["labels"], packed_seq_params=params)
     return out, partial(loss_of, here["loss_mask"])
 

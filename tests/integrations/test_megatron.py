@@ -51,7 +51,7 @@ def step(alone: Callable[..., Any]) -> Callable[..., list[Any]]:
     """A step over a ring, compared with one rank; see `mcore_cases.Compared`."""
 
     def compared(pool: RankPool, **case: Any) -> list[Any]:
-        own = ("cp", "tp", "recompute", "remat", "fault")
+        own = ("cp", "tp", "recompute", "remat", "layouts", "rows", "fault")
         shared = {key: value for key, value in case.items() if key not in own}
         reference = alone("mcore_cases", "alone", **shared)
         results: list[Any] = pool.run_groups(in_worker("mcore_cases", "compare", **case), reference)
@@ -74,7 +74,7 @@ def assert_trains_alike(step: Callable[..., list[Any]]) -> Callable[..., None]:
     return trains_alike
 
 
-Alike = Callable[..., None]
+Alike = Callable[..., Any]
 
 
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
@@ -285,3 +285,66 @@ REFUSED = {
 def test_what_cannot_be_exact_is_refused_by_name(pool2: RankPool, what: str) -> None:
     for message in pool2.run_groups(in_worker("mcore_attention", "refused"), what):
         assert all(text in message for text in REFUSED[what]), message
+
+
+# ---------------------------------------------------------------------------------------------------- our layouts
+
+ODD = {"lengths": (21, 3, 1, 40)}
+IN_OURS: dict[str, dict[str, Any]] = {
+    **{layout: {"layouts": (layout,), **ODD} for layout in ("packed", "striped", "zigzag")},
+    "contiguous, more rows": {"layouts": ("contiguous",), "rows": 40, **ODD},
+    "learned positions": {"layouts": ("packed",), "learned": True, **ODD},
+    "no positions": {"layouts": ("striped",), "rope": False, **ODD},
+    "latent": {"layouts": ("packed",), "mla": True, **ODD},
+    "yarn": {"layouts": ("zigzag",), "yarn": True, **ODD},
+    "latent, yarn": {"layouts": ("striped",), "mla": True, "yarn": True, **ODD},
+    "two rows of one document": {"layouts": ("zigzag",), "tokens": 47},
+    "two rows, latent": {"layouts": ("packed",), "tokens": 47, "mla": True},
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", IN_OURS)
+def test_our_layouts_train_as_one_rank(
+    assert_trains_alike: Alike, pool2: RankPool, pool4: RankPool, name: str, ranks: int
+) -> None:
+    assert_trains_alike(pool2 if ranks == 2 else pool4, cp=ranks, **IN_OURS[name])
+
+
+@pytest.mark.parametrize("mla", [False, True], ids=["gqa", "mla"])
+def test_a_prepared_model_takes_ours_and_megatrons_in_turn(step: Alike, pool2: RankPool, mla: bool) -> None:
+    """All in flight before any backward pass, and recomputed."""
+    given = {"layouts": ("packed", "", "striped"), "micro_batches": 3, "recompute": "full", "mla": mla}
+    for loss, gradient, name, rings, _ in step(pool2, cp=2, **given, **PACKED):
+        assert (loss <= LOSS, gradient <= GRADIENT, rings) == (True, True, 6), name
+
+
+def test_ours_with_tensor_and_pipeline_parallelism(assert_trains_alike: Alike, alone: Alike, pool4: RankPool) -> None:
+    assert_trains_alike(pool4, cp=2, tp=2, layouts=("packed",), recompute="selective", **ODD)
+    case = in_worker("mcore_training", "train", cp=2, layouts=("packed", "striped"), rows=40, recompute="full", **ODD)
+    assert furthest(pool4.run_groups(case, {"pp": 2}), alone("mcore_training", "train", {}, True, **ODD)[0]) <= LOSS
+
+
+@pytest.mark.parametrize("fault", ["rope", "leak", "lost"])
+def test_a_wrong_position_mask_or_backward_would_be_seen(step: Alike, pool2: RankPool, fault: str) -> None:
+    for _, gradient, _, _, _ in step(pool2, cp=2, fault=fault, layouts=("packed",), lengths=(21, 5, 39)):
+        assert gradient > 1e-2
+
+
+@pytest.mark.parametrize(("layout", "multiple"), [("packed", 1), ("striped", 8)])
+def test_every_token_is_on_one_rank_and_the_rest_is_padding(pool2: RankPool, layout: str, multiple: int) -> None:
+    found = pool2.run_groups(in_worker("mcore_layouts", "cut"), layout, multiple)
+    positions = [i for n in ODD["lengths"] for i in range(n)]
+    assert sorted(found[0][0] + found[1][0]) == [[i, at] for i, at in enumerate(positions)]
+    assert found[0][1] == found[1][1] == (34 if multiple == 1 else 40)
+
+
+def test_a_prepared_model_keeps_its_names_and_megatrons_angles(pool2: RankPool) -> None:
+    for rotary, names in pool2.run_groups(in_worker("mcore_layouts", "kept")):
+        assert (rotary, names > 30) == (5, True), "one of the model, one in each layer of latent attention"
+
+
+def test_what_needs_megatrons_layout_is_refused_by_name(pool2: RankPool) -> None:
+    for said in pool2.run_groups(in_worker("mcore_layouts", "refusals")):
+        for message, expected in said:
+            assert all(text in message for text in expected), (message, expected)
