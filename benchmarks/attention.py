@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from seqpar_ring import ring_attention
 from seqpar_ring.config import Settings
 from seqpar_ring.geometry import Mask
 from seqpar_ring.groups import Groups
+from seqpar_ring.kernels import register, unregister
+from seqpar_ring.kernels.cpu import CpuKernel
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.schedule import Fabric, Needs, Sides, choose, rows_sent, work
 from seqpar_ring.testing import Case, RankPool
@@ -65,39 +68,86 @@ def _planned(lengths: list[int], layout: str, schedule: str, world: int) -> tupl
     return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
 
 
-def overhead(tokens: int = 16384, repeats: int = 5) -> list[Row]:
-    """CPU time of all ranks (W = 2, processes over gloo) over that of torch's flash kernel on one process."""
+def overhead(tokens: int = 16384, repeats: int = 4, worlds: Sequence[int] = (2, 4)) -> list[Row]:
+    """CPU time of all ranks (processes over gloo) over that of torch's flash kernel on one process, and what of it is
+    spent in the kernel."""
     rows = []
-    with RankPool(2, timeout=900) as pool:
-        for dtype in (torch.float32, torch.bfloat16):
-            case = Case(8, 2, 64, dtype=dtype)
-            times: dict[str, list[tuple[float, float]]] = {"ring": [], "one": []}
-            for repeat in range(repeats + 1):
-                one = _timed_alone(case, tokens)
-                ranks = pool.run(_timed_ring, case, tokens)
-                if repeat:  # the first warms up
-                    times["one"].append(one)
-                    times["ring"].append((sum(r[0] for r in ranks), sum(r[1] for r in ranks)))
-            for i, name in ((0, "forward"), (None, "forward + backward")):
-                cpu = {who: [t[0] if i == 0 else sum(t) for t in found] for who, found in times.items()}
-                ratios = [a / b for a, b in zip(cpu["ring"], cpu["one"], strict=True)]
-                row = {"dtype": str(dtype).removeprefix("torch."), "pass": name, "tokens": tokens, "ranks": 2}
-                seconds = {f"{who}_cpu_s": statistics.median(found) for who, found in cpu.items()}
-                rows.append({**row, **seconds, "ratio": statistics.median(ratios), "ratios": ratios})
+    for world in worlds:
+        with RankPool(world, timeout=900) as pool:
+            for dtype in (torch.float32, torch.bfloat16):
+                case = Case(8, 2, 64, dtype=dtype)
+                ones, rings = [], []
+                for repeat in range(repeats + 1):
+                    one, ranks = _timed_alone(case, tokens), pool.run(_timed_ring, case, tokens)
+                    if repeat:  # the first warms up
+                        ones.append(one)
+                        rings.append([sum(column) for column in zip(*ranks, strict=True)])
+                about = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "ranks": world}
+                rows += [{**about, **_beside(ones, rings, backward)} for backward in (False, True)]
     return rows
 
 
-def _timed_ring(sp: SequenceParallel, case: Case, tokens: int) -> tuple[float, float]:
+def _beside(ones: Sequence[Sequence[float]], rings: Sequence[Sequence[float]], backward: bool) -> Row:
+    """Medians of forward, or of both passes; of a ring (seconds, backward's, in the kernel, in the kernel there)."""
+    passes = 1 + backward
+    one = [sum(times[:passes]) for times in ones]
+    ring = [sum(times[:passes]) for times in rings]
+    kernel = [sum(times[2 : 2 + passes]) for times in rings]
+    ratios = [a / b for a, b in zip(ring, one, strict=True)]
+    return {
+        "pass": "forward + backward" if backward else "forward",
+        "ring_cpu_s": statistics.median(ring),
+        "one_cpu_s": statistics.median(one),
+        "ratio": statistics.median(ratios),
+        "in_kernel": statistics.median(a / b for a, b in zip(kernel, ring, strict=True)),
+        "ratios": ratios,
+    }
+
+
+class TimedKernel(CpuKernel):
+    """torch's CPU kernel, and the CPU seconds that this thread has spent in it."""
+
+    name = "timed"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.capabilities = replace(self.capabilities, priority=-1)  # never what "auto" takes
+        self.seconds = 0.0
+
+    def forward(self, *args: Any) -> Any:
+        """See `Kernel.forward`."""
+        begun = time.thread_time()
+        result = super().forward(*args)
+        self.seconds += time.thread_time() - begun
+        return result
+
+    def backward(self, *args: Any) -> Any:
+        """See `Kernel.backward`."""
+        begun = time.thread_time()
+        result = super().backward(*args)
+        self.seconds += time.thread_time() - begun
+        return result
+
+
+def _timed_ring(sp: SequenceParallel, case: Case, tokens: int) -> tuple[float, float, float, float]:
+    """CPU seconds of this rank in forward and in backward, and those of them in the kernel."""
     torch.set_num_threads(1)
-    plan = sp.plan(tokens)
-    q, k, v, dout = (plan.shard(x) for x in case.inputs(tokens))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    plan.sequence.agree("start", {})
-    marks = [time.process_time()]
-    out = ring_attention(q, k, v, plan)
-    marks.append(time.process_time())
-    torch.autograd.grad(out, leaves, dout)
-    return marks[1] - marks[0], time.process_time() - marks[1]
+    kernel = TimedKernel()
+    register(kernel)
+    try:
+        plan = SequenceParallel.over(sp.groups, sp.settings.model_copy(update={"kernel": "timed"})).plan(tokens)
+        q, k, v, dout = (plan.shard(x) for x in case.inputs(tokens))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        plan.sequence.agree("start", {})
+        marks = [(time.process_time(), kernel.seconds)]
+        out = ring_attention(q, k, v, plan)
+        marks.append((time.process_time(), kernel.seconds))
+        torch.autograd.grad(out, leaves, dout)
+        marks.append((time.process_time(), kernel.seconds))
+    finally:
+        unregister("timed")
+    (all0, own0), (all1, own1), (all2, own2) = marks
+    return all1 - all0, all2 - all1, own1 - own0, own2 - own1
 
 
 def _timed_alone(case: Case, tokens: int) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from seqpar_ring.geometry import Mask
 from seqpar_ring.layout import make
 from seqpar_ring.schedule import Route, Row, Sides
 
-PIECES = (1, 2, 4, 8)
+PIECES = (1, 4, 8, 16)
 HIDES, SHOWS = 0.8, 3.0
 """Transfer over computation: where all of it could hide, and where the link is what takes the time."""
 

@@ -53,7 +53,11 @@ PEERS = Shown(
 
 SHOWN: dict[str, Shown] = {
     "planning": Shown(("layout", "schedule", "documents"), {"total_ms": "ms"}, ("total_ms",)),
-    "overhead": Shown(("dtype", "pass", "tokens"), {"ratio": "x", "ring_cpu_s": "s", "one_cpu_s": "s"}, ("ratio",)),
+    "overhead": Shown(
+        ("dtype", "pass", "tokens"),
+        {"ratio": "x", "in_kernel": "share", "ring_cpu_s": "s", "one_cpu_s": "s"},
+        ("ratio", "in_kernel"),
+    ),
     "packed": Shown(("what", "tokens", "documents"), dict.fromkeys(("ratio", "unshaped, ratio", "shaped, ratio"), "x")),
     "memory": Shown(("block_tokens",), {"blocks": "blocks"}, ("blocks",)),
     "peers": PEERS,
