@@ -43,6 +43,8 @@ try:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    from .megatron_bias import watch
 except ImportError as error:
     raise VersionError(
         "megatron-core is missing, or older than this integration knows",
@@ -119,6 +121,7 @@ class RingCoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         rules.check_version(VERSION)
+        watch(RingCoreAttention)
         rules.check(config, attention_type, attn_mask_type.name, attention_dropout)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"])
         shared = config.context_parallel_size > 1  # a layer may be exempt although there is a group

@@ -1,9 +1,9 @@
 """What a Megatron config may ask of attention, to be computed exactly over a ring.
 
 Each rule returns, or raises an error which names the values and the fix, when a layer is built: before anything has
-been trained. What only shows in a forward pass (a bias, a mask) is refused there, by `megatron`. Names and meanings
-were read from the sources of megatron-core 0.15.0, 0.16.1 and 0.19.2; what a version does not have, it cannot ask for.
-Nothing here communicates.
+been trained. What only a model shows (T5's bias) is refused by `megatron_bias`, and what only a forward pass shows (a
+bias or a mask of somebody's own) there, by `megatron`. Names and meanings were read from the sources of megatron-core
+0.15.0, 0.16.1 and 0.19.2; what a version does not have, it cannot ask for. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ CAUSAL = ("causal", "padding_causal", "causal_bottom_right")
 
 FULL = ("no_mask", "padding")
 """Mask types in which it sees all keys of its sequence; padding is known from cu_seqlens only."""
+
+BIASES = ("relative", "alibi")
+"""What `position_embedding_type` says where positions are added to the logits: T5's, and those of others' models."""
 
 
 def check_version(version: str) -> None:
@@ -173,6 +176,16 @@ def _attends_in_the_dtype_of_its_inputs(config: Any) -> None:
             )
 
 
+def _adds_no_bias(config: Any) -> None:
+    positions = getattr(config, "position_embedding_type", None)  # of configs that describe a model as well
+    if positions in BIASES:
+        raise UnsupportedError(
+            "attention bias is not supported, and these positions are one",
+            fix='Set position_embedding_type="rope", or leave the core_attention of this model as it was.',
+            position_embedding_type=positions,
+        )
+
+
 def _needs_no_probabilities(config: Any) -> None:
     for name in ("qk_clip", "log_max_attention_logit", "batch_invariant_mode"):
         if getattr(config, name, False):
@@ -205,6 +218,7 @@ def _has_known_sinks(config: Any) -> None:
 
 
 RULES: tuple[Callable[[Any], None], ...] = (
+    _adds_no_bias,
     _attends_in_the_dtype_of_its_inputs,
     _needs_no_probabilities,
     _is_not_captured,

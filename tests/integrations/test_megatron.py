@@ -285,3 +285,29 @@ REFUSED = {
 def test_what_cannot_be_exact_is_refused_by_name(pool2: RankPool, what: str) -> None:
     for message in pool2.run_groups(in_worker("mcore_attention", "refused"), what):
         assert all(text in message for text in REFUSED[what]), message
+
+
+BIASED = {
+    "T5's encoder": ("attention bias", "model='T5Model'", "module='encoder'", 'position_embedding_type="rope"'),
+    "T5's decoder": ("attention bias", "model='T5Model'", "module='decoder'"),
+    "late positions": ("attention bias", "model='Late'", "module='relative'"),
+    "relative config": ("attention bias", "position_embedding_type='relative'"),
+    "alibi config": ("attention bias", "position_embedding_type='alibi'"),
+    "a spec's bias": ("attention bias", "attention_bias_type='alibi'", "core_attention='DotProductAttention'"),
+    "a partial's bias": ("attention bias", "alibi_slopes=0.5"),
+    "a spec's dropout": ("with parameters", "attention_dropout=0.1"),
+}
+
+
+@pytest.mark.parametrize("way", BIASED)
+def test_an_attention_bias_is_refused_when_a_spec_layer_or_model_brings_it(pool2: RankPool, way: str) -> None:
+    for message in pool2.run_groups(in_worker("mcore_bias", "outcome"), way):
+        assert message.startswith("UnsupportedError: ")
+        assert all(text in message for text in BIASED[way]), message
+
+
+@pytest.mark.parametrize(
+    "way", ["T5 with rotary positions", "T5 with learned positions", "rotary config", "an empty spec"]
+)
+def test_what_brings_no_bias_is_built(pool2: RankPool, way: str) -> None:
+    assert pool2.run_groups(in_worker("mcore_bias", "outcome"), way) == ["built"] * 2
