@@ -6,6 +6,7 @@ Worker processes import these functions by name, and only they import megatron-c
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from seqpar_ring.integrations.megatron import with_ring
+from seqpar_ring.integrations.megatron_specs import exchanged
 
 VOCAB, HEADS, HIDDEN, LAYERS = 96, 4, 32, 2
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 12}
@@ -41,6 +43,7 @@ class Case:
         remat: what becomes of attention's results then.
         options: of the TransformerConfig.
         settings: of the ring.
+        spec: which of `mcore_specs`, or Megatron's local one.
         fault: what is done wrongly on purpose.
     """
 
@@ -56,6 +59,7 @@ class Case:
     micro_batches: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+    spec: str = "local"
     fault: str = ""
 
 
@@ -132,6 +136,8 @@ def config_of(case: Case, cp: int, tp: int = 1) -> Any:
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
     }
+    if case.spec != "local":
+        options.update(importlib.import_module("mcore_specs").OPTIONS.get(case.spec, {}))
     if case.recompute and cp > 1:
         options["recompute_granularity"] = case.recompute
         if case.recompute == "full":
@@ -147,18 +153,20 @@ def config_of(case: Case, cp: int, tp: int = 1) -> Any:
     return config
 
 
-def spec_of(case: Case) -> Any:
+def spec_of(case: Case, config: Any = None) -> Any:
+    if case.spec != "local":
+        return importlib.import_module("mcore_specs").SPECS[case.spec](case, config)
     return get_gpt_layer_local_spec(qk_layernorm=False, multi_latent_attention=case.mla, normalization="RMSNorm")
 
 
 def model_of(case: Case, config: Any, attention: Any = None, **stage: Any) -> Any:
     """The same weights each time; over a ring unless another attention is given. `stage`: of a pipeline."""
     torch.manual_seed(7)
-    spec = spec_of(case)
+    spec = spec_of(case, config)
     if attention is None:
         spec = with_ring(spec, remat=case.remat, **dict(case.settings))
     else:
-        spec.submodules.self_attention.submodules.core_attention = attention
+        spec = exchanged(spec, attention, attention)
     return GPTModel(
         config,
         spec,

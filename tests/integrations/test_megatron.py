@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from mcore_workers import in_worker
 
 from seqpar_ring.testing import RankPool
 
@@ -18,17 +17,6 @@ pytestmark = pytest.mark.timeout(400)
 LOSS, GRADIENT = 1e-6, 1e-5
 PACKED = {"lengths": (24, 8, 32)}
 PADDED = {"lengths": (21, 0, 5, 1, 31), "padded": (24, 8, 8, 8, 32)}
-
-
-def in_worker(module: str, name: str, **case: Any) -> Callable[..., Any]:
-    """A function of a module that imports megatron-core: found by the workers, and never imported here."""
-    return functools.partial(called, module, name, tuple(case.items()))
-
-
-def called(module: str, name: str, case: tuple[tuple[str, Any], ...], groups: Any, *args: Any) -> Any:
-    if case:
-        args = (importlib.import_module("mcore_models").Case(**dict(case)), *args)
-    return getattr(importlib.import_module(module), name)(groups, *args)
 
 
 @pytest.fixture(scope="module")
