@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mcore_shim  # noqa: F401 - before megatron.core
@@ -42,7 +42,7 @@ class Case:
         recompute: "", "selective" (attention), or "full".
         remat: what becomes of attention's results then.
         options: of the TransformerConfig.
-        settings: of the ring.
+        settings: of the ring; of each layer's, where the spec is "block".
         spec: which of `mcore_specs`, or Megatron's local one.
         fault: what is done wrongly on purpose.
     """
@@ -58,7 +58,7 @@ class Case:
     remat: str = "attention"
     micro_batches: int = 1
     options: tuple[tuple[str, Any], ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[Any, ...] = ()
     spec: str = "local"
     fault: str = ""
 
@@ -159,12 +159,19 @@ def spec_of(case: Case, config: Any = None) -> Any:
     return get_gpt_layer_local_spec(qk_layernorm=False, multi_latent_attention=case.mla, normalization="RMSNorm")
 
 
+def ringed(case: Case, spec: Any) -> Any:
+    if case.spec != "block":
+        return with_ring(spec, remat=case.remat, **dict(case.settings))
+    own = zip(spec.layer_specs, case.settings, strict=True)
+    return replace(spec, layer_specs=[with_ring(layer, remat=case.remat, **dict(given)) for layer, given in own])
+
+
 def model_of(case: Case, config: Any, attention: Any = None, **stage: Any) -> Any:
     """The same weights each time; over a ring unless another attention is given. `stage`: of a pipeline."""
     torch.manual_seed(7)
     spec = spec_of(case, config)
     if attention is None:
-        spec = with_ring(spec, remat=case.remat, **dict(case.settings))
+        spec = ringed(case, spec)
     else:
         spec = exchanged(spec, attention, attention)
     return GPTModel(

@@ -47,6 +47,10 @@ def experts(_: Case, config: Any) -> Any:
     return get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm")
 
 
+def block(_: Case, config: Any) -> Any:
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+
+
 def sequence_parallel(_: Case, config: Any) -> Any:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SharedNorm
@@ -62,6 +66,7 @@ def transformer_engine_block(_: Case, config: Any) -> Any:
 
 
 SPECS: dict[str, Callable[[Case, Any], Any]] = {
+    "block": block,
     "experts": experts,
     "sequence parallel": sequence_parallel,
     "transformer engine": transformer_engine,

@@ -39,7 +39,7 @@ def step(alone: Callable[..., Any]) -> Callable[..., list[Any]]:
     """A step over a ring, compared with one rank; see `mcore_cases.Compared`."""
 
     def compared(pool: RankPool, **case: Any) -> list[Any]:
-        own = ("cp", "tp", "recompute", "remat", "fault")
+        own = ("cp", "tp", "recompute", "remat", "settings", "fault")
         shared = {key: value for key, value in case.items() if key not in own}
         reference = alone("mcore_cases", "alone", **shared)
         results: list[Any] = pool.run_groups(in_worker("mcore_cases", "compare", **case), reference)
@@ -210,6 +210,43 @@ def test_comm_types_choose_the_schedule_and_hierarchical_groups_the_nodes(pool4:
         assert hierarchical[:2] == double[:2] == ("double_ring", 2)
         assert plain[:2] == ("ring", 2)
         assert max(away for _, _, away in found) <= 2e-6
+
+
+def test_comm_types_reach_every_layer_of_a_model_through_its_config(pool4: RankPool) -> None:
+    """With nodes of two ranks in the settings, which mean a double ring unless a string says another schedule."""
+    asked = {
+        None: "double_ring",
+        "seqpar_ring": "double_ring",
+        "seqpar_ring:ring": "ring",
+        "seqpar_ring:double": "double_ring",
+        "seqpar_ring:all_gather": "all_gather",
+        "seqpar_ring:direct": "direct",
+    }
+    for found in pool4.run_groups(in_worker("mcore_layers", "strings"), list(asked)):
+        assert found == [[(name, schedule, 2)] * 2 for name, schedule in asked.items()]
+
+
+def test_a_list_of_comm_types_has_one_for_each_layer(pool2: RankPool) -> None:
+    names = ["seqpar_ring:direct", "seqpar_ring:all_gather"]
+    for version, message, found in pool2.run_groups(in_worker("mcore_layers", "lists"), names):
+        assert message.startswith("list index out of range") == (version < (0, 17))
+        assert found == [(names[0], "direct", None), (names[1], "all_gather", None)]
+
+
+SETTINGS_BY_LAYER = (
+    (("schedule", "all_gather"),),
+    (("schedule", "direct"), ("block_tokens", 5)),
+)
+
+
+@pytest.mark.parametrize("batch", [{}, PADDED], ids=["sbhd", "padded thd"])
+def test_layers_of_a_block_may_have_settings_of_their_own(
+    assert_trains_alike: Alike, pool2: RankPool, batch: dict[str, Any]
+) -> None:
+    case = {"cp": 2, "spec": "block", "settings": SETTINGS_BY_LAYER, **batch}
+    assert_trains_alike(pool2, **case)
+    for found in pool2.run_groups(in_worker("mcore_layers", "own", **case)):
+        assert found == [(None, "all_gather", None), (None, "direct", None)]
 
 
 def test_every_micro_batch_may_bring_a_group_of_its_own(pool4: RankPool) -> None:
