@@ -223,7 +223,10 @@ class RingCoreAttention(nn.Module):
         settings = self.settings if world == self.settings.size else self._settings(world)
         if params is None:
             return whole(ring, settings, tokens)
-        return packed(ring, settings, params, tokens, q_BSHD.device)
+        held = packed(ring, settings, params, tokens, q_BSHD.device)
+        if held.rows is not None:
+            rules.check_padding(self.config)
+        return held
 
     def _settings(self, size: int) -> Settings:
         """Those of the layer for a group of this size."""

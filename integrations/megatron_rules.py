@@ -166,6 +166,22 @@ def check(config: Any, attention_type: str, mask_type: str, dropout: float | Non
         rule(config)
 
 
+def check_padding(config: Any) -> None:
+    """Refuse what Megatron itself gets wrong where packed sequences have padding, with any attention.
+
+    Raises:
+        UnsupportedError: multi-token prediction, whose labels it shifts by lengths without padding, as of 0.19.2.
+    """
+    layers = getattr(config, "mtp_num_layers", None)
+    if layers:
+        raise UnsupportedError(
+            "multi-token prediction of packed sequences with padding: Megatron shifts its labels as if there was none",
+            fix="Give the lengths with padding as cu_seqlens_q too, not only as cu_seqlens_q_padded, and mask the loss "
+            "of padding: under a causal mask nothing else sees it.",
+            mtp_num_layers=layers,
+        )
+
+
 def _attends_in_the_dtype_of_its_inputs(config: Any) -> None:
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         if getattr(config, name, False):

@@ -59,7 +59,10 @@ def shim_megatron() -> None:
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
 
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16 asks for it where Transformer Engine is not installed
     # 0.16 finds its own stand-ins for Transformer Engine and takes them for it.
     multi_latent_attention.HAVE_TE = "transformer_engine" in sys.modules
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

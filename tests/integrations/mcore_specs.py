@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
     },
+    "next tokens": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.5},
     "sequence parallel": {"sequence_parallel": True},
 }
 """What a TransformerConfig says for such a spec."""
@@ -51,6 +52,10 @@ def block(_: Case, config: Any) -> Any:
     return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
 
 
+def next_tokens(_: Case, config: Any) -> Any:
+    return get_gpt_layer_local_spec(normalization="RMSNorm")
+
+
 def sequence_parallel(_: Case, config: Any) -> Any:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SharedNorm
@@ -68,6 +73,7 @@ def transformer_engine_block(_: Case, config: Any) -> Any:
 SPECS: dict[str, Callable[[Case, Any], Any]] = {
     "block": block,
     "experts": experts,
+    "next tokens": next_tokens,
     "sequence parallel": sequence_parallel,
     "transformer engine": transformer_engine,
     "transformer engine block": transformer_engine_block,

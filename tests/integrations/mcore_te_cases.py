@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import mcore_te  # noqa: F401 - before mcore_shim, which imports megatron.core
-from mcore_cases import alone, compare
+from mcore_cases import trains  # noqa: F401 - for the tests
 from mcore_models import Case, config_of, model_of, mpu, parallel
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.models.bert.bert_layer_specs import get_bert_layer_with_transformer_engine_spec
@@ -98,11 +98,6 @@ def keywords(_: Groups, mla: bool) -> list[dict[str, Any]]:
     cores = [layer.self_attention.core_attention for layer in model.decoder.layers]
     assert [(type(one), one.settings.schedule) for one in cores] == [(RingCoreAttention, "all_gather")] * 2
     return seen
-
-
-def trains(groups: Groups, case: Case) -> tuple[Any, ...]:
-    """`mcore_cases.Compared`: one step over a ring against plain attention, each on one rank for itself."""
-    return compare(groups, case, alone(groups, dataclasses.replace(case, cp=1, remat="attention", recompute="")))
 
 
 def refused(_: Groups, options: dict[str, Any]) -> str:
