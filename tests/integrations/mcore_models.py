@@ -106,14 +106,15 @@ class Dense(nn.Module):
         return out if params is None else out.squeeze(1)  # as Transformer Engine returns packed sequences
 
 
-def parallel(tp: int, cp: int, pp: int = 1) -> None:
+def parallel(tp: int, cp: int, pp: int = 1, virtual: int | None = None) -> None:
     """Megatron's groups, made anew if they are others: dozens, each with threads of its own, so that seldom."""
     if mpu.model_parallel_is_initialized():
         sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
-        if (*sizes, mpu.get_pipeline_model_parallel_world_size()) == (tp, cp, pp):
+        stages = mpu.get_pipeline_model_parallel_world_size(), mpu.get_virtual_pipeline_model_parallel_world_size()
+        if (*sizes, *stages) == (tp, cp, pp, virtual):
             return
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
+    mpu.initialize_model_parallel(tp, pp, virtual, context_parallel_size=cp, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
 
 

@@ -36,6 +36,18 @@ def test_sequence_parallelism_inside_tensor_parallel_groups(
     assert_trains_alike(pool4, 2, spec="sequence parallel", cp=2, tp=2, recompute=recompute, **batch)
 
 
+@pytest.mark.parametrize("engine", [{}, {"overlap": True, "distributed": True}], ids=["plain", "overlap, distributed"])
+def test_an_interleaved_pipeline_learns_as_one_rank_does(pool4: RankPool, engine: dict[str, Any]) -> None:
+    """Four layers in two stages of two chunks, times cp 2: Megatron's loop, four steps of four micro-batches."""
+    case: dict[str, Any] = {"options": (("num_layers", 4),), "recompute": "full", **PADDED}
+    interleaved = in_worker("mcore_training", "train", cp=2, **case)
+    found = pool4.run_groups(interleaved, {"pp": 2, "virtual": 2, **engine})
+    truth = pool4.run_groups(in_worker("mcore_training", "train", cp=1, **case), {}, True)[0][0]
+    for losses, rings in found:
+        assert losses == pytest.approx(truth, rel=LOSS)
+        assert rings == 4 * 4 * 2, "once a layer of this stage and micro-batch"
+
+
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
 @pytest.mark.parametrize("batch", [{}, PACKED], ids=["sbhd", "thd"])
 def test_experts_behind_a_ring(pool4: RankPool, dispatcher: str, batch: dict[str, Any]) -> None:
