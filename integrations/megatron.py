@@ -260,6 +260,8 @@ class RingCoreAttention(nn.Module):
             self.register_buffer("softmax_offset", zeros, persistent=False)
             return
         self.softmax_offset = nn.Parameter(zeros)
+        # Counted once a head in gradient norms; Megatron's own attention leaves out those of all ranks but the first.
+        tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         if config.perform_initialization:
             config.init_method(self.softmax_offset)
 
