@@ -45,6 +45,7 @@ try:
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     from .megatron_batch import LayoutParams, laid_out, shard_batch, unprepared
+    from .megatron_bias import watch
     from .megatron_rotary import with_layouts
 except ImportError as error:
     raise VersionError(
@@ -122,6 +123,7 @@ class RingCoreAttention(nn.Module):
     ) -> None:
         super().__init__()
         rules.check_version(VERSION)
+        watch(RingCoreAttention)
         rules.check(config, attention_type, attn_mask_type.name, attention_dropout)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"])
         shared = config.context_parallel_size > 1  # a layer may be exempt although there is a group
@@ -230,7 +232,10 @@ class RingCoreAttention(nn.Module):
             return laid_out(ring, settings, params, q_BSHD)
         if params is None:
             return whole(ring, settings, tokens)
-        return packed(ring, settings, params, tokens, q_BSHD.device)
+        held = packed(ring, settings, params, tokens, q_BSHD.device)
+        if held.rows is not None:
+            rules.check_padding(self.config)
+        return held
 
     def _settings(self, size: int) -> Settings:
         """Those of the layer for a group of this size."""
@@ -264,6 +269,8 @@ class RingCoreAttention(nn.Module):
             self.register_buffer("softmax_offset", zeros, persistent=False)
             return
         self.softmax_offset = nn.Parameter(zeros)
+        # Counted once a head in gradient norms; Megatron's own attention leaves out those of all ranks but the first.
+        tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         if config.perform_initialization:
             config.init_method(self.softmax_offset)
 

@@ -1,9 +1,9 @@
 """What a Megatron config may ask of attention, to be computed exactly over a ring.
 
 Each rule returns, or raises an error which names the values and the fix, when a layer is built: before anything has
-been trained. What only shows in a forward pass (a bias, a mask) is refused there, by `megatron`. Names and meanings
-were read from the sources of megatron-core 0.15.0, 0.16.1 and 0.19.2; what a version does not have, it cannot ask for.
-Nothing here communicates.
+been trained. What only a model shows (T5's bias) is refused by `megatron_bias`, and what only a forward pass shows (a
+bias or a mask of somebody's own) there, by `megatron`. Names and meanings were read from the sources of megatron-core
+0.15.0, 0.16.1 and 0.19.2; what a version does not have, it cannot ask for. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ CAUSAL = ("causal", "padding_causal", "causal_bottom_right")
 
 FULL = ("no_mask", "padding")
 """Mask types in which it sees all keys of its sequence; padding is known from cu_seqlens only."""
+
+BIASES = ("relative", "alibi")
+"""What `position_embedding_type` says where positions are added to the logits: T5's, and those of others' models."""
 
 
 def check_version(version: str) -> None:
@@ -167,6 +170,22 @@ def check(config: Any, attention_type: str, mask_type: str, dropout: float | Non
         rule(config)
 
 
+def check_padding(config: Any) -> None:
+    """Refuse what Megatron itself gets wrong where packed sequences have padding, with any attention.
+
+    Raises:
+        UnsupportedError: multi-token prediction, whose labels it shifts by lengths without padding, as of 0.19.2.
+    """
+    layers = getattr(config, "mtp_num_layers", None)
+    if layers:
+        raise UnsupportedError(
+            "multi-token prediction of packed sequences with padding: Megatron shifts its labels as if there was none",
+            fix="Give the lengths with padding as cu_seqlens_q too, not only as cu_seqlens_q_padded, and mask the loss "
+            "of padding: under a causal mask nothing else sees it.",
+            mtp_num_layers=layers,
+        )
+
+
 def _attends_in_the_dtype_of_its_inputs(config: Any) -> None:
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         if getattr(config, name, False):
@@ -175,6 +194,16 @@ def _attends_in_the_dtype_of_its_inputs(config: Any) -> None:
                 fix=f"Set {name}=False; linear layers may stay in FP8.",
                 **{name: True},
             )
+
+
+def _adds_no_bias(config: Any) -> None:
+    positions = getattr(config, "position_embedding_type", None)  # of configs that describe a model as well
+    if positions in BIASES:
+        raise UnsupportedError(
+            "attention bias is not supported, and these positions are one",
+            fix='Set position_embedding_type="rope", or leave the core_attention of this model as it was.',
+            position_embedding_type=positions,
+        )
 
 
 def _needs_no_probabilities(config: Any) -> None:
@@ -209,6 +238,7 @@ def _has_known_sinks(config: Any) -> None:
 
 
 RULES: tuple[Callable[[Any], None], ...] = (
+    _adds_no_bias,
     _attends_in_the_dtype_of_its_inputs,
     _needs_no_probabilities,
     _is_not_captured,

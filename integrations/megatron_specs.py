@@ -31,7 +31,7 @@ def exchanged(spec: Any, attention: Any, own: type) -> Any:
         own: a class that may be replaced too, whatever it is called.
 
     Raises:
-        UnsupportedError: attention in it that is not plain, or cross-attention.
+        UnsupportedError: attention in it that is not plain, or cross-attention, or one with parameters of its own.
         ConfigError: no attention in it.
     """
     spec = copy.deepcopy(spec)
@@ -44,6 +44,8 @@ def exchanged(spec: Any, attention: Any, own: type) -> Any:
                 fix=f"Leave such layers out, or set {FIELD} in their submodules by hand if it is.",
                 core_attention=name,
             )
+        if name != own.__name__:
+            _expect_no_parameters(name, getattr(submodules, FIELD))
         if "Cross" in type(submodules).__name__:
             raise UnsupportedError(
                 "a spec has cross-attention, which is not offered over a ring under Megatron",
@@ -56,6 +58,26 @@ def exchanged(spec: Any, attention: Any, own: type) -> Any:
             f"a spec has no {FIELD} to replace", fix="Give the spec of a layer or a block.", spec=type(spec).__name__
         )
     return spec
+
+
+def _expect_no_parameters(name: str, attention: Any) -> None:
+    """Refuse to lose what a spec says of the attention that is taken out.
+
+    Raises:
+        UnsupportedError: it says something.
+    """
+    partly = isinstance(attention, functools.partial)
+    said = attention.keywords if partly else getattr(attention, "params", None)
+    if said:
+        bias = [key for key in said if "bias" in key or "alibi" in key]
+        raise UnsupportedError(
+            "attention bias is not supported"
+            if bias
+            else f"a spec builds its {FIELD} with parameters, which another would not be built with",
+            fix=f"Leave them out, or set {FIELD} by hand to RingCoreAttention with those that it has too.",
+            core_attention=name,
+            **said,
+        )
 
 
 def _attentions(node: Any, met: set[int]) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from mcore_models import Case, Dense, batch_of, config_of, model_of, mpu, parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from seqpar_ring.integrations import megatron
 from torch import Tensor
 
@@ -39,15 +42,17 @@ class Compared(NamedTuple):
     mean_of_means: tuple[float, float]
 
 
-Step = tuple[float, dict[str, Tensor]]
-"""The token mean of a step, and every gradient."""
+Step = tuple[float, dict[str, Any]]
+"""The token mean of a step, and every gradient as an array: newer versions change how torch pickles a tensor, and who
+reads one imports megatron-core."""
 
 
 def compare(_: Groups, case: Case, reference: Step) -> tuple[Any, ...]:
     """One step of some micro-batches, as `Compared`: loss, and every gradient through DDP and finalize_model_grads."""
-    truth, expected = reference
+    truth, expected = reference[0], {name: torch.from_numpy(x) for name, x in reference[1].items()}
     parallel(case.tp, case.cp)
     config = config_of(case, case.cp, case.tp)
+    scale_other_losses(1.0)
     with faults(case.fault), counted() as rings:
         model = model_of(case, config)
         engine = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
@@ -76,20 +81,36 @@ def alone(_: Groups, case: Case) -> Step:
     batches = [batch_of(case, seed) for seed in range(case.micro_batches)]
     count = sum(batch["loss_mask"].sum() for batch, _ in batches)
     total = 0.0
+    scale_other_losses(1 / count)
     for batch, params in batches:
-        out = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=params)
-        loss = (out * batch["loss_mask"]).sum() / count
+        loss = summed(model, batch, params) / count
         loss.backward()
         total += loss.item()
-    # Copies, without whatever newer versions hang on a gradient, which would be pickled too.
-    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+    return total, {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def trains(groups: Groups, case: Case, other: tuple[tuple[str, Any], ...] = ()) -> tuple[Any, ...]:
+    """`compare` with one rank's step that each rank does for itself, with some `other` options."""
+    options = tuple({**dict(case.options), **dict(other)}.items())
+    return compare(groups, case, alone(groups, replace(case, cp=1, tp=1, recompute="", options=options)))
 
 
 def forward(model: Any, case: Case, seed: int) -> tuple[Tensor, Tensor]:
     """The loss of a micro-batch summed over this rank's tokens, and their number."""
     here, params = local(case, seed)
-    out = model(here["tokens"], here["position_ids"], None, labels=here["labels"], packed_seq_params=params)
-    return (out * here["loss_mask"]).sum(), here["loss_mask"].sum()
+    return summed(model, here, params), here["loss_mask"].sum()
+
+
+def summed(model: Any, batch: dict[str, Tensor], params: Any) -> Tensor:
+    mask = batch["loss_mask"]
+    known = {"labels": batch["labels"], "loss_mask": mask, "packed_seq_params": params}
+    return (model(batch["tokens"], batch["position_ids"], None, **known) * mask).sum()
+
+
+def scale_other_losses(factor: Any) -> None:
+    """What Megatron's schedules tell losses that join in backward: of the balance of experts, of tokens after next."""
+    for scaler in (MoEAuxLossAutoScaler, MTPLossAutoScaler):
+        scaler.set_loss_scale(torch.as_tensor(factor, dtype=torch.float32))
 
 
 def local(case: Case, seed: int) -> tuple[dict[str, Tensor], Any]:

@@ -6,24 +6,31 @@ Worker processes import these functions by name, and only they import megatron-c
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import mcore_shim  # noqa: F401 - before megatron.core
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state as mpu
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from seqpar_ring.integrations.megatron import with_layouts, with_ring
+    from seqpar_ring.integrations.megatron import with_layouts, with_ring
+    from seqpar_ring.integrations.megatron_specs import exchanged
+
+MADE: list[Any] = []
+"""The groups that this process belongs to, of the parallelism that is set up."""
 
 VOCAB, HEADS, HIDDEN, LAYERS = 96, 4, 32, 2
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 8, "v_head_dim": 12}
@@ -50,11 +57,12 @@ class Case:
         recompute: "", "selective" (attention), or "full".
         remat: what becomes of attention's results then.
         options: of the TransformerConfig.
-        settings: of the ring.
+        settings: of the ring; of each layer's, where the spec is "block".
         layouts: of the micro-batches in turn; "" is Megatron's own. None: the model is not prepared for ours.
         rows: of each rank in a layout of ours; 0: as few as fit.
         yarn: rotary embeddings are stretched.
         learned: positions are learned, not rotary.
+        spec: which of `mcore_specs`, or Megatron's local one.
         fault: what is done wrongly on purpose.
     """
 
@@ -69,11 +77,12 @@ class Case:
     remat: str = "attention"
     micro_batches: int = 1
     options: tuple[tuple[str, Any], ...] = ()
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[Any, ...] = ()
     layouts: tuple[str, ...] | None = None
     rows: int = 0
     yarn: bool = False
     learned: bool = False
+    spec: str = "local"
     fault: str = ""
 
 
@@ -120,14 +129,25 @@ class Dense(nn.Module):
         return out if params is None else out.squeeze(1)  # as Transformer Engine returns packed sequences
 
 
-def parallel(tp: int, cp: int, pp: int = 1) -> None:
+def parallel(tp: int, cp: int, pp: int = 1, virtual: int | None = None) -> None:
     """Megatron's groups, made anew if they are others: dozens, each with threads of its own, so that seldom."""
     if mpu.model_parallel_is_initialized():
         sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
-        if (*sizes, mpu.get_pipeline_model_parallel_world_size()) == (tp, cp, pp):
+        stages = mpu.get_pipeline_model_parallel_world_size(), mpu.get_virtual_pipeline_model_parallel_world_size()
+        if (*sizes, *stages) == (tp, cp, pp, virtual):
             return
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
+        while MADE:  # Megatron forgets them, and their threads would stay: thousands in the end
+            dist.destroy_process_group(MADE.pop())
+    new_group = dist.new_group
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        group = new_group(*args, **kwargs)
+        MADE.extend([group] if isinstance(group, dist.ProcessGroup) else [])
+        return group
+
+    with mock.patch.object(dist, "new_group", remembered):
+        mpu.initialize_model_parallel(tp, pp, virtual, context_parallel_size=cp, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
 
 
@@ -150,6 +170,9 @@ def config_of(case: Case, cp: int, tp: int = 1) -> Any:
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
     }
+    if case.spec != "local":
+        options.update(importlib.import_module("mcore_specs").OPTIONS.get(case.spec, {}))
+        options["sequence_parallel"] = options.get("sequence_parallel", False) and tp > 1
     if case.recompute and cp > 1:
         options["recompute_granularity"] = case.recompute
         if case.recompute == "full":
@@ -169,18 +192,29 @@ def config_of(case: Case, cp: int, tp: int = 1) -> Any:
     return config
 
 
-def spec_of(case: Case) -> Any:
+def spec_of(case: Case, config: Any = None) -> Any:
+    if case.spec != "local":
+        return importlib.import_module("mcore_specs").SPECS[case.spec](case, config)
     return get_gpt_layer_local_spec(qk_layernorm=False, multi_latent_attention=case.mla, normalization="RMSNorm")
+
+
+def ringed(case: Case, spec: Any) -> Any:
+    if case.spec != "block":
+        return with_ring(spec, remat=case.remat, **dict(case.settings))
+    own = zip(spec.layer_specs, case.settings, strict=True)
+    return replace(spec, layer_specs=[with_ring(layer, remat=case.remat, **dict(given)) for layer, given in own])
 
 
 def model_of(case: Case, config: Any, attention: Any = None, **stage: Any) -> Any:
     """The same weights each time; over a ring unless another attention is given. `stage`: of a pipeline."""
     torch.manual_seed(7)
-    spec = spec_of(case)
+    spec = spec_of(case, config)
     if attention is None:
-        spec = with_ring(spec, remat=case.remat, **dict(case.settings))
+        spec = ringed(case, spec)
     else:
-        spec.submodules.self_attention.submodules.core_attention = attention
+        spec = exchanged(spec, attention, attention)
+    if config.mtp_num_layers:
+        stage["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
     rotary = "yarn" if case.yarn and not case.mla else "rope"
     model = GPTModel(
         config,
@@ -203,6 +237,8 @@ def batch_of(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
     tokens, labels = (torch.randint(0, VOCAB, shape, generator=made) for _ in range(2))
     mask = (torch.rand(shape, generator=made) > 0.3).float()
     mask[:, :10] = 0
+    if case.spec == "next tokens":
+        hide_firsts(mask, padded or (case.tokens,))
     positions = torch.arange(shape[1]).expand(shape).contiguous()
     params = None
     if padded:
@@ -218,3 +254,14 @@ def batch_of(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
             max_seqlen_q=max(padded), max_seqlen_kv=max(padded),
         )  # fmt: skip
     return {"tokens": tokens, "labels": labels, "loss_mask": mask, "position_ids": positions}, params
+
+
+def hide_firsts(mask: Tensor, lengths: tuple[int, ...]) -> None:
+    """No loss at the first token of any chunk of two ranks: then a mask that moves by one has as many tokens in each.
+
+    From 0.19 on each rank scales its loss of later tokens by the ratio of these two numbers, its own ones.
+    """
+    start = 0
+    for n in lengths:
+        mask[:, start : start + n : n // 4] = 0
+        start += n

@@ -8,6 +8,7 @@ lets a test take the wrong one.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,8 @@ FAULTS: set[str] = set()
 class NoStream:
     """A stream or an event on a device that has none."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> Callable[..., NoStream]:
+        return lambda *args, **kwargs: NoStream()  # a stream records an event
 
 
 def shim_torch() -> None:
@@ -58,8 +59,12 @@ def shim_megatron() -> None:
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
 
-    multi_latent_attention.HAVE_TE = False  # 0.16 finds its own stand-ins for Transformer Engine and takes them for it
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16 asks for it where Transformer Engine is not installed
+    # 0.16 finds its own stand-ins for Transformer Engine and takes them for it.
+    multi_latent_attention.HAVE_TE = "transformer_engine" in sys.modules
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     for module in (rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding):  # imported by name into the others

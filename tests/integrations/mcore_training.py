@@ -26,12 +26,14 @@ class Engine(NamedTuple):
     """What Megatron is asked for beside the ring.
 
     Attributes:
-        pp: stages of the pipeline, each with one layer.
+        pp: stages of the pipeline.
+        virtual: chunks of layers in each stage, interleaved; none: one.
         distributed: the distributed optimizer.
         overlap: gradients are reduced while backward goes on.
     """
 
     pp: int = 1
+    virtual: int | None = None
     distributed: bool = False
     overlap: bool = False
 
@@ -42,29 +44,45 @@ def train(_: Groups, case: Case, asked: dict[str, Any], plain: bool = False) -> 
     `asked` is as in `Engine`; `plain`: with plain attention.
     """
     engine = Engine(**asked)
-    parallel(case.tp, case.cp, engine.pp)
+    parallel(case.tp, case.cp, engine.pp, engine.virtual)
     config = config_of(case, case.cp, case.tp)
     config.finalize_model_grads_func = finalize_model_grads
     config.pipeline_model_parallel_size, config.pipeline_dtype = engine.pp, torch.float32
-    config.variable_seq_lengths = False
-    stage = {"pre_process": mpu.is_pipeline_first_stage(), "post_process": mpu.is_pipeline_last_stage()}
+    config.variable_seq_lengths, config.virtual_pipeline_model_parallel_size = False, engine.virtual
+    if engine.virtual:  # two stages are neighbours on both sides: Megatron asks for separate messages then
+        config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+        config.microbatch_group_size_per_vp_stage = engine.pp
     with mcore_shim.OnTheCpu(), faults(case.fault), counted() as rings:
-        model = model_of(case, config, Dense if plain else None, **stage)
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=engine.distributed,
-            overlap_grad_reduce=engine.overlap,
-        )
-        same_in_every_pipeline(model)
-        wrapped = DistributedDataParallel(config, ddp, model)
-        if engine.overlap:
-            config.no_sync_func, config.grad_sync_func = wrapped.no_sync, wrapped.start_grad_sync
+        chunks = built(case, config, engine, Dense if plain else None)
         options = OptimizerConfig(
             optimizer="adam", lr=3e-3, clip_grad=0.0, use_distributed_optimizer=engine.distributed
         )
-        optimizer = get_megatron_optimizer(options, [wrapped], use_gloo_process_groups=False)
-        losses = [one_step(wrapped, optimizer, case, step) for step in range(STEPS)]
+        optimizer = get_megatron_optimizer(options, chunks, use_gloo_process_groups=False)
+        losses = [one_step(chunks, optimizer, case, step) for step in range(STEPS)]
     return losses, rings[0]
+
+
+def built(case: Case, config: Any, engine: Engine, attention: Any) -> list[Any]:
+    """The chunks of the model that this rank holds, in Megatron's DDP."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=engine.distributed,
+        overlap_grad_reduce=engine.overlap,
+    )
+    chunks = []
+    for chunk in range(engine.virtual or 1):
+        at: dict[str, Any] = {} if engine.virtual is None else {"ignore_virtual": False, "vp_stage": chunk}
+        ends = {
+            "pre_process": mpu.is_pipeline_first_stage(**at),
+            "post_process": mpu.is_pipeline_last_stage(**at),
+        }
+        model = model_of(case, config, attention, **ends, vp_stage=at.get("vp_stage"))
+        same_in_every_pipeline(model)
+        chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=chunk > 0))
+    if engine.overlap:
+        functions = [chunk.no_sync for chunk in chunks], [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func, config.grad_sync_func = (one if engine.virtual else one[0] for one in functions)
+    return chunks
 
 
 def same_in_every_pipeline(model: Any) -> None:
@@ -78,15 +96,16 @@ def same_in_every_pipeline(model: Any) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=made) * 0.3 + (parameter.dim() == 1))
 
 
-def one_step(model: Any, optimizer: Any, case: Case, step: int) -> float:
-    model.zero_grad_buffer()
+def one_step(chunks: list[Any], optimizer: Any, case: Case, step: int) -> float:
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    seeds = iter(range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES))
+    seeds = [iter(range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES)) for _ in chunks]
     tokens = case.rows * case.cp or sum(case.padded or case.lengths) or case.tokens
     done = get_forward_backward_func()(
         forward_step_func=partial(forward_step, case),
-        data_iterator=seeds,
-        model=[model],
+        data_iterator=seeds if len(chunks) > 1 else seeds[0],
+        model=chunks,
         num_microbatches=MICRO_BATCHES,
         seq_length=tokens,
         micro_batch_size=1 if case.lengths else 2,

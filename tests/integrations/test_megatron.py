@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from mcore_workers import in_worker
 
 from seqpar_ring.testing import RankPool
 
@@ -18,17 +17,6 @@ pytestmark = pytest.mark.timeout(400)
 LOSS, GRADIENT = 1e-6, 1e-5
 PACKED = {"lengths": (24, 8, 32)}
 PADDED = {"lengths": (21, 0, 5, 1, 31), "padded": (24, 8, 8, 8, 32)}
-
-
-def in_worker(module: str, name: str, **case: Any) -> Callable[..., Any]:
-    """A function of a module that imports megatron-core: found by the workers, and never imported here."""
-    return functools.partial(called, module, name, tuple(case.items()))
-
-
-def called(module: str, name: str, case: tuple[tuple[str, Any], ...], groups: Any, *args: Any) -> Any:
-    if case:
-        args = (importlib.import_module("mcore_models").Case(**dict(case)), *args)
-    return getattr(importlib.import_module(module), name)(groups, *args)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +39,7 @@ def step(alone: Callable[..., Any]) -> Callable[..., list[Any]]:
     """A step over a ring, compared with one rank; see `mcore_cases.Compared`."""
 
     def compared(pool: RankPool, **case: Any) -> list[Any]:
-        own = ("cp", "tp", "recompute", "remat", "layouts", "rows", "fault")
+        own = ("cp", "tp", "recompute", "remat", "settings", "layouts", "rows", "fault")
         shared = {key: value for key, value in case.items() if key not in own}
         reference = alone("mcore_cases", "alone", **shared)
         results: list[Any] = pool.run_groups(in_worker("mcore_cases", "compare", **case), reference)
@@ -224,6 +212,43 @@ def test_comm_types_choose_the_schedule_and_hierarchical_groups_the_nodes(pool4:
         assert max(away for _, _, away in found) <= 2e-6
 
 
+def test_comm_types_reach_every_layer_of_a_model_through_its_config(pool4: RankPool) -> None:
+    """With nodes of two ranks in the settings, which mean a double ring unless a string says another schedule."""
+    asked = {
+        None: "double_ring",
+        "seqpar_ring": "double_ring",
+        "seqpar_ring:ring": "ring",
+        "seqpar_ring:double": "double_ring",
+        "seqpar_ring:all_gather": "all_gather",
+        "seqpar_ring:direct": "direct",
+    }
+    for found in pool4.run_groups(in_worker("mcore_layers", "strings"), list(asked)):
+        assert found == [[(name, schedule, 2)] * 2 for name, schedule in asked.items()]
+
+
+def test_a_list_of_comm_types_has_one_for_each_layer(pool2: RankPool) -> None:
+    names = ["seqpar_ring:direct", "seqpar_ring:all_gather"]
+    for version, message, found in pool2.run_groups(in_worker("mcore_layers", "lists"), names):
+        assert message.startswith("list index out of range") == (version < (0, 17))
+        assert found == [(names[0], "direct", None), (names[1], "all_gather", None)]
+
+
+SETTINGS_BY_LAYER = (
+    (("schedule", "all_gather"),),
+    (("schedule", "direct"), ("block_tokens", 5)),
+)
+
+
+@pytest.mark.parametrize("batch", [{}, PADDED], ids=["sbhd", "padded thd"])
+def test_layers_of_a_block_may_have_settings_of_their_own(
+    assert_trains_alike: Alike, pool2: RankPool, batch: dict[str, Any]
+) -> None:
+    case = {"cp": 2, "spec": "block", "settings": SETTINGS_BY_LAYER, **batch}
+    assert_trains_alike(pool2, **case)
+    for found in pool2.run_groups(in_worker("mcore_layers", "own", **case)):
+        assert found == [(None, "all_gather", None), (None, "direct", None)]
+
+
 def test_every_micro_batch_may_bring_a_group_of_its_own(pool4: RankPool) -> None:
     for found in pool4.run_groups(in_worker("mcore_attention", "groups_of_micro_batches")):
         assert max(found) <= 2e-6
@@ -243,48 +268,6 @@ def test_a_causal_attention_mask_says_nothing_new(pool2: RankPool) -> None:
 def test_without_a_causal_mask_padding_is_seen_by_nobody(pool2: RankPool) -> None:
     for away in pool2.run_groups(in_worker("mcore_attention", "full")):
         assert away <= 1e-6
-
-
-REFUSED = {
-    "dropout": ("UnsupportedError", "attention dropout", "attention_dropout=0.1"),
-    "dropout of the layer": ("UnsupportedError", "attention dropout", "attention_dropout=0.2"),
-    "fp8 dot product": ("UnsupportedError", "FP8", "fp8_dot_product_attention=True"),
-    "fp8 attention": ("UnsupportedError", "FP8", "fp8_multi_head_attention=True"),
-    "qk clip": ("UnsupportedError", "qk_clip=True"),
-    "graphs": ("UnsupportedError", "CUDA graph", "cuda_graph_impl='local'"),
-    "sinks": ("UnsupportedError", "softmax_type='mystery'"),
-    "mask type": ("UnsupportedError", "arbitrary attention masks", "attn_mask_type='arbitrary'"),
-    "cross": ("UnsupportedError", "cross-attention", "attention_type='cross'"),
-    "comm type": ("ConfigError", "cp_comm_type='seqpar_rong'", 'Did you mean "seqpar_ring"?'),
-    "variant": ("ConfigError", "cp_comm_type='seqpar_ring:triple'"),
-    "a2a": ("ConfigError", "cp_comm_type='a2a+p2p'", '"seqpar_ring:double"'),
-    "double without nodes": ("ConfigError", "hierarchical_context_parallel_sizes", "context_parallel_size=2"),
-    "setting": ("ConfigError", "blok_tokens", 'Did you mean "block_tokens"?'),
-    "setting of Megatron's": ("ConfigError", "layout='striped'", "block_tokens"),
-    "kernel": ("ConfigError", "unknown kernel", "kernel='flash9'"),
-    "spec": ("ConfigError", "no core_attention", "spec="),
-    "other attention": ("UnsupportedError", "not plain dot-product attention", "core_attention='Sparse'"),
-    "bias": ("UnsupportedError", "attention bias", "attention_bias=(1, 4, 24, 48)"),
-    "arbitrary mask": ("UnsupportedError", "arbitrary attention masks", "attn_mask_type='causal'"),
-    "mask's shape": ("BatchError", "attention_mask=(1, 1, 48, 48)", "expected=(24, 48)"),
-    "padding mask": ("UnsupportedError", "padding mask", "attn_mask_type='padding'"),
-    "mask of packed": ("UnsupportedError", "attention_mask beside cu_seqlens"),
-    "more arguments": ("UnsupportedError", "arguments=['qr']", "megatron_core="),
-    "cache": ("UnsupportedError", "keys from a cache", "queries=24, keys=30"),
-    "odd": ("PlanError", "2 x cp equal chunks", "length=46"),
-    "unpadded": ("PlanError", "2 x cp equal chunks", "length=23", "multiple of 4"),
-    "no room": ("PlanError", "no room", "cu_seqlens_q_padded=[0, 20, 48]"),
-    "too few": ("PlanError", "do not fill", "tokens_of_all_ranks=48, cu_seqlens_end=40"),
-    "descending": ("PlanError", "does not ascend", "cu_seqlens_q=[0, 30, 24]"),
-    "other keys": ("UnsupportedError", "keys of other lengths", "cu_seqlens_kv=[0, 12, 48]"),
-    "no group": ("GroupError", "local_cp_size=2"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_exact_is_refused_by_name(pool2: RankPool, what: str) -> None:
-    for message in pool2.run_groups(in_worker("mcore_attention", "refused"), what):
-        assert all(text in message for text in REFUSED[what]), message
 
 
 # ---------------------------------------------------------------------------------------------------- our layouts
