@@ -106,16 +106,23 @@ class Dense(nn.Module):
         return out if params is None else out.squeeze(1)  # as Transformer Engine returns packed sequences
 
 
+MADE: dict[tuple[int, int, int, int | None], dict[str, Any]] = {}
+"""What Megatron's `parallel_state` holds, by the sizes that it was made for."""
+
+
 def parallel(tp: int, cp: int, pp: int = 1, virtual: int | None = None) -> None:
-    """Megatron's groups, made anew if they are others: dozens, each with threads of its own, so that seldom."""
-    if mpu.model_parallel_is_initialized():
-        sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
-        stages = mpu.get_pipeline_model_parallel_world_size(), mpu.get_virtual_pipeline_model_parallel_world_size()
-        if (*sizes, *stages) == (tp, cp, pp, virtual):
-            return
-        mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tp, pp, virtual, context_parallel_size=cp, create_gloo_process_groups=False)
+    """Megatron's groups, made once for the same sizes: they are dozens, each with threads of its own, and stay."""
+    made, state = MADE.get((tp, cp, pp, virtual)), vars(mpu)
+    if made is None:
+        state.update(MADE.setdefault((0, 0, 0, None), kept(state)))  # as nothing was made yet
+        mpu.initialize_model_parallel(tp, pp, virtual, context_parallel_size=cp, create_gloo_process_groups=False)
+        made = MADE[tp, cp, pp, virtual] = kept(state)
+    state.update(made)
     model_parallel_cuda_manual_seed(1)
+
+
+def kept(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name.startswith("_") and name.isupper()}
 
 
 def config_of(case: Case, cp: int, tp: int = 1) -> Any:
