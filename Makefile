@@ -17,9 +17,12 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --progress-b
 RUN := $(VENV)/.stamp-run
 DEV := $(VENV)/.stamp-dev
 PEERS := benchmarks/.peers
+# Which megatron-core `make test-megatron` tests against, in a folder of its own, which only that command looks into.
+MCORE  ?= 0.19.2
+MCORE_AT := $(VENV)/megatron-core/$(MCORE)
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help quickstart verify install install-dev test lint pytest bench picture clean
+.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-megatron bench picture clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,6 +43,9 @@ lint: $(DEV)  ## ruff, codespell, mypy, and the layering contract
 
 pytest: $(DEV)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
+
+test-megatron: $(DEV) $(MCORE_AT)/.stamp  ## the tests of Megatron against another version of it: MCORE=0.15.0
+	PYTHONPATH="$(abspath $(MCORE_AT))$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest tests/integrations/test_megatron*.py
 
 bench: $(DEV) $(PEERS)/.stamp  ## every benchmark that this machine can run; BENCH="--quick" takes 3 minutes
 	$(BIN)/python benchmarks $(BENCH)
@@ -78,6 +84,14 @@ $(DEV): $(VENV)/.stamp-python pyproject.toml constraints.txt
 	@echo "Installing the library and its development tools into $(VENV) (a few minutes the first time) ..."
 	@test -z "$(TORCH)" || $(PIP) $(TORCH)
 	@$(PIP) -c constraints.txt -e ".[examples,dev,interpreter]"
+	@touch $@
+
+# Newer versions say that they need Python 3.12, and run under 3.11; what they have compiled is not used here.
+$(MCORE_AT)/.stamp: | $(DEV)
+	@echo "Installing megatron-core $(MCORE) into $(MCORE_AT) ..."
+	@rm -rf $(MCORE_AT)
+	@$(PIP) --no-deps --target $(MCORE_AT) --ignore-requires-python --python-version 3.12 --only-binary :all: \
+	  megatron-core==$(MCORE)
 	@touch $@
 
 # Whom benchmarks compare with, in a folder of their own: nothing else finds them. Without them, benchmarks say so.
