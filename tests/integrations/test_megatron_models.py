@@ -82,7 +82,7 @@ def test_experts_behind_a_ring(pool4: RankPool, dispatcher: str, batch: dict[str
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
 def test_the_balance_loss_of_experts_counts_as_megatron_scales_it(pool4: RankPool, kind: str) -> None:
-    """Up to 0.16 Megatron gives it 1 / cp of its coefficient, whatever attends: two ranks are as one with half."""
+    """Up to 0.18 Megatron gives it 1 / cp of its coefficient, whatever attends: two ranks are as one with half."""
     case = {
         "spec": "experts",
         "cp": 2,
@@ -90,7 +90,7 @@ def test_the_balance_loss_of_experts_counts_as_megatron_scales_it(pool4: RankPoo
     }
     run = in_worker("mcore_cases", "trains", **case)
     away = {c: max(one[1] for one in pool4.run_groups(run, (("moe_aux_loss_coeff", c),))) for c in (0.1, 0.05)}
-    assert away.pop(0.05 if VERSION < (0, 17) else 0.1) <= GRADIENT
+    assert away.pop(0.05 if VERSION < (0, 19) else 0.1) <= GRADIENT
     assert min(away.values()) > 1e-3
 
 
