@@ -219,9 +219,9 @@ def _sent(flows: Flows, shape: tuple[int, int]) -> tuple[Ints, Ints]:
     seldom do.
     """
     leaving = flows.kv.take(flows.kv.src == flows.kv.owner)
-    # Of one piece different ranks may need different rows, which are blocks of their own; as many count as the same.
-    columns = np.stack([leaving.owner, leaving.piece, leaving.rows])
-    (owner, _, rows), which = np.unique(columns, axis=1, return_inverse=True)
+    # Of one piece different ranks may need different rows, which are blocks of their own.
+    columns = np.stack([leaving.owner, leaving.piece, leaving.alike, leaving.rows])
+    (owner, _, _, rows), which = np.unique(columns, axis=1, return_inverse=True)
     which = which.ravel()
     first, last = np.zeros_like(owner), np.zeros_like(owner)
     first[which] = leaving.post

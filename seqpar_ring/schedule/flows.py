@@ -2,7 +2,7 @@
 
 A ring of 1,024 ranks has a million moves in each pass; as tuples they take half a minute to build, as columns a few
 seconds. The rules are those of `build` and `transpose`, which run what a rank does and are the oracle that the tests
-hold these to, move for move. Only the form differs: a block is its owner and its number of rows.
+hold these to, move for move. Only the form differs: of a block's rows only their number is told.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from seqpar_ring.geometry import Ints, count
+from seqpar_ring.geometry import Ints, Rows, count
 from seqpar_ring.schedule.build import timetable_of
 from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.timetable import Timetable
@@ -33,7 +33,11 @@ class UseColumns(NamedTuple):
 
 
 class MoveColumns(NamedTuple):
-    """Transfers of `rows` rows of the owner's block. See `Move`."""
+    """Transfers of `rows` rows of the owner's block. See `Move`.
+
+    Of a piece different ranks may be sent different rows, which are blocks of their own: a block is its owner, its
+    piece and `alike`, a number that all transfers of the same rows share.
+    """
 
     post: Ints
     due: Ints
@@ -42,6 +46,7 @@ class MoveColumns(NamedTuple):
     owner: Ints
     piece: Ints
     rows: Ints
+    alike: Ints
 
     def take(self, index: Ints | Flags | slice) -> MoveColumns:
         """Some of the moves."""
@@ -99,7 +104,7 @@ def return_flows(forward: Flows, node: int, flight: int = 1) -> Flows:
     post, due = step + 1, np.where(direct, step + 1 + flight, joins + 1)
     dst = np.where(direct, uses.owner[away], then)
     owner, piece = uses.owner[away], uses.piece[away]
-    dkv = _sorted(MoveColumns(post, due, rank, dst, owner, piece, block.rows(owner, piece, rank)))
+    dkv = _sorted(MoveColumns(post, due, rank, dst, owner, piece, *block.rows(owner, piece, rank)))
     return forward._replace(dkv=dkv, steps=max(forward.steps, int(dkv.due.max(initial=0))))
 
 
@@ -110,15 +115,17 @@ class _Blocks:
         self._pieces = 1 + int(forward.kv.piece.max(initial=0))
         self.number = forward.world * self._pieces
         # Rows by block and receiver: what is sent directly has other rows for each.
-        self._rows = np.zeros((self.number, forward.world), dtype=np.int64)
-        self._rows[self.of(forward.kv.owner, forward.kv.piece), forward.kv.dst] = forward.kv.rows
+        self._rows = np.zeros((2, self.number, forward.world), dtype=np.int64)
+        kv = forward.kv
+        self._rows[:, self.of(kv.owner, kv.piece), kv.dst] = kv.rows, kv.alike
 
     def of(self, owner: Ints, piece: Ints) -> Ints:
         number: Ints = owner * self._pieces + piece
         return number
 
     def rows(self, owner: Ints, piece: Ints, rank: Ints) -> Ints:
-        rows: Ints = self._rows[self.of(owner, piece), rank]
+        """`rows` and `alike` of what a rank got."""
+        rows: Ints = self._rows[:, self.of(owner, piece), rank]
         return rows
 
 
@@ -132,31 +139,31 @@ class _Sent:
         relayed = bool((source != owners).any())
         self.rows = [_rows(needs, piece, relayed) for piece in range(needs.pieces)]
         self.there = []
-        for piece, rows in enumerate(self.rows):
+        for piece, (rows, _) in enumerate(self.rows):
             wanted = needs.wanted[:, :, piece].T
             coming = _carried(wanted, rank, source) if relayed else wanted
             self.there.append(coming[owners, rank] & (rows[owners, rank] > 0))
-        self.total = sum(int(r[owners, rank][t].sum()) for r, t in zip(self.rows, self.there, strict=True))
+        self.total = sum(int(r[owners, rank][t].sum()) for (r, _), t in zip(self.rows, self.there, strict=True))
 
 
 def _flows(sent: _Sent, needs: Needs, table: Timetable, travels: str) -> Flows:
     step, rank, post, source = sent.visits
-    uses, moves = [np.zeros((5, 0), dtype=np.int64)], [np.zeros((7, 0), dtype=np.int64)]
+    uses, moves = [np.zeros((5, 0), dtype=np.int64)], [np.zeros((8, 0), dtype=np.int64)]
     for at, first, end in table.own:
         own = np.flatnonzero([any(part[first:end]) for part in needs.parts])
         uses.append(np.stack([np.full_like(own, at), own, own, np.full_like(own, first), np.full_like(own, end)]))
-    for piece, (rows, there) in enumerate(zip(sent.rows, sent.there, strict=True)):
+    for piece, (each, there) in enumerate(zip(sent.rows, sent.there, strict=True)):
         when = np.array([table.step(piece, s) for s in range(1 + int(step.max(initial=0)))])
         o, v = np.nonzero(there)
         to, which = rank[o, v], np.full_like(o, piece)
         computes = needs.wanted[to, o, piece]
         due, posted = when[step[o, v]], when[post[o, v]]
         uses.append(np.stack([due, to, o, which, which + 1])[:, computes])
-        moves.append(np.stack([posted, due, source[o, v], to, o, which, rows[o, to]]))
+        moves.append(np.stack([posted, due, source[o, v], to, o, which, *each[:, o, to]]))
     every = np.concatenate(uses, axis=1)
     found = UseColumns(*every[:, np.lexsort(every[::-1])])
     kv = _sorted(MoveColumns(*np.concatenate(moves, axis=1)))
-    none = MoveColumns(*np.zeros((7, 0), dtype=np.int64))
+    none = MoveColumns(*np.zeros((8, 0), dtype=np.int64))
     return Flows(needs.world, 1 + int(found.step.max(initial=0)), found, kv, none, travels)
 
 
@@ -170,15 +177,16 @@ def _carried(wanted: Flags, rank: Ints, source: Ints) -> Flags:
 
 
 def _rows(needs: Needs, piece: int, relayed: bool) -> Ints:
-    """Rows of each owner's piece that are sent to each rank."""
-    rows = np.zeros((needs.world, needs.world), dtype=np.int64)
+    """Rows of each owner's piece that are sent to each rank, and a number for those that are the same: (2, W, W)."""
+    found = np.zeros((2, needs.world, needs.world), dtype=np.int64)
     for owner in range(needs.world):
         if relayed:
-            rows[owner] = count(needs.anybody(owner, piece))
+            found[0, owner] = count(needs.anybody(owner, piece))
         else:
+            first: dict[Rows, int] = {}
             for rank, ranges in needs.by_rank(owner, piece).items():
-                rows[owner, rank] = count(ranges)
-    return rows
+                found[:, owner, rank] = count(ranges), first.setdefault(ranges, rank)
+    return found
 
 
 def _sorted(moves: MoveColumns) -> MoveColumns:

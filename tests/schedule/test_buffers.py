@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import Drawn, problems
+from schedule_cases import Drawn, plain, problems
 
 from seqpar_ring.geometry import count
 from seqpar_ring.schedule import Block, Traffic, buffers, lives, transpose, work
@@ -50,6 +51,16 @@ def test_no_two_things_that_are_held_at_once_share_a_row(things: list[Life]) -> 
 @given(some_lives(st.just(7)))
 def test_things_of_one_size_need_no_more_rows_than_are_held_at_once(things: list[Life]) -> None:
     assert places(things).rows == at_once(things)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_a_causal_zigzag_holds_no_more_than_two_blocks_of_others(world: int, pieces: int) -> None:
+    """Rank 0's block goes round as a half: it must not leave the whole ones that follow without a place."""
+    drawn = plain("zigzag", [64 * world], world, block_tokens=64 // pieces)
+    traffic = drawn.traffic()
+    for rank in range(world):
+        assert buffers(traffic, rank, work(traffic, rank, drawn.sides)).rows.rows <= 2 * 64
 
 
 @settings(max_examples=30)

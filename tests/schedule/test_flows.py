@@ -17,6 +17,7 @@ from seqpar_ring.schedule import (
     BUILDERS,
     Block,
     Flows,
+    Move,
     MoveColumns,
     Needs,
     Traffic,
@@ -44,14 +45,18 @@ class Told(NamedTuple):
 
 
 def of_flows(found: Flows, needs: Needs) -> Told:
-    """Columns, row by row; of a rank's own pieces those that hold rows."""
+    """Columns, row by row; of a rank's own pieces those that hold rows. Blocks are told as in `of_traffic`."""
     uses, kv, dkv = (np.stack(columns, axis=1).tolist() for columns in (found.uses, found.kv, found.dkv))
     told = [(*use, *(p for p in range(first, end) if needs.parts[use[2]][p])) for *use, first, end in uses]
-    return Told(found.world, found.steps, found.travels, told, *(list(map(tuple, table)) for table in (kv, dkv)))
+    first: dict[tuple[int, ...], int] = {}
+    for _, _, _, dst, owner, piece, _, alike in kv:
+        first[owner, piece, alike] = min(dst, first.get((owner, piece, alike), dst))
+    tables = ([(*move[:7], first[move[4], move[5], move[7]]) for move in table] for table in (kv, dkv))
+    return Told(found.world, found.steps, found.travels, told, *tables)
 
 
 def of_traffic(traffic: Traffic, needs: Needs) -> Told:
-    """Tuples, with a block told by its owner, its piece and its number of rows."""
+    """Tuples, with a block told by its owner, its piece, its number of rows and the first rank that it goes to."""
 
     def piece(owner: int, first: int) -> int:
         return next(p for p, part in enumerate(needs.parts[owner]) if any(a <= first < b for a, b in part))
@@ -60,13 +65,13 @@ def of_traffic(traffic: Traffic, needs: Needs) -> Told:
         return sorted({piece(block.owner, row) for a, b in block.rows for row in range(a, b)})
 
     uses = [(step, rank, block.owner, *pieces(block)) for step, rank, block in traffic.uses]
-    kv, dkv = (
-        [
-            (m.post, m.due, m.src, m.dst, m.block.owner, piece(m.block.owner, m.block.rows[0][0]), count(m.block.rows))
-            for m in moves
-        ]
-        for moves in (traffic.kv, traffic.dkv)
-    )
+    first = {block: min(m.dst for m in traffic.kv if m.block == block) for block in {m.block for m in traffic.kv}}
+
+    def told(move: Move) -> tuple[int, ...]:
+        owner, rows = move.block
+        return (*move[:4], owner, piece(owner, rows[0][0]), count(rows), first[move.block])
+
+    kv, dkv = (list(map(told, moves)) for moves in (traffic.kv, traffic.dkv))
     return Told(traffic.world, traffic.steps, traffic.travels, uses, kv, dkv)
 
 
