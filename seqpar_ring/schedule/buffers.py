@@ -9,9 +9,7 @@ known only with the tensors. A place is free again in the step after its last. N
 from __future__ import annotations
 
 from bisect import insort
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
 from typing import NamedTuple
 
 from seqpar_ring.geometry import count
@@ -93,24 +91,13 @@ def places(things: Iterable[Life]) -> Places:
     """A place for each thing, none shared by two that are alive in one step.
 
     Placed in the order in which they come, things of one size need no more rows than are alive at once. Of different
-    sizes they may: a small one leaves a gap that a larger one does not fit. Then they are also placed by size
-    (Pisarchyk and Lee, arXiv:2001.03288), and as if all were as large as the largest; the fewest rows are taken.
+    sizes they may: a small one leaves a gap that a larger one does not fit. So they are also placed as if all were as
+    large as the largest, and whichever needs fewer rows is taken.
     """
     things = list(things)
-    found = _as_they_come(things)
-    if found.rows == _alive_at_once(things):
-        return found
-    largest = max(life.rows for life in things)
-    of_one_size = _as_they_come(life._replace(rows=largest) for life in things)
-    return min(found, _by_size(things), of_one_size, key=lambda places: places.rows)
-
-
-def _alive_at_once(things: Iterable[Life]) -> int:
-    changes: defaultdict[int, int] = defaultdict(int)
-    for first, last, rows, _ in things:
-        changes[first] += rows
-        changes[last + 1] -= rows
-    return max(accumulate(changes[step] for step in sorted(changes)), default=0)
+    largest = max((life.rows for life in things), default=0)
+    of_one_size = [life._replace(rows=largest) for life in things]
+    return min(_as_they_come(things), _as_they_come(of_one_size), key=lambda found: found.rows)
 
 
 def _as_they_come(things: Iterable[Life]) -> Places:
@@ -134,26 +121,6 @@ def _as_they_come(things: Iterable[Life]) -> Places:
             end = start + rows
         of[thing] = start
         insort(held, (last, start, rows))
-    return Places(end, of)
-
-
-def _by_size(things: Iterable[Life]) -> Places:
-    """The largest first, each gets the smallest gap between those placed before that are alive when it is."""
-    end = 0
-    of: dict[Thing, int] = {}
-    taken: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # by step, (first row, end row)
-    for first, last, rows, thing in sorted(things, key=lambda life: (-life.rows, life.first, life.last)):
-        steps = range(first, last + 1)
-        low, gaps = 0, []
-        for a, b in sorted({span for step in steps for span in taken[step]}):
-            if a - low >= rows:
-                gaps.append((a - low, low))
-            low = max(low, b)
-        start = min(gaps)[1] if gaps else low
-        end = max(end, start + rows)
-        of[thing] = start
-        for step in steps:
-            taken[step].append((start, start + rows))
     return Places(end, of)
 
 

@@ -106,11 +106,18 @@ def test_what_a_config_asks_of_attention_is_done(assert_trains_alike: Alike, poo
 @pytest.mark.parametrize("batch", [{}, PADDED], ids=["sbhd", "padded thd"])
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("mla", [False, True], ids=["gqa", "mla"])
+@pytest.mark.parametrize("pool", ["pool2", "pool4"])
 def test_recompute_runs_no_second_ring(
-    assert_trains_alike: Alike, pool2: RankPool, recompute: str, batch: dict[str, Any], mla: bool
+    assert_trains_alike: Alike,
+    request: pytest.FixtureRequest,
+    pool: str,
+    recompute: str,
+    batch: dict[str, Any],
+    mla: bool,
 ) -> None:
     """Three micro-batches in flight, as in a pipeline: each layer gets its own results back."""
-    assert_trains_alike(pool2, rings=6, cp=2, recompute=recompute, micro_batches=3, mla=mla, **batch)
+    ranks: RankPool = request.getfixturevalue(pool)
+    assert_trains_alike(ranks, rings=6, cp=ranks.world, recompute=recompute, micro_batches=3, mla=mla, **batch)
 
 
 def test_recompute_that_keeps_nothing_runs_the_ring_again(assert_trains_alike: Alike, pool2: RankPool) -> None:
