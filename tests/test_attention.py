@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seqpar_ring import SequenceParallel
+from seqpar_ring.kernels import cpu
 from seqpar_ring.kernels.cpu import LONG, CpuKernel
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.schedule import BUILDERS
@@ -209,6 +210,7 @@ def test_a_long_document_in_bf16_is_as_precise_as_one_kernel_and_computed_in_bf1
         return plain(self, qkv, *args)
 
     monkeypatch.setattr(CpuKernel, "_differentiate", seen)
+    monkeypatch.setattr(cpu, "FAST_IN_16_BITS", True)
     truth = flash_on_the_whole_sequence(case, LONG, torch.float32)
     ring = run_lockstep(lambda sp: ring_results(sp, [LONG], case), world, layout=layout)[0]
     alone = flash_on_the_whole_sequence(case, LONG)

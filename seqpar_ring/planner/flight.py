@@ -42,6 +42,7 @@ class Kernel(NamedTuple):
         own: bytes of a number of the results as the kernel returns them, before they become fp32; 0: it returns fp32.
         repeats: whether gradients of key heads are made for each query head, and then summed.
         accumulates: whether dq is summed in a tensor of fp32 of its own.
+        lays_out: whether keys and values are copied so that the rows of a head lie together.
         scratch: bytes, however many rows.
     """
 
@@ -49,12 +50,16 @@ class Kernel(NamedTuple):
     own: bool
     repeats: bool
     accumulates: bool
+    lays_out: bool = False
     scratch: int = 0
 
 
 KERNELS = {
-    # torch's CPU flash kernel as `kernels/cpu.py` calls it: 16-bit inputs in fp32, and two tiles of 256 x 512 scores.
-    "cpu": Kernel(widens=True, own=False, repeats=False, accumulates=False, scratch=2 * 256 * 512 * 4),
+    # torch's CPU flash kernel as `kernels/cpu.py` calls it: 16-bit inputs in fp32, keys and values by head, and two
+    # tiles of 256 x 512 scores.
+    "cpu": Kernel(
+        widens=True, own=False, repeats=False, accumulates=False, lays_out=True, scratch=2 * 256 * 512 * 4
+    ),
     # FlashAttention-2 (read in its source): results in the inputs' dtype, dq summed in fp32, dk, dv of each query head.
     "flash": Kernel(widens=False, own=True, repeats=True, accumulates=True),
 }
@@ -160,6 +165,8 @@ def _made(row: Row, side: str, kernel: Kernel) -> float:
     inputs = q + 2 * out if side == "q" else k + v
     gradient = q if side == "q" else k + v
     made = 4.0 * inputs if kernel.widens and row.itemsize < 4 else 0.0
+    if kernel.lays_out and not made and side == "kv" and row.kv_heads > 1:
+        made += row.itemsize * inputs
     if kernel.own and row.itemsize < 4:
         made += row.itemsize * gradient
     if kernel.accumulates and side == "q":

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.geometry import INF
-from seqpar_ring.kernels import CpuKernel, Kept, ReferenceKernel, Scores
-from seqpar_ring.kernels.cpu import cut, shares_heads
+from seqpar_ring.kernels import CpuKernel, Kept, ReferenceKernel, Scores, cpu
+from seqpar_ring.kernels.cpu import LONG, cut, shares_heads
 from seqpar_ring.schedule import Call
 
 SCORES = Scores(0.3)
@@ -56,17 +56,18 @@ def kept(call: Call, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Kept]:
 
 
 @pytest.mark.parametrize("call", [SQUARE, FULL], ids=["causal square", "full block"])
-def test_one_part_is_one_op_call_on_the_callers_own_memory(call: Call) -> None:
+def test_one_part_is_one_op_call_on_the_callers_own_queries_and_on_keys_by_head(call: Call) -> None:
     kernel = Spied()
     dout, saved = kept(call)
     out, lse = kernel.forward(*saved[:3], call, SCORES)
     assert len(kernel.seen) == 1
-    assert [x.data_ptr() for x in kernel.seen[0]] == [x.data_ptr() for x in saved[:3]]
+    assert kernel.seen[0][0].data_ptr() == saved.q.data_ptr()
     assert (out.shape, lse.shape) == ((2, 11, 6, 8), (2, 6, 11))
     kernel.backward(dout, saved, call, SCORES)
     assert len(kernel.seen) == 2
-    passed = [x.data_ptr() for x in kernel.seen[1]]
-    assert passed[:5] == [x.data_ptr() for x in (dout, saved.q, saved.k, saved.v, saved.out)]
+    dout_seen, q_seen, *_, out_seen, _ = kernel.seen[1]
+    assert [x.data_ptr() for x in (dout_seen, q_seen, out_seen)] == [x.data_ptr() for x in (dout, saved.q, saved.out)]
+    assert all(x.is_contiguous() for x in (*kernel.seen[0][1:], *kernel.seen[1][2:4]))
 
 
 def test_a_segment_with_more_keys_than_queries_takes_two_op_calls_and_another_one() -> None:
@@ -111,6 +112,23 @@ def test_the_slabs_of_all_segments_share_their_masks() -> None:
     kernel.forward(q, k, v, WINDOW, SCORES)
     assert len(kernel.masks) == 6
     assert len({id(mask) for mask in kernel.masks}) == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "fast", "computed"),
+    [
+        (LONG, True, torch.bfloat16),
+        (LONG, False, torch.float32),
+        (LONG - 1, True, torch.float32),
+    ],
+)
+def test_backward_of_long_documents_is_in_16_bits_where_that_is_fast(
+    keys: int, fast: bool, computed: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "FAST_IN_16_BITS", fast)
+    kernel = Spied()
+    kernel.backward(*kept(CORNER, torch.bfloat16), CORNER, Scores(0.3, keys=keys))
+    assert {x.dtype for seen in kernel.seen for x in seen[:5]} == {computed}
 
 
 @pytest.mark.parametrize("call", [SQUARE, CORNER])
