@@ -22,6 +22,7 @@ def described() -> dict[str, object]:
     return {
         "hardware": f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else processor,
         "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # of which torch's CPU kernels make use
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

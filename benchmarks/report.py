@@ -39,7 +39,7 @@ class Shown(NamedTuple):
     ranks: str = "ranks"
 
 
-MACHINE = ("commit", "hardware", "cores", "python", "torch", "numpy")
+MACHINE = ("commit", "hardware", "instructions", "cores", "python", "torch", "numpy")
 COLUMNS = (*Figure._fields, "date", *MACHINE)
 """Of the CSV file."""
 

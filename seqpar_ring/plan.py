@@ -261,7 +261,8 @@ class Plan:
     @cached_property
     def backward_pass(self) -> Pass:
         """What this rank does in backward where keys travel."""
-        return self._pass(self.backward_schedule, self.forward_pass.work)
+        whole = self.route.granularity.pieces == 1  # then a rank does the same as in forward, step by step
+        return self._pass(self.backward_schedule, self.forward_pass.work if whole else None)
 
     @cached_property
     def query_pass(self) -> Pass:

@@ -110,7 +110,7 @@ def test_a_short_run_writes_every_figure_with_its_machine_and_prints_a_table(tmp
     assert path.name.endswith("-quick.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    wanted = "benchmark setting ranks metric value unit date commit hardware cores python torch numpy"
+    wanted = "benchmark setting ranks metric value unit date commit hardware instructions cores python torch numpy"
     assert list(rows[0]) == wanted.split()
     planned = [row for row in rows if row["benchmark"] == "planning"]
     assert len(planned) == 4

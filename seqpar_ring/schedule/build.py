@@ -39,7 +39,7 @@ class Granularity(NamedTuple):
         return Granularity(pieces=-(-largest // block_tokens))
 
 
-def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -> Traffic:
+def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv", returns: bool = False) -> Traffic:
     """The traffic of one order of visits, without gradients.
 
     Args:
@@ -47,10 +47,11 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
         needs: what the ranks need of each other's pieces.
         fabric: ranks, nodes, blocks a step.
         travels: "kv" or "q": which side's rows the needs are about.
+        returns: whether gradients will return (`transpose`), which matters for the order of own pieces.
     """
     uses: list[Use] = []
     kv: list[Move] = []
-    table = timetable_of(builder, fabric, needs.pieces)
+    table = timetable_of(builder, fabric, needs.pieces, travels if returns else None)
     for owner in range(needs.world):
         path = builder(owner, fabric)
         relayed = any(visit.source != owner for visit in path)
@@ -69,16 +70,16 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv") -
     return Traffic(needs.world, 1 + (uses[-1].step if uses else 0), tuple(uses), tuple(kv), (), travels)
 
 
-def timetable_of(builder: Builder, fabric: Fabric, pieces: int) -> Timetable:
+def timetable_of(builder: Builder, fabric: Fabric, pieces: int, returning: str | None) -> Timetable:
     """When the pieces go the way of this builder."""
-    return timetable(pieces, max((visit.step for visit in builder(0, fabric)), default=0))
+    return timetable(pieces, max((visit.step for visit in builder(0, fabric)), default=0), returning)
 
 
-def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> tuple[Traffic, str]:
+def choose(name: str, needs: Needs, fabric: Fabric, travels: str = "kv", returns: bool = False) -> tuple[Traffic, str]:
     """The traffic of the schedule of this name, in the variant that sends the fewest rows, and the reason."""
     sent = {}
     for variant, builder in BUILDERS[name].items():
-        traffic = build(builder, needs, fabric, travels)
+        traffic = build(builder, needs, fabric, travels, returns)
         sent[variant] = (rows_sent(traffic), traffic)
     best = min(sent, key=lambda variant: sent[variant][0])
     rows, traffic = sent[best]

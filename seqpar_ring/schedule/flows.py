@@ -69,11 +69,12 @@ class Flows(NamedTuple):
         return int(self.kv.rows.sum())
 
 
-def flows(name: str, needs: Needs, fabric: Fabric, travels: str = "kv") -> Flows:
+def flows(name: str, needs: Needs, fabric: Fabric, travels: str = "kv", returns: bool = False) -> Flows:
     """The traffic that `choose` takes: of the schedule of this name, in the variant that sends the fewest rows."""
     every = [_Sent(builder, needs, fabric) for builder in BUILDERS[name].values()]
     best = min(every, key=lambda one: one.total)
-    return _flows(best, needs, timetable_of(best.builder, fabric, needs.pieces), travels)
+    table = timetable_of(best.builder, fabric, needs.pieces, travels if returns else None)
+    return _flows(best, needs, table, travels)
 
 
 def return_flows(forward: Flows, node: int, flight: int = 1) -> Flows:

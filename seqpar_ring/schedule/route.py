@@ -60,16 +60,19 @@ class Route(NamedTuple):
 
     def backward(self, travels: str = "kv") -> Traffic:
         """The backward traffic in which keys travel, or queries."""
-        return self.returned(self.forward(travels)[0])
+        outward, _ = choose(self.schedule, self.needs(travels), self.fabric, travels, returns=True)
+        return transpose(outward, self.fabric.node, self._flight)
 
     def returned(self, forward: Traffic) -> Traffic:
-        """The backward traffic of a forward traffic that went this route."""
+        """The backward traffic of what travelled this route in forward; of whole blocks without building it anew."""
+        if self.granularity.pieces > 1:
+            return self.backward(forward.travels)
         return transpose(forward, self.fabric.node, self._flight)
 
     def flows(self, backward: bool = False, travels: str = "kv") -> Flows:
         """The same as columns."""
-        forward = flows(self.schedule, self.needs(travels), self.fabric, travels)
-        return return_flows(forward, self.fabric.node, self._flight) if backward else forward
+        outward = flows(self.schedule, self.needs(travels), self.fabric, travels, returns=backward)
+        return return_flows(outward, self.fabric.node, self._flight) if backward else outward
 
     @property
     def _flight(self) -> int:

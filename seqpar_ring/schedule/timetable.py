@@ -3,9 +3,10 @@
 A builder says in which order a block goes round; this says when, for all pieces of it. Pieces go round two by two, a
 step of one and a step of the other in turn, so that each transfer has two computations to hide under and a link always
 has the next one waiting. A rank's own pieces are shared out among the pairs, each of which has its share before it, so
-that the link never waits for a long computation in between; the last one comes at the end, when gradients are on their
-way home. Whole blocks go one step after the other, and own rows come first. It knows no mask, layout or schedule by
-name.
+that the link never waits for a long computation in between. A forward pass ends with what came last: nothing of its own
+is left by then. A pass whose gradients return keeps one of its own pieces for the time in which the last gradients are
+on their way home: under a causal mask the one with the most work, which of keys is the first, of queries the last.
+Whole blocks go one step after the other, and own rows come first. It knows no layout or schedule by name.
 """
 
 from __future__ import annotations
@@ -47,19 +48,27 @@ class Timetable(NamedTuple):
         return self.first[piece] + self.stride[piece] * (step - 1)
 
 
-def timetable(pieces: int, visits: int) -> Timetable:
-    """The timetable of so many pieces, each of which visits others in so many steps."""
+def timetable(pieces: int, visits: int, returning: str | None = None) -> Timetable:
+    """The timetable of so many pieces, each of which visits others in so many steps.
+
+    Args:
+        pieces: of each block.
+        visits: steps.
+        returning: what travels, "kv" or "q", in a pass in which gradients return; None: none do.
+    """
     if pieces == 1:
         return Timetable((Own(0, 0, 1),), (1,), (1,))
     pairs = -(-pieces // 2)
-    shares = [-(-(pieces - 1) * i // pairs) for i in range(pairs + 1)]  # the earlier the larger, where they differ
+    shared = pieces if returning is None else pieces - 1
+    shares = [-(-shared * i // pairs) for i in range(pairs + 1)]  # the earlier the larger, where they differ
     own, first, stride, step = [], [], [], 0
     for pair, (begin, end) in enumerate(pairwise(shares)):
-        own.append(Own(step, begin, end))
+        own.append(Own(step, pieces - end, pieces - begin) if returning == "kv" else Own(step, begin, end))
         step += 1
         together = min(2, pieces - 2 * pair)
         first += [step + i for i in range(together)]
         stride += [together] * together
         step += together * visits
-    own.append(Own(step, pieces - 1, pieces))
+    if returning is not None:
+        own.append(Own(step, 0, 1) if returning == "kv" else Own(step, pieces - 1, pieces))
     return Timetable(tuple(own), tuple(first), tuple(stride), AHEAD)

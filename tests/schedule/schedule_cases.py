@@ -44,11 +44,11 @@ class Drawn(NamedTuple):
     fabric: Fabric
     pieces: Pieces
 
-    def traffic(self, travels: str = "kv") -> Traffic:
+    def traffic(self, travels: str = "kv", returns: bool = False) -> Traffic:
         """The traffic without gradients, with keys or queries travelling."""
         q, k, regions = self.sides
         home, cargo, mask = (q, k, regions) if travels == "kv" else (k, q, regions.transposed())
-        return schedule.choose(self.name, Needs(home, cargo, mask, self.pieces), self.fabric, travels)[0]
+        return schedule.choose(self.name, Needs(home, cargo, mask, self.pieces), self.fabric, travels, returns)[0]
 
 
 @st.composite

@@ -80,13 +80,18 @@ def both(drawn: Drawn, node: int | None = None, travels: str = "kv") -> tuple[tu
     q, k, regions = drawn.sides
     home, cargo, mask = (q, k, regions) if travels == "kv" else (k, q, regions.transposed())
     needs = Needs(home, cargo, mask, drawn.pieces)
-    traffic, _ = choose(drawn.name, needs, drawn.fabric, travels)
-    found = flows(drawn.name, needs, drawn.fabric, travels)
     node = drawn.fabric.node if node is None else node
     flight = 1 if drawn.pieces.number == 1 else 2
-    back, found_back = transpose(traffic, node, flight), return_flows(found, node, flight)
-    assert found.rows_sent == rows_sent(traffic)
-    assert found_back.kv is found.kv
+    (traffic, found), (outward, found_outward) = (
+        (
+            choose(drawn.name, needs, drawn.fabric, travels, returns)[0],
+            flows(drawn.name, needs, drawn.fabric, travels, returns),
+        )
+        for returns in (False, True)
+    )
+    back, found_back = transpose(outward, node, flight), return_flows(found_outward, node, flight)
+    assert found.rows_sent == rows_sent(traffic) == rows_sent(back)
+    assert found_back.kv is found_outward.kv
     told = of_flows(found, needs), of_traffic(traffic, needs)
     return told, (of_flows(found_back, needs), of_traffic(back, needs))
 
