@@ -75,7 +75,7 @@ def flop(lengths: list[int], shape: Shape, settings: dict[str, Any]) -> float:
     side = make(chosen.layout, lengths, shape.ranks)
     sides = Sides(side, side, Mask().regions(lengths))
     route = Route.of(chosen, sides)
-    return float(loads(route.flows(), sides, route.pieces).pairs.sum()) * 4 * shape.heads * shape.head_dim
+    return float(loads(route.flows(), sides, route.cut(backward=False)).pairs.sum()) * 4 * shape.heads * shape.head_dim
 
 
 def timed(shape: Shape, lengths: list[int], kernel: str, settings: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """How well transfers hide: ring attention on links on which a pass's transfers take 0.8 or 3 times its computation.
 
-    python benchmarks/overlap.py [--world 2 4] [--tokens 8192 16384] [--seconds 3] [--nice -10] [--out FOLDER]
+    python benchmarks/overlap.py [--world 2 4] [--tokens 8192 16384] [--times 0.8 3] [--seconds 3] [--nice -10]
+        [--out FOLDER]
 
 Needs root (`netns.py`). First the same attention is timed without a limit: that is its computation. Then links are
 shaped so that what the busiest rank sends takes that much longer or shorter, and forward and backward are timed with
@@ -62,7 +63,7 @@ def case(world: int, tokens: int, chosen: argparse.Namespace) -> list[dict[str, 
 
     [alone] = timed([plain])
     rows = []
-    for times in (HIDES, SHOWS) if tokens == chosen.tokens[0] else (HIDES,):
+    for times in chosen.times if tokens == chosen.tokens[0] else chosen.times[:1]:
         rate = sent(plain) / (times * alone.both)
         some = [pieces_of(plain, n) for n in PIECES]
         if times == HIDES and world > 2:  # at 2 ranks it is the ring
@@ -97,8 +98,10 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[8192, 16384],
-        help="of the sequence; all but the first only where transfers hide",
+        help="of the sequence; all but the first only for the first of --times",
     )
+    several = "transfers over computation: where all of it could hide, and where the link is what takes the time"
+    parser.add_argument("--times", type=float, nargs="+", default=[HIDES, SHOWS], choices=[HIDES, SHOWS], help=several)
     parser.add_argument("--seconds", type=float, default=3.0, help="that the repetitions of a setting may take")
     parser.add_argument("--nice", type=int, default=0, help="priority of the ranks; below 0 where others compute too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")

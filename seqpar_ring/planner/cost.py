@@ -96,7 +96,7 @@ class Ring:
     def forward(self) -> Pass:
         """The forward pass."""
         flows = self.route.flows()
-        work = loads(flows, self.sides, self.route.pieces)
+        work = loads(flows, self.sides, self.route.cut(backward=False))
         row, device = self.row, self.machine.device
         seconds = kernel_seconds(work, self.paces.forward, row, 1.0)
         merged = _later(work.home) * row.heads * row.value_dim * row.wide * TOUCHED / device.bandwidth
@@ -108,7 +108,7 @@ class Ring:
         """The backward pass."""
         travels = self.travels
         flows = self.route.flows(backward=True, travels=travels)
-        work = loads(flows, self.sides, self.route.pieces)
+        work = loads(flows, self.sides, self.route.cut(backward=True))
         row, device = self.row, self.machine.device
         seconds = kernel_seconds(work, self.paces.backward, row, BACKWARD)
         home, back = (row.home("q"), row.home("kv")) if travels == "kv" else (row.home("kv"), row.home("q"))

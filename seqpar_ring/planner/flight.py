@@ -209,7 +209,7 @@ def rows_of_route(route: Route, travels: str) -> Rows:
     flows = route.flows(backward=True, travels=travels)
     received, made, got = held_rows(flows)
     shape = (received.shape[0], received.shape[1])
-    work = loads(flows, route.sides, route.pieces)
+    work = loads(flows, route.sides, route.cut(backward=True))
     home, cargo = (np.zeros(shape) for _ in range(2))
     home[: len(work.home)], cargo[: len(work.cargo)] = work.home, work.cargo
     own_out, back_out = _sent(flows, shape)
@@ -241,9 +241,9 @@ def _sent(flows: Flows, shape: tuple[int, int]) -> tuple[Ints, Ints]:
 def _laid_together(flows: Flows, route: Route, shape: tuple[int, int]) -> tuple[Floats, Floats]:
     """Rows of the blocks that a step computes with: those that must be laid together, and all."""
     sizes = (route.sides.k if flows.travels == "kv" else route.sides.q).sizes
-    parts = {n: route.pieces.of(n) for n in set(sizes)}
+    parts = {n: route.cut(backward=True).of(n) for n in set(sizes)}
     ends = np.array([[0, *np.cumsum([count(rows) for rows in parts[n]])] for n in sizes], dtype=np.int64)
-    uses, kv, many = flows.uses, flows.kv, route.pieces.number
+    uses, kv, many = flows.uses, flows.kv, route.cut(backward=True).number
     came = np.zeros(shape[1] * shape[1] * many, dtype=np.int64)  # of a block only what is needed comes
     came[(kv.dst * shape[1] + kv.owner) * many + kv.piece] = kv.rows
     rows = ends[uses.owner, uses.end] - ends[uses.owner, uses.piece]

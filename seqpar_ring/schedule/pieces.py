@@ -4,12 +4,14 @@
 that all later ranks need with all their queries, the second one that few need; so a step's work is the same on all
 ranks, and no rank waits for another that has more to do. "halves": pieces of the first half go before those of the
 second. Then what few need travels apart, and a ring sends up to a quarter less: that is for links that take longer
-than the work.
+than the work. Where nothing returns, a pass ends with the work of the piece that came last, and nothing can hide under
+it: so in forward the last piece goes in two parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,20 +22,26 @@ CUTS = ("even", "halves")
 
 
 class Pieces(NamedTuple):
-    """So many pieces of each block, cut in one of the `CUTS`."""
+    """So many pieces of each block, cut in one of the `CUTS`; of one size, or the last two of half that size."""
 
     number: int = 1
     cut: str = "even"
+    tapered: bool = False
+
+    def with_taper(self) -> Pieces:
+        """The same with the last piece in two parts; a whole block stays whole."""
+        return self if self.number == 1 else self._replace(number=self.number + 1, tapered=True)
 
     def of(self, rows: int) -> list[Rows]:
         """The rows of each piece of a block of so many rows; pieces may be empty."""
-        many = self.number
-        if self.cut == "halves" or many == 1:
-            return [_ranges((rows * p // many, rows * (p + 1) // many)) for p in range(many)]
-        half = (rows + 1) // 2
+        halves = [2 * p for p in range(self.number + 1)]
+        if self.tapered:
+            halves[-2:] = halves[-2] - 1, halves[-2]
+        half, many = (rows + 1) // 2, halves[-1]
+        chunks = [(0, rows)] if self.cut == "halves" or self.number == 1 else [(0, half), (half, rows - half)]
         return [
-            _ranges(*((at + n * p // many, at + n * (p + 1) // many) for at, n in ((0, half), (half, rows - half))))
-            for p in range(many)
+            _ranges(*((at + n * begin // many, at + n * end // many) for at, n in chunks))
+            for begin, end in pairwise(halves)
         ]
 
     def columns(self, sizes: tuple[int, ...]) -> tuple[Ints, Ints, Ints, Ints]:

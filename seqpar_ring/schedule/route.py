@@ -26,7 +26,7 @@ class Route(NamedTuple):
     Attributes:
         sides: layouts of queries and keys over the ring, and the mask.
         granularity: in how many pieces a block travels, or how many blocks arrive together.
-        pieces: how blocks are cut.
+        pieces: how blocks are cut in backward; in forward with a taper.
         fabric: ranks of the ring, ranks of a node, blocks a step.
         schedule: the name of the order of visits.
     """
@@ -47,12 +47,16 @@ class Route(NamedTuple):
         pieces = Pieces(granularity.pieces, settings.cut)
         return Route(sides, granularity, pieces, Fabric(ring, min(node, ring), granularity.hops), settings.schedule)
 
-    def needs(self, travels: str = "kv") -> Needs:
+    def cut(self, backward: bool) -> Pieces:
+        """How blocks are cut in a pass."""
+        return self.pieces if backward else self.pieces.with_taper()
+
+    def needs(self, travels: str = "kv", backward: bool = False) -> Needs:
         """What the ranks need of each other where keys travel, or queries."""
         q, k, regions = self.sides
         if travels == "q":
-            return Needs(k, q, regions.transposed(), self.pieces)
-        return Needs(q, k, regions, self.pieces)
+            return Needs(k, q, regions.transposed(), self.cut(backward))
+        return Needs(q, k, regions, self.cut(backward))
 
     def forward(self, travels: str = "kv") -> tuple[Traffic, str]:
         """The forward traffic, and why this variant of the schedule."""
@@ -60,7 +64,7 @@ class Route(NamedTuple):
 
     def backward(self, travels: str = "kv") -> Traffic:
         """The backward traffic in which keys travel, or queries."""
-        outward, _ = choose(self.schedule, self.needs(travels), self.fabric, travels, returns=True)
+        outward, _ = choose(self.schedule, self.needs(travels, backward=True), self.fabric, travels, returns=True)
         return transpose(outward, self.fabric.node, self._flight)
 
     def returned(self, forward: Traffic) -> Traffic:
@@ -71,7 +75,7 @@ class Route(NamedTuple):
 
     def flows(self, backward: bool = False, travels: str = "kv") -> Flows:
         """The same as columns."""
-        outward = flows(self.schedule, self.needs(travels), self.fabric, travels, returns=backward)
+        outward = flows(self.schedule, self.needs(travels, backward), self.fabric, travels, returns=backward)
         return return_flows(outward, self.fabric.node, self._flight) if backward else outward
 
     @property

@@ -34,7 +34,7 @@ def both(lengths: tuple[int, ...], mask: Mask, travels: str, **settings: object)
     side = layouts.make(chosen.layout, lengths, chosen.size)
     sides = Sides(side, side, mask.regions(lengths))
     route = Route.of(chosen, sides)
-    counted = loads(route.flows(backward=True, travels=travels), sides, route.pieces)
+    counted = loads(route.flows(backward=True, travels=travels), sides, route.cut(backward=True))
     traffic = route.backward(travels)
     found = Loads(*(np.zeros_like(column) for column in counted))
     for rank in range(chosen.size):

@@ -65,11 +65,12 @@ def problems(draw: st.DrawFn) -> Drawn:
         regions = draw(masks(len(n))).regions(n)
     node = draw(st.sampled_from([d for d in (1, 2, 3, 4, 8) if world % d == 0]))
     pieces, hops = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (1, 7)]))
+    cut = Pieces(pieces, draw(st.sampled_from(CUTS)))
     return Drawn(
         Sides(q, k, regions),
         draw(st.sampled_from(sorted(BUILDERS))),
         Fabric(world, node, hops),
-        Pieces(pieces, draw(st.sampled_from(CUTS))),
+        cut.with_taper() if draw(st.booleans()) else cut,
     )
 
 

@@ -41,7 +41,7 @@ def test_a_schedule_is_printed_with_a_summary(capsys: pytest.CaptureFixture[str]
         (("--window", "5"), "causal with a window of 5"),
         (("--chunk", "512"), "causal with chunks of 512"),
         (("--prefix", "100"), "causal with a prefix of 100"),
-        (("--block-tokens", "512"), "7 steps"),
+        (("--block-tokens", "512"), "11 steps"),
         (("--size", "1"), "nothing to send"),
         (("--window", "9", "--lengths", "40,30,20"), "at most 3 kernel calls a step"),
         (("--calls", "1", "--lengths", "64"), "step 1, blocks of 0: q 0:16, k 0:8, window (all, all), 1 segments"),

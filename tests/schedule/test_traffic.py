@@ -91,8 +91,16 @@ def test_zigzag_in_two_pieces_sends_three_quarters_of_a_full_ring() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
 @pytest.mark.parametrize("number", [1, 2, 3, 8])
 def test_pieces_hold_every_row_once(number: int, rows: int, cut: str) -> None:
-    found = [row for part in Pieces(number, cut).of(rows) for a, b in part for row in range(a, b)]
-    assert sorted(found) == list(range(rows))
+    for pieces in (Pieces(number, cut), Pieces(number, cut).with_taper()):
+        parts = pieces.of(rows)
+        assert len(parts) == pieces.number
+        assert sorted(row for part in parts for a, b in part for row in range(a, b)) == list(range(rows))
+
+
+def test_a_taper_cuts_the_last_piece_in_two() -> None:
+    assert Pieces(2).with_taper().of(16) == [((0, 4), (8, 12)), ((4, 6), (12, 14)), ((6, 8), (14, 16))]
+    assert Pieces(2, "halves").with_taper().of(8) == [((0, 4),), ((4, 6),), ((6, 8),)]
+    assert Pieces(1).with_taper() == Pieces(1)
 
 
 def test_even_pieces_take_from_both_halves_and_halves_one_after_the_other() -> None:
