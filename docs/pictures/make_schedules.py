@@ -37,13 +37,13 @@ class Panel(NamedTuple):
         sides = Sides(placed, placed, Mask().regions(self.lengths))
         size = Granularity.of(self.block_tokens, max(placed.sizes), self.world)
         fabric = Fabric(self.world, self.node or self.world, size.hops)
-        traffic, _ = choose(self.schedule, Needs(*sides, Pieces(size.pieces)), fabric)
+        traffic, _ = choose(self.schedule, Needs(*sides, Pieces(size.pieces).with_taper()), fabric)
         return transpose(traffic, fabric.node) if self.backward else traffic
 
 
 LEFT = [
     Panel("ring: each block goes on to the next rank", "ring", 4, [64]),
-    Panel("ring, block_tokens = half a block: the first pieces go round first", "ring", 4, [64], block_tokens=8),
+    Panel("ring, block_tokens = half a block: pieces go round two by two", "ring", 4, [64], block_tokens=8),
     Panel("double_ring, nodes of 4: long transfers are posted a round ahead", "double_ring", 8, [128], node=4),
 ]
 RIGHT = [

@@ -98,8 +98,9 @@ def test_only_the_rows_of_a_view_are_merged_and_the_part_is_not_changed() -> Non
     kept = part[0].clone(), part[1].clone()
     merge_(out[:, 2:4], lse[:, :, 2:4], part[0][:, 2:4], part[1][:, :, 2:4])
     want = merged(block(1), part)
-    assert torch.equal(out[:, 2:4], want[0][:, 2:4])
-    assert torch.equal(lse[:, :, 2:4], want[1][:, :, 2:4])
+    # Not bit for bit: torch computes what is left over of a vector register by other instructions (seen with AVX2).
+    torch.testing.assert_close(out[:, 2:4], want[0][:, 2:4], rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(lse[:, :, 2:4], want[1][:, :, 2:4], rtol=1e-14, atol=1e-14)
     assert torch.equal(out[:, :2], block(1)[0][:, :2])
     assert torch.equal(part[0], kept[0])
     assert torch.equal(part[1], kept[1])
