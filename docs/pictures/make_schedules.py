@@ -10,10 +10,11 @@ from drawing import INK, save
 from matplotlib.axes import Axes
 
 from seqpar_ring import layout as layouts
+from seqpar_ring.config import Settings
 from seqpar_ring.geometry import Mask
 from seqpar_ring.packing import Balance
 from seqpar_ring.planner.schedule_picture import HEAD, LINE, draw_traffic
-from seqpar_ring.schedule import Fabric, Granularity, Needs, Pieces, Sides, Traffic, choose, transpose
+from seqpar_ring.schedule import Route, Sides, Traffic
 
 DOCUMENTS = [52, 18, 18, 14, 14, 12, 12, 10, 10]
 LOOSE = Balance(1.1, 1.35)  # so few tokens cannot be as even as a hundred thousand
@@ -35,10 +36,9 @@ class Panel(NamedTuple):
         """What the library plans for it."""
         placed = layouts.make(self.layout, self.lengths, self.world, LOOSE)
         sides = Sides(placed, placed, Mask().regions(self.lengths))
-        size = Granularity.of(self.block_tokens, max(placed.sizes), self.world)
-        fabric = Fabric(self.world, self.node or self.world, size.hops)
-        traffic, _ = choose(self.schedule, Needs(*sides, Pieces(size.pieces).with_taper()), fabric)
-        return transpose(traffic, fabric.node) if self.backward else traffic
+        names = {"schedule": self.schedule, "node": self.node or None, "block_tokens": self.block_tokens or "auto"}
+        route = Route.of(Settings.parse({"size": self.world, **names}), sides)
+        return route.backward() if self.backward else route.forward()[0]
 
 
 LEFT = [

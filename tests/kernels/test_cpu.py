@@ -14,7 +14,8 @@ from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import CpuKernel, Kept, ReferenceKernel, Scores, cpu
 from seqpar_ring.kernels.cpu import LONG, cut, shares_heads
-from seqpar_ring.schedule import Call
+from seqpar_ring.planner.flight import KERNELS, _made
+from seqpar_ring.schedule import Call, Row
 
 SCORES = Scores(0.3)
 SQUARE = Call(0, 0, INF, 0, (0, 11), (0, 11))
@@ -68,6 +69,18 @@ def test_one_part_is_one_op_call_on_the_callers_own_queries_and_on_keys_by_head(
     dout_seen, q_seen, *_, out_seen, _ = kernel.seen[1]
     assert [x.data_ptr() for x in (dout_seen, q_seen, out_seen)] == [x.data_ptr() for x in (dout, saved.q, saved.out)]
     assert all(x.is_contiguous() for x in (*kernel.seen[0][1:], *kernel.seen[1][2:4]))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_planner_counts_the_copies_of_keys_and_values(groups: int) -> None:
+    """Of one head they lie together as they are, if it is the only sequence."""
+    kernel = Spied()
+    q, k, v, dout = (x[:1] for x in tensors(FULL, torch.float32, groups))
+    out, lse = kernel.forward(q, k, v, FULL, SCORES)
+    kernel.backward(dout, Kept(q, k, v, out, lse), FULL, SCORES)
+    seen = zip((k, v), kernel.seen[1][2:4], strict=True)
+    copied = sum(x.nbytes for given_, x in seen if x.data_ptr() != given_.data_ptr())
+    assert copied == k.shape[1] * _made(Row(6, groups, 8, 8, 4), "kv", KERNELS["cpu"])
 
 
 def test_a_segment_with_more_keys_than_queries_takes_two_op_calls_and_another_one() -> None:

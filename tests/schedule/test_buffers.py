@@ -73,8 +73,8 @@ def test_a_life_planned_too_short_shows(things: list[Life]) -> None:
 
 
 def passes(drawn: Drawn, node: int) -> list[tuple[Traffic, bool]]:
-    forward = drawn.traffic()
-    return [(forward, False), (transpose(forward, node), False), (transpose(drawn.traffic("q"), node), True)]
+    keys, queries = (transpose(drawn.traffic(travels, returns=True), node) for travels in ("kv", "q"))
+    return [(drawn.traffic(), False), (keys, False), (queries, True)]
 
 
 @given(problems(), st.sampled_from([1, 2, 4]))
@@ -102,7 +102,7 @@ def test_everything_a_pass_holds_has_a_place_and_views_hold_whole_blocks(drawn: 
 @settings(max_examples=60)
 @given(problems())
 def test_blocks_of_different_sizes_need_at_most_half_as_much_again(drawn: Drawn) -> None:
-    traffic = transpose(drawn.traffic(), 1)
+    traffic = transpose(drawn.traffic(returns=True), 1)
     for rank in range(traffic.world):
         alive, found = lives(traffic, rank), buffers(traffic, rank, {})
         for kinds, rows in ((["made"], found.sums.rows), (["made", "got"], found.sums_and_returned.rows)):

@@ -69,7 +69,7 @@ def test_seeded_faults_are_refused(world: int, node: int, name: str, how: str, b
     mask = MASKS[(world + node + len(name) + len(how)) % len(MASKS)]
     options = {"node": 2 if world == 4 else 1, **({"block_tokens": block_tokens} if block_tokens else {})}
     problem = plain(name, LENGTHS, world, mask, how, **options)
-    good = schedule.transpose(problem.traffic("q" if node == 2 else "kv"), node)
+    good = schedule.transpose(problem.traffic("q" if node == 2 else "kv", returns=True), node)
     check(good, problem.sides)
     rnd = random.Random(world * node)
     for what, bad in faults(good, rnd):

@@ -18,11 +18,11 @@ LAYOUTS, SCHEDULES = sorted(layouts.LAYOUTS), sorted(schedule.BUILDERS)
 @settings(max_examples=300, deadline=None)
 @given(problem=problems(), travels=st.sampled_from(["kv", "q"]))
 def test_any_schedule_passes_the_checker_forward_and_backward(problem: Drawn, travels: str) -> None:
-    forward = problem.traffic(travels)
-    backward = schedule.transpose(forward, problem.fabric.node)
-    schedule.check(forward, problem.sides)
+    outward = problem.traffic(travels, returns=True)
+    backward = schedule.transpose(outward, problem.fabric.node)
+    schedule.check(problem.traffic(travels), problem.sides)
     schedule.check(backward, problem.sides)
-    assert (backward.kv, backward.uses) == (forward.kv, forward.uses)
+    assert (backward.kv, backward.uses) == (outward.kv, outward.uses)
 
 
 @pytest.mark.parametrize("world", [4, 8, 16])
