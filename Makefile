@@ -42,7 +42,7 @@ lint: $(DEV)  ## ruff, codespell, mypy, and the layering contract
 	$(BIN)/lint-imports
 
 pytest: $(DEV)  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
 
 test-megatron: $(DEV) $(MCORE_AT)/.stamp  ## the tests of Megatron against another version of it: MCORE=0.15.0
 	PYTHONPATH="$(abspath $(MCORE_AT))$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest tests/integrations/test_megatron*.py

@@ -7,6 +7,7 @@ multiplication, attention 2 (D + E) for each pair of a query and a key and each 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -231,6 +232,7 @@ def machine(hardware: str, fabric: str | None = None, node: int | None = None) -
     raise ConfigError("nothing says what joins the devices", fix=fix, hardware=hardware)
 
 
+@lru_cache(maxsize=16)
 def reported(name: str) -> tuple[str, str] | None:
     """(hardware, fabric) of ranks of one node whose driver reports this name of their device; None: no preset is of it.
 

@@ -134,7 +134,9 @@ class _Hub:
             self._lock.acquire()
 
     def _news_for(self, rank: int) -> Condition:
-        return self._news.setdefault(rank, Condition(self._lock))
+        if rank not in self._news:  # making one costs more than all else here
+            self._news[rank] = Condition(self._lock)
+        return self._news[rank]
 
     def _wake_all(self) -> None:
         for news in self._news.values():
