@@ -127,7 +127,7 @@ class CpuKernel:
         width = max(head_width, value_width)
         qkv = self._by_head(kept[:3], computed, width)
         out_BSHE = stand_in(dout_BSHE.to(computed), kept.delta) if kept.out is None else kept.out
-        dout, out = (_heads_first(x, computed, width) for x in (dout_BSHE, out_BSHE))
+        dout, out = (_padded(_readable(x.to(computed)), width).transpose(1, 2) for x in (dout_BSHE, out_BSHE))
         lse = kept.lse.masked_fill(kept.lse == -torch.inf, torch.inf)  # exp(s - inf) is 0, with -inf it would be nan
         masks: Masks = {}
         if len(parts) == 1 and _covers(parts[0], kept.q.shape[1], kept.k.shape[1]):
@@ -221,12 +221,18 @@ def _large(p: Part) -> bool:
 def _heads_first(x_BSHD: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     """(B, H, S, width) of this dtype, widths of stride 1; the rows of a head together where it is a copy.
 
-    Zeros up to `width` add nothing to q . k, and columns of v that are cut off again.
+    Not for dout, which backward copies where it is not laid out as (B, S, H, D).
     """
-    x_BHSD = x_BSHD.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format)
-    if x_BHSD.shape[3] != width:
-        x_BHSD = torch.nn.functional.pad(x_BHSD, (0, width - x_BHSD.shape[3]))
-    return x_BHSD if x_BHSD.stride(-1) == 1 else x_BHSD.contiguous()
+    return _readable(_padded(x_BSHD.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), width))
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """With zeros up to this width: they add nothing to q . k, and columns of v that are cut off again."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _covers(p: Part, queries: int, keys: int) -> bool:

@@ -71,6 +71,18 @@ def test_one_part_is_one_op_call_on_the_callers_own_queries_and_on_keys_by_head(
     assert all(x.is_contiguous() for x in (*kernel.seen[0][1:], *kernel.seen[1][2:4]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [8, 5])
+def test_backward_gets_dout_in_a_form_that_it_does_not_copy(dtype: torch.dtype, width: int) -> None:
+    """The op copies a dout that does not lie as (B, S, H, D); the planner counts no such copy."""
+    kernel = Spied()
+    q, k, v, dout = tensors(FULL, dtype)
+    v, dout = v[..., :width], dout[..., :width]
+    out, lse = kernel.forward(q, k, v, FULL, SCORES)
+    kernel.backward(dout, Kept(q, k, v, out, lse), FULL, SCORES)
+    assert kernel.seen[1][0].transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_planner_counts_the_copies_of_keys_and_values(groups: int) -> None:
     """Of one head they lie together as they are, if it is the only sequence."""
