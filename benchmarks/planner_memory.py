@@ -317,9 +317,9 @@ def limits(known: dict[str, Figures], keep: Callable[[], None]) -> list[dict[str
         most = largest(case.workload._replace(lengths=(1,)), case.choice, limit, BUCKETS)
         tried = [case._replace(tokens=round(most * factor)) for factor in (0.95, 1.05)]
         peaks = [row["measured"]["peak"] for row in run(tried, known, keep)]
-        row: dict[str, Any] = {"limit": size, "largest": most, "tokens": [one.tokens for one in tried], "peaks": peaks}
-        rows.append({**case._asdict(), **row})
-        print(f"{case.model}: {most} tokens in {size / 2**20:.0f} MiB; {row['tokens']} take {peaks} bytes", flush=True)
+        lengths = [one.tokens for one in tried]
+        rows.append({**case._asdict(), "limit": size, "largest": most, "tokens": lengths, "peaks": peaks})
+        print(f"{case.model}: {most} tokens in {size / 2**20:.0f} MiB; {lengths} take {peaks} bytes", flush=True)
     return rows
 
 
@@ -330,7 +330,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases that contain this, e.g. \"'bf16'\"")
     parser.add_argument("--again", action="store_true", help="measure what is in the results already, too")
     args = parser.parse_args()
-    (file := args.out / "planner-memory.json").parent.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "planner-memory.json"
     old = json.loads(file.read_text()) if file.exists() and not args.again else {}
     known: dict[str, Figures] = old.get("figures", {})
     result: dict[str, Any] = {"machine": described(), **{key: old.get(key, []) for key in ("worst", "limits", "cases")}}

@@ -29,10 +29,9 @@ WORDS = {"hardware": "devices and links", "models": "models"}
 _EXAMPLES = {"hardware": "hardware", "model": "models"}
 
 
-@lru_cache(maxsize=8)
-def names(kind: str) -> tuple[str, ...]:
-    """All names of a kind, in order: "models" or "hardware". Files that come with the package do not change."""
-    return tuple(sorted(entry.name[:-5] for entry in _folder(kind).iterdir() if entry.name.endswith(".yaml")))
+def names(kind: str) -> list[str]:
+    """All names of a kind: "models" or "hardware"."""
+    return sorted(entry.name[:-5] for entry in _folder(kind).iterdir() if entry.name.endswith(".yaml"))
 
 
 def named(kind: str, name: str) -> Any:

@@ -134,7 +134,7 @@ class _Hub:
             self._lock.acquire()
 
     def _news_for(self, rank: int) -> Condition:
-        if rank not in self._news:  # making one costs more than all else here
+        if rank not in self._news:  # not by setdefault, which would make one each time
             self._news[rank] = Condition(self._lock)
         return self._news[rank]
 

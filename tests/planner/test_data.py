@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("kind", ["hardware", "models"])
 def test_the_names_of_a_kind_are_its_files(kind: str) -> None:
-    assert list(names(kind)) == sorted(p.stem for p in (ROOT / "configs" / kind).iterdir())
+    assert names(kind) == sorted(p.stem for p in (ROOT / "configs" / kind).iterdir())
     assert all(isinstance(named(kind, name), dict) for name in names(kind))
 
 

@@ -37,7 +37,7 @@ def seconds(pace: Pace, flop: float, pairs: float, rows: float) -> float:
 def test_the_presets_are_these() -> None:
     assert presets("device") == DEVICES
     assert presets("link") == LINKS
-    assert list(names("hardware")) == sorted(DEVICES + LINKS)
+    assert names("hardware") == sorted(DEVICES + LINKS)
 
 
 @pytest.mark.parametrize("name", DEVICES + LINKS)

@@ -160,7 +160,7 @@ def test_the_count_tells_a_wrong_configuration(change: dict[str, Any]) -> None:
 
 
 def test_the_presets_are_these() -> None:
-    assert list(names("models")) == sorted(PUBLISHED)
+    assert names("models") == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
