@@ -90,7 +90,8 @@ def _gpu(script: str, about: str, least: int) -> Part:
 
 PARTS: dict[str, Part] = {
     "planning": _attention("planning", "host time of layout, schedule and kernel calls"),
-    "overhead": _attention("overhead", "CPU time of two and four ranks over that of one process"),
+    "overhead": _attention("overhead", "CPU time of two and four ranks over that of one process, in fp32"),
+    "overhead16": _attention("overhead16", "the same in bf16"),
     "packed": _attention("packed", "packed documents: bytes, and wall time with and without a slow link"),
     "memory": _attention("memory", "blocks of keys and values alive at once"),
     "peers": _attention("peers", "against other packages, on one block kernel, in fp32"),

@@ -1,6 +1,6 @@
 """What ring attention costs on a CPU beside the work itself, and beside others: planning, time, memory, traffic, peers.
 
-    python benchmarks/attention.py planning|overhead|packed|memory|peers|peers16|all [--quick] [--out FOLDER]
+    python benchmarks/attention.py planning|overhead|overhead16|packed|memory|peers|peers16|all [--quick] [--out FOLDER]
 
 Every figure is the median over repetitions in one run, alternating with what it is compared to; CPU time of all ranks
 stands beside wall time. Results are written as JSON with the machine and the versions. Nothing here needs a GPU.
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,37 +69,47 @@ def _planned(lengths: list[int], layout: str, schedule: str, world: int) -> tupl
     return marks[1] - marks[0], marks[2] - marks[1], marks[3] - marks[2]
 
 
-def overhead(tokens: int = 16384, repeats: int = 4, worlds: Sequence[int] = (2, 4)) -> list[Row]:
+def overhead(
+    tokens: int = 16384, repeats: int = 4, worlds: Sequence[int] = (2, 4), dtype: torch.dtype = torch.float32
+) -> list[Row]:
     """CPU time of all ranks (processes over gloo) over that of torch's flash kernel on one process, and what of it is
-    spent in the kernel."""
-    rows = []
+    spent in the kernel.
+
+    Cores that are busy at once are slower than one alone, whatever runs on them. So that what the ring costs can be
+    told from that, its time also stands over the one process's while every other core does the same work.
+    """
+    rows, case = [], Case(8, 2, 64, dtype=dtype)
     for world in worlds:
         with RankPool(world, timeout=900) as pool:
-            for dtype in (torch.float32, torch.bfloat16):
-                case = Case(8, 2, 64, dtype=dtype)
-                ones, rings = [], []
-                for repeat in range(repeats + 1):
-                    one, ranks = _timed_alone(case, tokens), pool.run(_timed_ring, case, tokens)
-                    if repeat:  # the first warms up
-                        ones.append(one)
-                        rings.append([sum(column) for column in zip(*ranks, strict=True)])
-                about = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "ranks": world}
-                rows += [{**about, **_beside(ones, rings, backward)} for backward in (False, True)]
+            found = []
+            for repeat in range(repeats + 1):
+                alone, busy = _timed_alone(case, tokens), _mean(filter(None, pool.run(_timed_busy, case, tokens)))
+                ring = pool.run(_timed_ring, case, tokens)
+                if repeat:  # the first warms up
+                    found.append((alone, busy, tuple(map(sum, zip(*ring, strict=True)))))
+                print(f"W={world} {dtype} repetition {repeat} of {repeats}", flush=True)
+            about = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "ranks": world}
+            rows += [{**about, **_beside(found, backward)} for backward in (False, True)]
     return rows
 
 
-def _beside(ones: Sequence[Sequence[float]], rings: Sequence[Sequence[float]], backward: bool) -> Row:
+def _mean(times: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(map(statistics.fmean, zip(*times, strict=True)))
+
+
+def _beside(found: Sequence[Sequence[tuple[float, ...]]], backward: bool) -> Row:
     """Medians of forward, or of both passes; of a ring (seconds, backward's, in the kernel, in the kernel there)."""
     passes = 1 + backward
-    one = [sum(times[:passes]) for times in ones]
-    ring = [sum(times[:passes]) for times in rings]
-    kernel = [sum(times[2 : 2 + passes]) for times in rings]
+    one, busy, ring = ([sum(times[:passes]) for times in some] for some in zip(*found, strict=True))
+    kernel = [sum(times[2 : 2 + passes]) for *_, times in found]
     ratios = [a / b for a, b in zip(ring, one, strict=True)]
     return {
         "pass": "forward + backward" if backward else "forward",
         "ring_cpu_s": statistics.median(ring),
         "one_cpu_s": statistics.median(one),
+        "busy_cpu_s": statistics.median(busy),
         "ratio": statistics.median(ratios),
+        "ratio_to_busy": statistics.median(a / b for a, b in zip(ring, busy, strict=True)),
         "in_kernel": statistics.median(a / b for a, b in zip(kernel, ring, strict=True)),
         "ratios": ratios,
     }
@@ -148,6 +159,11 @@ def _timed_ring(sp: SequenceParallel, case: Case, tokens: int) -> tuple[float, f
         unregister("timed")
     (all0, own0), (all1, own1), (all2, own2) = marks
     return all1 - all0, all2 - all1, own1 - own0, own2 - own1
+
+
+def _timed_busy(sp: SequenceParallel, case: Case, tokens: int) -> tuple[float, float] | None:
+    """The whole work in as many processes at once as run at once; None on other ranks."""
+    return _timed_alone(case, tokens) if sp.rank < (os.cpu_count() or 1) else None
 
 
 def _timed_alone(case: Case, tokens: int) -> tuple[float, float]:
@@ -239,6 +255,7 @@ def _wall(lengths: list[int], world: int, how: dict[str, str], link: Link | None
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "planning": planning,
     "overhead": overhead,
+    "overhead16": partial(overhead, dtype=torch.bfloat16),
     "packed": packed,
     "memory": memory,
     "peers": partial(peers, names={torch.float32: NAMES[torch.float32]}),
@@ -248,6 +265,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
 QUICK: dict[str, dict[str, Any]] = {
     "planning": {"count": 100, "worlds": (8,)},
     "overhead": {"tokens": 2048, "repeats": 1},
+    "overhead16": {"tokens": 2048, "repeats": 1},
     "packed": {"world": 4, "tokens": 16_384, "batches": 1},
     "memory": {"worlds": (2,)},
     "peers": {"tokens": 1024, "worlds": (2,), "times": 1},

@@ -45,6 +45,12 @@ COLUMNS = (*Figure._fields, "date", *MACHINE)
 
 RATES = {"forward_tflops": "TFLOP/s a rank", "backward_tflops": "TFLOP/s a rank", "host_us_a_step": "us"}
 
+OVERHEAD = Shown(
+    ("dtype", "pass", "tokens"),
+    {"ratio": "x", "ratio_to_busy": "x", "in_kernel": "share", "ring_cpu_s": "s", "one_cpu_s": "s", "busy_cpu_s": "s"},
+    ("ratio", "ratio_to_busy", "in_kernel"),
+)
+
 PEERS = Shown(
     ("dtype", "pass", "way", "version", "note", "tokens"),
     {"cpu_s": "s", "wall_s": "s", "cpu_over_one_process": "x", "wall_over_ours": "x"},
@@ -53,11 +59,8 @@ PEERS = Shown(
 
 SHOWN: dict[str, Shown] = {
     "planning": Shown(("layout", "schedule", "documents"), {"total_ms": "ms"}, ("total_ms",)),
-    "overhead": Shown(
-        ("dtype", "pass", "tokens"),
-        {"ratio": "x", "in_kernel": "share", "ring_cpu_s": "s", "one_cpu_s": "s"},
-        ("ratio", "in_kernel"),
-    ),
+    "overhead": OVERHEAD,
+    "overhead16": OVERHEAD,
     "packed": Shown(("what", "tokens", "documents"), dict.fromkeys(("ratio", "unshaped, ratio", "shaped, ratio"), "x")),
     "memory": Shown(("block_tokens",), {"blocks": "blocks"}, ("blocks",)),
     "peers": PEERS,

@@ -91,7 +91,7 @@ def test_all_benchmarks_are_listed_with_what_hinders_them() -> None:
     done = run("", "--list")
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    on_cpu = ["planning", "overhead", "packed", "memory", "peers", "peers16", "overlap", "shaped"]
+    on_cpu = ["planning", "overhead", "overhead16", "packed", "memory", "peers", "peers16", "overlap", "shaped"]
     assert names == [*on_cpu, "gpu", "multi_gpu"]
     if not torch.cuda.is_available():
         assert "(not here: needs 2 GPUs, and there are 0)" in done.stdout
