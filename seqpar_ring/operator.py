@@ -8,7 +8,9 @@ backward. It checks nothing: `ring_attention` has.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from seqpar_ring import executor
 from seqpar_ring.kernels import Kept, Request, Scores, architecture_of
 from seqpar_ring.plan import TRAVELS, Plan, plan_of
 from seqpar_ring.reshard import Heads, shares, to_heads, to_tokens
+
+Results = TypeVar("Results")
 
 SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? slopes, int plan, float scale, float? softcap"
 
@@ -79,7 +83,20 @@ def _sharing(plan: Plan, q: Tensor, k: Tensor) -> _Sharing | None:
     return None if members is None else _Sharing(plan, *shares(q.shape[2], k.shape[2], members.world))
 
 
+def _as_written(body: Callable[..., Results]) -> Callable[..., Results]:
+    """The body of an operator without autocast, which is still on inside of one: it would make matrix products 16 bits
+    wide that are written in fp32, and only in forward where backward is called outside."""
+
+    @wraps(body)
+    def run(first: Tensor, *rest: Any) -> Results:
+        with torch.autocast(first.device.type, enabled=False):
+            return body(first, *rest)
+
+    return run
+
+
 @torch.library.custom_op("seqpar_ring::attention", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)")
+@_as_written
 def attention(  # noqa: PLR0913 - an operator takes tensors and plain values, one by one
     q: Tensor,
     k: Tensor,
@@ -111,6 +128,7 @@ def attention(  # noqa: PLR0913 - an operator takes tensors and plain values, on
     mutates_args=(),
     schema=f"(Tensor dout, {SCHEMA}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@_as_written
 def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain values, one by one
     dout: Tensor,
     q: Tensor,

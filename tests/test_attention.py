@@ -235,6 +235,22 @@ def test_short_sums_in_bf16_are_computed_in_fp32(masked: dict[str, int]) -> None
     assert run_lockstep(fewest, 2) == [(LONG, 7, 0)] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("logits", [{}, {"alibi": True}, {"softcap": 1.5}, {"sinks": True}], ids=str)
+def test_autocast_changes_no_bit(logits: dict[str, Any], dtype: torch.dtype) -> None:
+    """It casts what matrix products are given, also inside of an operator. Positions up to 300 are not all in bf16."""
+    case = Case(4, 2, 16, dtype=dtype, **logits)
+
+    def under_autocast(sp: SequenceParallel) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return ring_results(sp, [300, 31], case)
+
+    plain, cast = (
+        run_lockstep(fn, 2)[0] for fn in (lambda sp: ring_results(sp, [300, 31], case), under_autocast)
+    )
+    assert all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
 def flash_on_the_whole_sequence(case: Case, tokens: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     q, k, v, dout = (x.transpose(1, 2).to(dtype or case.dtype) for x in case.inputs(tokens))
     for x in (q, k, v):
