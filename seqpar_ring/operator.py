@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring import executor
-from seqpar_ring.kernels import Kept, Request, Scores, architecture_of
+from seqpar_ring.kernels import Kept, Request, Scores, architecture_of, deterministic
 from seqpar_ring.plan import TRAVELS, Plan, plan_of
 from seqpar_ring.reshard import Heads, shares, to_heads, to_tokens
 
@@ -39,6 +39,7 @@ def request_for(q: Tensor, k: Tensor, v: Tensor, plan: Plan, softcap: float | No
         alibi=alibi,
         architecture=architecture_of(q.device),
         documents=len(plan.lengths),
+        deterministic=deterministic(),
     )
 
 

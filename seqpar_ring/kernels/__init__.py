@@ -7,6 +7,7 @@ from seqpar_ring.kernels.base import (
     Request,
     Scores,
     architecture_of,
+    deterministic,
     lacks,
     request_of,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "TorchCudnnKernel",
     "TorchFlashKernel",
     "architecture_of",
+    "deterministic",
     "lacks",
     "merge_",
     "names",

@@ -63,6 +63,8 @@ class Capabilities:
         devices: device types ("cpu", "cuda"), or None for any.
         max_head_dim: widest D and E, or None for no limit.
         more_widths: pairs of D and E that it takes beyond that limit.
+        max_deterministic_dim: widest D and E with which it gives the same bits each time where torch is told to
+            (`torch.use_deterministic_algorithms`); None for no limit, 0 for none.
         architectures: major compute capabilities of the GPUs it runs on, or None for any device.
         window: whether it takes a lower edge (a sliding window).
         softcap: whether it takes a softcap.
@@ -81,6 +83,7 @@ class Capabilities:
     devices: tuple[str, ...] | None = None
     max_head_dim: int | None = None
     more_widths: tuple[tuple[int, int], ...] = ()
+    max_deterministic_dim: int | None = None
     architectures: tuple[int, ...] | None = None
     window: bool = True
     softcap: bool = False
@@ -102,7 +105,7 @@ class Request(NamedTuple):
     """What a plan and its tensors need from a kernel.
 
     `device` is a type ("cpu") or one device of it ("cuda:1"); `architecture` a GPU's major compute capability, None
-    where nobody asks; `documents` how many the plan packs.
+    where nobody asks; `documents` how many the plan packs; `deterministic` whether the same bits must come each time.
     """
 
     device: str
@@ -116,6 +119,7 @@ class Request(NamedTuple):
     alibi: bool = False
     architecture: int | None = None
     documents: int = 1
+    deterministic: bool = False
 
 
 @runtime_checkable
@@ -158,6 +162,7 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
     """What a kernel lacks for a request, each as a few readable words; empty when it can serve it."""
     device = request.device.split(":")[0]
     widths, widest = (request.head_dim, request.value_dim), max(request.head_dim, request.value_dim)
+    varies = can.max_deterministic_dim is not None and widest > can.max_deterministic_dim
     too_wide = can.max_head_dim is not None and widest > can.max_head_dim and widths not in can.more_widths
     sm = request.architecture
     complaints = (
@@ -170,6 +175,7 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
             f"GPUs of compute capability {sm}.x (has {_listed(can.architectures or ())})",
         ),
         (request.documents > 1 and not can.varlen, f"several documents in a call ({request.documents})"),
+        (request.deterministic and varies, f"the same bits each time, at head width {widest}"),
         (request.window and not can.window, "sliding window"),
         (request.softcap and not can.softcap, "softcap"),
         (request.alibi and not can.alibi, "ALiBi"),
@@ -213,7 +219,7 @@ def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, sc
 
 
 def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Scores) -> Request:
-    """The request that q_BSHD, k_BSGD, v_BSGE amount to."""
+    """The request that q_BSHD, k_BSGD, v_BSGE amount to. Bits that vary are no wrong answer: selection minds them."""
     q, k, v = tensors
     return Request(
         device=q.device.type,
@@ -226,6 +232,11 @@ def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Sco
         softcap=scores.softcap is not None,
         alibi=scores.slopes is not None,
     )
+
+
+def deterministic() -> bool:
+    """Whether torch is told to give the same bits each time, and to raise (not only to warn) where it cannot."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def architecture_of(device: torch.device) -> int | None:

@@ -32,6 +32,7 @@ class Flash3Kernel(VarlenKernel):
     can = Capabilities(
         dtypes=HALVES,
         max_head_dim=256,
+        max_deterministic_dim=DETERMINISTIC_WIDTH,
         softcap=True,
         unequal_value_dim=True,
         architectures=(9,),

@@ -89,4 +89,5 @@ def merge_parts_(out_BSHE: Tensor, lse_BHS: Tensor, parts: Sequence[Part]) -> No
             arguments += [part.out.contiguous(), part.lse.float().contiguous(), part.q0, part.lse.shape[2]]
         grid = (triton.cdiv(end - begin, ROWS), H, B)
         sizes = {"N": len(some), "E": E, "WIDTH": triton.next_power_of_2(E), "ROWS": ROWS}
-        _merge[grid](out_BSHE, lse_BHS, S, H, begin, end, *arguments, **sizes)
+        with torch.cuda.device_of(out_BSHE):  # Triton launches on the current device, whatever the tensors are on
+            _merge[grid](out_BSHE, lse_BHS, S, H, begin, end, *arguments, **sizes)

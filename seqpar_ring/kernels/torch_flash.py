@@ -1,7 +1,8 @@
 """torch's own varlen flash kernel on a GPU: flash-attention 2 inside of torch, which needs nothing installed.
 
 A private op of aten, so it is named in this file only; called with what all releases from 2.6 on share. It is the same
-code as the package's and has the same traps, closed by the same `bounds`. It has no softcap.
+code as the package's and has the same traps, closed by the same `bounds`. It has no softcap. Before 2.7 its log-sum-exp
+of packed rows was padded: the trial passes it over there.
 """
 
 from __future__ import annotations

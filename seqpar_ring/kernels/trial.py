@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
+from itertools import cycle
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,13 @@ from seqpar_ring.geometry import INF
 from seqpar_ring.kernels.base import Kept, Kernel, Request, Scores, wide
 from seqpar_ring.kernels.reference import ReferenceKernel
 from seqpar_ring.schedule import Call
+
+SOFTCAPS = 20.0, 50.0
+"""Two, in turn: a library that compiles for one must not use that for the other."""
+
+LOW = -120.0
+"""A logit whose exponential is 0 in fp32, and that of its negative infinite: with all of a row's like it, a backward
+that makes exp(0 - lse) for columns that are not there gives nan."""
 
 BOUND = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4, torch.float64: 1e-10}
 """Relative error (L2 of a tensor) that no right answer comes near to; a wrong mask or merge is far above it."""
@@ -49,7 +57,7 @@ def tried(kernel: Kernel, request: Request) -> Entry:
 
 @lru_cache(maxsize=256)
 def _tried(kernel: Any, request: Request) -> Entry:
-    fault = wrong(kernel, request, calls_for(request, kernel))
+    fault = wrong(kernel, request, calls_for(request, kernel)) or fragile(kernel, request)
     gaps = "" if fault else wrong(kernel, request, gaps_for(kernel))
     return Entry(fault, gaps, 0.0 if fault else rate(kernel, request))
 
@@ -80,23 +88,45 @@ def gaps_for(kernel: Kernel) -> dict[str, Call]:
     return {
         "empty segments": Call(0, 0, INF, INF, (0, 5, 5, 70, 73), (0, 0, 9, 90, 90)),
         "segments of one query, some empty": Call(0, 0, INF, INF, (0, 1, 2, 3), (0, 0, 9, 12)),
+        "empty segments beside long causal ones": Call(0, 0, INF, 0, (0, 5, 5, 305, 308), (0, 0, 9, 309, 312)),
     }
 
 
 def wrong(kernel: Kernel, request: Request, calls: Mapping[str, Call]) -> str:
     """What the kernel computes wrongly on the request's device, in a few words; empty if nothing."""
-    scores = Scores(request.head_dim**-0.5, 20.0 if request.softcap else None)
+    softcaps = cycle(SOFTCAPS)
     for what, call in calls.items():
+        scores = Scores(request.head_dim**-0.5, next(softcaps) if request.softcap else None)
         qkv, dout = _inputs(request, call.cu_q[-1], call.cu_k[-1])
         try:
             mine = _answers(kernel, qkv, dout, call, scores)
         except Exception as error:
-            return f"a working call of {what} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
+            return f"a working call of {what} ({_said(error)})"
         truth = _answers(ReferenceKernel(), qkv, dout, call, scores)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), mine, truth, strict=True):
             off = _off(x, y)
             if not off <= BOUND[request.dtype]:  # nan too
                 return f"right answers here ({name} of {what} is off by {off:.2g})"
+    return ""
+
+
+def fragile(kernel: Kernel, request: Request) -> str:
+    """Where the kernel gives something infinite or nan for logits that are all very low, in a few words; "" if nowhere.
+
+    Blocks of 192 and of 1 are those that cuDNN has been wrong with on Hopper: columns that fill half of its tile.
+    """
+    shapes = {"a full block": (192, 192, INF), "a causal square": (192, 192, 0), "one query": (1, 128, INF)}
+    for what, (m, n, right) in shapes.items():
+        call, (qkv, dout) = Call(0, 0, INF, right, (0, m), (0, n)), _inputs(request, m, n)
+        scores = Scores(request.head_dim**-0.5)
+        qkv[0][..., 0], qkv[1][..., 0] = 1.0, LOW / scores.scale
+        try:
+            found = _answers(kernel, qkv, dout, call, scores)
+        except Exception as error:
+            return f"a working call of {what} of low logits ({_said(error)})"
+        for name, x in zip(("out", "lse", "dq", "dk", "dv"), found, strict=True):
+            if not bool(x.isfinite().all()):
+                return f"finite answers here ({name} of {what} of low logits is not)"
     return ""
 
 
@@ -119,6 +149,10 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
         _synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def _synchronize(device: str) -> None:
