@@ -54,7 +54,8 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         PlanError: shapes that do not fit the plan or each other.
         UnsupportedError: no kernel can do this exactly; says what each one lacks.
         DisagreementError: ranks called with different shapes, dtypes, lengths or settings; raised on every rank.
-        TransportError: a rank died or did not arrive within the timeout.
+        TransportError: a rank died or did not arrive within the timeout. Not over NCCL, which does not tell who waits:
+            there torch's watchdog ends the process once the timeout is over.
     """
     problem: SeqparError | None = None
     try:

@@ -64,7 +64,8 @@ class DisagreementError(SeqparError, RuntimeError):
 
 
 class TransportError(SeqparError, RuntimeError):
-    """A transfer did not finish: a peer died, or did not arrive within the timeout."""
+    """A transfer did not finish: a peer died, or did not arrive within the timeout. Over NCCL torch's watchdog ends the
+    process instead."""
 
 
 class VersionError(SeqparError, RuntimeError):

@@ -105,8 +105,7 @@ def _placed(scores: Scores, plan: Plan, work: Work, travels: str) -> Scores:
     """The scores with the positions of all rows of a step, where position biases ask for them."""
     if scores.slopes is None:
         return scores
-    own, view = plan.positions_of(work.blocks, travels)
-    own, view = own.to(scores.slopes.device), view.to(scores.slopes.device)
+    own, view = plan.positions_of(work.blocks, travels, scores.slopes.device)
     return scores._replace(q_positions=own, k_positions=view) if travels == "kv" else scores._replace(
         q_positions=view, k_positions=own
     )

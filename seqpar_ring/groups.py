@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def make(
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", RING))
     mine = next(ring for ring in rings if rank in ring)
     world = next(line for line in worlds if rank in line)
-    groups = {lane: _my_group(rings, rank, timeout) for lane in (lanes if size > 1 else ())}
+    groups = {lane: _my_group(rings, rank, timeout, lane) for lane in (lanes if size > 1 else ())}
     ring: Transport = DistributedTransport(groups, device, timeout) if size > 1 else LockstepWorld(1).transport(0)
     everyone = DistributedTransport({"control": _my_group(worlds, rank, timeout)}, device, timeout)
     data_rank = [line for line in rings if line[0] in world].index(mine)
@@ -103,11 +103,33 @@ def make(
     return Groups(size, len(world), mine.index(rank), data_rank, rank, ring, everyone, mesh, shared)
 
 
-def _my_group(lines: Sequence[tuple[int, ...]], rank: int, timeout: float) -> dist.ProcessGroup:
+def _my_group(
+    lines: Sequence[tuple[int, ...]], rank: int, timeout: float, lane: str = "control"
+) -> dist.ProcessGroup:
     """A process group for each of some lines of ranks, made by all ranks in one order; the one with this rank."""
-    made = [dist.new_group(list(line), timeout=timedelta(seconds=timeout)) for line in lines]
+    limit, backend = timedelta(seconds=timeout), str(dist.get_backend_config())
+    made = [dist.new_group(list(line), timeout=limit, pg_options=options_of(lane, backend, limit)) for line in lines]
     mine: dist.ProcessGroup = made[next(i for i, line in enumerate(lines) if rank in line)]
     return mine
+
+
+def options_of(lane: str, backend: str, timeout: timedelta | None) -> Any:
+    """How the group of a lane is made over NCCL: its stream has a high priority; None for other backends and "control".
+
+    A transfer waits for the computation before it, and when that is done the next one stands in the queue already: of
+    equal priority, its blocks would fill the device first, and the transfer would begin when they end.
+
+    Args:
+        lane: what the group is for.
+        backend: of the new group, as torch writes it: "nccl", "cpu:gloo,cuda:nccl".
+        timeout: of the new group; None: torch's own.
+    """
+    if lane == "control" or "nccl" not in backend or not dist.is_nccl_available():
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout  # else torch warns that the two differ
+    return options
 
 
 def lanes_of(settings: Settings) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ class Plan:
         self.schedule, why = self.route.forward()
         self.reasons = self._reasons(why)
         self.handle = intern(self)
-        self._positions: dict[tuple[tuple[Block, ...], str], tuple[Tensor, Tensor]] = {}
+        self._positions: dict[tuple[tuple[Block, ...], str, str], tuple[Tensor, Tensor]] = {}
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -269,13 +269,18 @@ class Plan:
         """The same where queries travel."""
         return self._pass(self.query_schedule)
 
-    def positions_of(self, blocks: tuple[Block, ...], travels: str) -> tuple[Tensor, Tensor]:
-        """Positions within their documents of this rank's rows in the ring and of the view of some blocks, int64."""
+    def positions_of(
+        self, blocks: tuple[Block, ...], travels: str, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Positions within their documents of this rank's rows in the ring and of the view of some blocks, int64.
+
+        They are kept on the device, so that a step sends nothing there.
+        """
         home, cargo = self.sides[:2] if travels == "kv" else self.sides[1::-1]
-        key = (blocks, travels)
+        key = (blocks, travels, str(device))
         if key not in self._positions:
             columns = home.columns(self.documents.ring.rank), view_runs(cargo, blocks)
-            own, view = (torch.from_numpy(row_positions(runs)) for runs in columns)
+            own, view = (torch.from_numpy(row_positions(runs)).to(device) for runs in columns)
             self._positions[key] = own, view
         return self._positions[key]
 

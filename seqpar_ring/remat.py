@@ -102,13 +102,13 @@ class InHostMemory:
         """Wait for a result to be back on its device, and start fetching the one that was put before it."""
         self._fetch(key)
         found = self._coming.pop(key, None)
-        if found is not None and self._away:
-            self._fetch(next(reversed(self._away)))
         if found is not None and found[0].is_cuda:
             now = torch.cuda.current_stream(found[0].device)
-            now.wait_stream(self._streams[found[0].device])
+            now.wait_stream(self._streams[found[0].device])  # before the next one's copy is in that stream
             for x in found:
                 x.record_stream(now)
+        if found is not None and self._away:
+            self._fetch(next(reversed(self._away)))
         return found
 
     def _fetch(self, key: Hashable) -> None:

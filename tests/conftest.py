@@ -1,5 +1,6 @@
 """What all tests share: deterministic torch, one thread a rank, worker pools started once a session, when needed."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from seqpar_ring.testing import RankPool
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older torch raises in deterministic mode without it
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seqpar_ring import compat
+from seqpar_ring.compat.arguments import Options
 from seqpar_ring.compat.rings import _RINGS, Group, Ring, ring_of
 from seqpar_ring.errors import DisagreementError, GroupError, PlanError, SeqparError, UnsupportedError
 from seqpar_ring.groups import Groups
@@ -350,6 +351,16 @@ def test_every_function_refuses_dropout(name: str) -> None:
     packed = pack(*(tokens() if varlen else batch()), packing, 1 if varlen else 2)
     with pytest.raises(UnsupportedError, match="attention dropout"):
         getattr(compat, name)(*packed, *args, 0.1)
+
+
+def test_determinism_on_a_gpu_is_refused_where_torch_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Options(0.0, None, True, (-1, -1), None, deterministic=True, return_attn_probs=False)
+    asked.check("cuda")  # conftest tells it
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    asked.check("cpu")
+    asked._replace(deterministic=False).check("cuda")
+    with pytest.raises(UnsupportedError, match="use_deterministic_algorithms"):
+        asked.check("cuda")
 
 
 @pytest.mark.parametrize("window", [(-2, 0), (3,), 3, (1.0, 2), (True, 0), None])

@@ -102,6 +102,16 @@ def test_a_step_neither_waits_for_the_device_nor_sends_it_numbers_of_the_host(se
         assert first.of(UPLOADS), "cumulative lengths go to the device once; the test would not see them"
 
 
+def test_positions_go_to_a_device_once() -> None:
+    def kept(sp: SequenceParallel) -> bool:
+        plan = sp.plan([700, 3, 321])
+        blocks = plan.forward_pass.work[0].blocks
+        first, again = (plan.positions_of(blocks, "kv", torch.device("meta")) for _ in range(2))
+        return first is again and first[0].is_meta and not plan.positions_of(blocks, "kv")[0].is_meta
+
+    assert run_lockstep(kept, 2) == [True, True]
+
+
 class Stages:
     """A recorder that says which stage allocated what; a pass is a list of stages."""
 

@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +49,29 @@ def test_a_world_of_one_needs_no_torch_distributed() -> None:
 def test_several_ranks_without_torch_distributed_are_told_how_to_start_it() -> None:
     with pytest.raises(GroupError, match=r"not initialised \[size=2\].*torchrun"):
         process_groups.make(2)
+
+
+def test_lanes_over_nccl_have_streams_of_high_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Options:
+        def __init__(self, is_high_priority_stream: bool = False) -> None:
+            self.high, self._timeout = is_high_priority_stream, None
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    limit = timedelta(seconds=7)
+    for backend in ("nccl", "cpu:gloo,cuda:nccl"):
+        made = [process_groups.options_of(lane, backend, limit) for lane in ("kv", "dkv", "kv_far")]
+        assert [(one.high, one._timeout) for one in made] == [(True, limit)] * 3
+        assert made[0] is not made[1]  # torch writes the group's name into it
+        assert process_groups.options_of("control", backend, limit) is None
+    assert process_groups.options_of("kv", "nccl", None)._timeout is None
+    assert process_groups.options_of("kv", "gloo", limit) is None
+
+    asked: list[Any] = []
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "new_group", lambda line, timeout, pg_options: asked.append((timeout, pg_options)))
+    process_groups._my_group([(0, 1), (2, 3)], 0, 7.0, "dkv")
+    assert [(timeout, options.high) for timeout, options in asked] == [(limit, True)] * 2
 
 
 @pytest.mark.parametrize("size", [0, -1])

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -130,6 +131,26 @@ def test_results_in_host_memory_come_back_in_any_order_once_each() -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=0)
             assert a.data_ptr() != b.data_ptr()
         assert shelf.take(name) is None
+
+
+def test_a_result_is_waited_for_before_the_next_one_starts_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else computation would wait for both copies, and the second would hide under nothing."""
+    done: list[object] = []
+
+    class Shelf(remat.InHostMemory):
+        def _fetch(self, key: object) -> None:
+            if self._away.pop(key, None):
+                done.append(key)
+                self._coming[key] = (Mock(is_cuda=True, device="cuda:0"),)
+
+    shelf = Shelf()
+    shelf._streams["cuda:0"] = "the copies"  # type: ignore[index, assignment]
+    shelf._away = dict.fromkeys((0, 1, 2), ("cuda:0", ()))  # type: ignore[misc]
+    now = Mock(wait_stream=lambda stream: done.append(f"wait for {stream}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: now)
+    for key in (2, 1):
+        assert shelf.take(key) is not None
+    assert done == [2, "wait for the copies", 1, "wait for the copies", 0]
 
 
 def test_a_kept_result_is_free_after_its_recompute() -> None:

@@ -36,7 +36,8 @@ SHAPES = {
 class Options(NamedTuple):
     """The arguments with which every function of ring-flash-attn ends, but the group.
 
-    `deterministic` needs nothing done: the order of all sums is fixed by the plan.
+    `deterministic`: the order of the ring's sums is fixed by the plan, and so is what a CPU computes. Kernels of GPUs
+    are told by torch's own switch, so that it must be on for what is asked here.
     """
 
     dropout_p: float
@@ -47,21 +48,28 @@ class Options(NamedTuple):
     deterministic: bool
     return_attn_probs: bool
 
-    def check(self, packed_documents: int | None = None) -> None:
+    def check(self, device: str, packed_documents: int | None = None) -> None:
         """Refuse what has no exact answer here.
 
         Args:
+            device: the type of device that the tensors are on.
             packed_documents: documents in a row, where the batch is made of those.
 
         Raises:
             PlanError: a window that does not exist.
-            UnsupportedError: dropout; slopes of each packed document.
+            UnsupportedError: dropout; slopes of each packed document; `deterministic` on a GPU, if torch is not told.
         """
         if self.dropout_p:
             raise UnsupportedError(
                 "attention dropout is not done",
                 fix="Give dropout_p=0.0.",
                 dropout_p=self.dropout_p,
+            )
+        if self.deterministic and device == "cuda" and not torch.are_deterministic_algorithms_enabled():
+            raise UnsupportedError(
+                "kernels give the same bits each time only where torch is told to",
+                fix="Call torch.use_deterministic_algorithms(True), or leave deterministic out.",
+                deterministic=True,
             )
         window = self.window_size
         if not isinstance(window, Sequence) or len(window) != 2 or any(not whole(n) or n < -1 for n in window):

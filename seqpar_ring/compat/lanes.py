@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from seqpar_ring.compat.rings import timeout_of, with_lanes
 from seqpar_ring.errors import GroupError, SeqparError, did_you_mean
+from seqpar_ring.groups import options_of
 from seqpar_ring.transport import FAR_LANES, LANES
 from seqpar_ring.transport.agreement import Claim, claim, settle
 
@@ -61,8 +62,14 @@ def own_lanes(*groups: dist.ProcessGroup, lanes: Sequence[str] = ("kv", "dkv")) 
         failed = error
     heard = _heard(mine, lanes, failed)
     for ranks in sorted({ranks for kinds in heard for ranks in kinds}):
-        kind = heard[ranks[0]][ranks]
-        made = {lane: dist.new_group(list(ranks), timeout=kind.timeout, backend=kind.backend) for lane in lanes}
+        backend, limit = heard[ranks[0]][ranks]
+        speaks = backend or str(dist.get_backend_config())
+        made = {
+            lane: dist.new_group(
+                list(ranks), timeout=limit, backend=backend, pg_options=options_of(lane, speaks, limit)
+            )
+            for lane in lanes
+        }
         for group in mine.get(ranks, ()):
             with_lanes(group, made)
 

@@ -107,7 +107,7 @@ class Ring:
         try:
             q, k, v = unpack(tensors, varlen)
             documents = read(q.shape[1])
-            options.check(len(documents.lengths) if varlen else None)
+            options.check(q.device.type, len(documents.lengths) if varlen else None)
             plan = documents.plan(options.mask(max(documents.lengths)))
         except SeqparError as problem:
             # The other ranks are told here what they meet in ring_attention, where all agree before anything travels.

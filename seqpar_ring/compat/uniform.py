@@ -44,7 +44,7 @@ def ring_flash_attn_func(
         causal: whether a query sees only keys up to its own position in the whole sequence.
         window_size: how many keys before and after its own position a query sees, -1 for all; with `causal` none after.
         alibi_slopes: (H,) or (B, H): `- slope * distance` is added to the logits; without gradient.
-        deterministic: accepted; results always are.
+        deterministic: results are, on a CPU; on a GPU where `torch.use_deterministic_algorithms(True)` was called.
         return_attn_probs: also return the log-sum-exp, as ring-flash-attn does (it never returns probabilities).
         group: the ranks that share the sequence; None: the default group; one rank without torch.distributed.
 

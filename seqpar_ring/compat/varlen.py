@@ -60,7 +60,7 @@ def ring_flash_attn_varlen_func(
         causal: whether a query sees only keys up to its own position in its document.
         window_size: how many keys before and after its own position a query sees, -1 for all; with `causal` none after.
         alibi_slopes: (H,): `- slope * distance` is added to the logits; without gradient.
-        deterministic: accepted; results always are.
+        deterministic: results are, on a CPU; on a GPU where `torch.use_deterministic_algorithms(True)` was called.
         return_attn_probs: also return the log-sum-exp, as ring-flash-attn does (it never returns probabilities).
         group: the ranks that share the documents; None: the default group; one rank without torch.distributed.
 
@@ -70,7 +70,8 @@ def ring_flash_attn_varlen_func(
 
     Raises:
         PlanError: shapes or lengths that do not fit, or a window that does not exist.
-        UnsupportedError: dropout, slopes of each document, or what no kernel can do exactly.
+        UnsupportedError: dropout, slopes of each document, `deterministic` that torch was not told, or what no kernel
+            can do exactly.
         DisagreementError: the ranks called with different lengths, shapes, dtypes or options.
         GroupError: a group that this rank does not belong to.
         TransportError: a rank died or did not arrive within the group's timeout.

@@ -3,8 +3,9 @@
 Taken for full blocks and square causal ones only: those mean the same with its diagonal at the top left and at the
 bottom right, and with them nothing depends on what a release of cuDNN makes of other bands. Everything else is cut
 into those (`squares`). Its log-sum-exp of packed rows is (T, H, 1), and its backward wants it padded to (B, H, max_q,
-1), for which its own helper stays on the device. A graph is built for each set of lengths' bounds, so those are
-rounded up.
+1), for which its own helper stays on the device. A graph is built for each set of bounds of the lengths, so those are
+rounded up; but also for each number of segments, and for backward of rows, to 64: packed batches that all differ build
+many, and a trial, which times calls of one kind, does not show what that costs.
 """
 
 from __future__ import annotations

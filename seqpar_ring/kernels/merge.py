@@ -10,6 +10,7 @@ kernel of our own (`merge_triton`), where triton is there, as it is with torch's
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -18,6 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOG = logging.getLogger(__name__)
+"""Says at WARNING, once, why parts are not merged by the kernel that is made for it."""
 
 AT_ONCE = 4
 """Parts that one launch of the GPU's kernel merges."""
@@ -70,5 +74,14 @@ def merge_parts_(out_BSHE: Tensor, lse_BHS: Tensor, parts: Sequence[Part]) -> No
 
 @cache
 def fused() -> bool:
-    """Whether parts are merged by our own kernel on a GPU."""
-    return find_spec("triton") is not None
+    """Whether parts are merged by our own kernel on a GPU: Triton is there, and has what it compiles with."""
+    if find_spec("triton") is None:
+        return False
+    out, lse = torch.zeros(1, 1, 1, 1, device="cuda"), torch.zeros(1, 1, 1, device="cuda")
+    try:
+        import_module("seqpar_ring.kernels.merge_triton").merge_parts_(out, lse, [Part(0, out.clone(), lse.clone())])
+    except Exception as error:  # no C compiler, no headers of Python: Triton raises what it meets
+        said = (str(error).splitlines() or [""])[0]
+        LOG.warning("parts are merged by plain torch, as Triton cannot compile: %s: %s", type(error).__name__, said)
+        return False
+    return True

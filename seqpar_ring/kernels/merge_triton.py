@@ -40,7 +40,8 @@ def _with(acc, total, part, part_lse, q0, m, rows, columns, b, h, H, E: tl.const
     return acc, tl.where(seen, top + tl.log(scale), total)
 
 
-@triton.jit
+# Not specialized: a row's number that is 1, or a multiple of 16, would be compiled for, anew for other documents.
+@triton.jit(do_not_specialize=["S", "begin", "end", "q0", "m0", "q1", "m1", "q2", "m2", "q3", "m3"])
 def _merge(
     out, lse, S, H, begin, end,
     part0, lse0, q0, m0, part1, lse1, q1, m1, part2, lse2, q2, m2, part3, lse3, q3, m3,

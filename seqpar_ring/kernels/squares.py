@@ -16,6 +16,10 @@ from seqpar_ring.geometry import INF
 from seqpar_ring.kernels.regrouped import Part, Regrouped, part
 from seqpar_ring.schedule import Call
 
+PADDED = 8
+"""A call whose queries, padded to the longest segment, would be so many times as many rows is cut by segments' lengths:
+cuDNN's backward wants a log-sum-exp of that size, 17 GB for 1,000 documents and 64 heads if one has 65,536 tokens."""
+
 
 class Squares(Regrouped):
     """The kernel it is made of, for calls of any kind without a window. See the module."""
@@ -35,7 +39,8 @@ def in_squares(call: Call, varlen: bool) -> tuple[Part, ...]:
     return tuple(
         part([(p.q0, p.q1, p.k0, p.k1) for p in some], INF, right)
         for right in (0, INF)
-        for some in _groups([p for p in blocks if (p.kind == "causal") == (right == 0)], varlen)
+        for group in _groups([p for p in blocks if (p.kind == "causal") == (right == 0)], varlen)
+        for some in _of_like_lengths(group)
     )
 
 
@@ -53,3 +58,12 @@ def _groups(blocks: list[geometry.Part], varlen: bool) -> Iterator[list[geometry
                 rest.append(p)
         yield taken
         blocks = rest
+
+
+def _of_like_lengths(blocks: list[geometry.Part]) -> list[list[geometry.Part]]:
+    """The blocks of a call as one, or as several in each of which none has twice the queries of another."""
+    lengths = [p.q1 - p.q0 for p in blocks]
+    if len(blocks) * max(lengths) <= PADDED * sum(lengths):
+        return [blocks]
+    classes = sorted({length.bit_length() for length in lengths})
+    return [[p for p in blocks if (p.q1 - p.q0).bit_length() == one] for one in classes]

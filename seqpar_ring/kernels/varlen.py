@@ -80,7 +80,8 @@ def pack(cu_q: tuple[int, ...], cu_k: tuple[int, ...], batch: int, window: tuple
 
 
 def _repeated(cu: tuple[int, ...], batch: int, device: str) -> Tensor:
-    starts = torch.tensor([b * cu[-1] + x for b in range(batch) for x in cu[:-1]] + [batch * cu[-1]], dtype=torch.int32)
+    rows = [b * cu[-1] + x for b in range(batch) for x in cu[:-1]] + [batch * cu[-1]]
+    starts = torch.tensor(rows, dtype=torch.int32, device="cpu")  # whatever the default device is
     return starts if device == "cpu" else starts.pin_memory().to(device, non_blocking=True)
 
 

@@ -65,6 +65,10 @@ class DistributedTransport(BaseTransport):
             raise self._gave_up(" and ".join(who), f"lane {lane}", started, error) from error
         return _Works(self, works, ops, who, lane)
 
+    def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        """See `Transport.all_gather`."""
+        return super().all_gather(x.detach().to(self.device), sizes, dim).to(x.device)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Transport.all_reduce`."""
         total = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)

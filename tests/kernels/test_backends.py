@@ -6,8 +6,10 @@ to see that the suite would notice.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ from seqpar_ring.kernels import (
     torch_flash,
 )
 from seqpar_ring.kernels.library import NO_GPU, Library
+from seqpar_ring.kernels.squares import Squares
 from seqpar_ring.kernels.varlen import Packed, VarlenKernel, pack
 from seqpar_ring.schedule import Call
 
@@ -173,11 +176,59 @@ def test_deterministic_algorithms_are_asked_for(name: str) -> None:
     assert there.calls[1][2]["deterministic"] is True
 
 
+def test_cudnns_padded_rows_are_few_however_unequal_documents_are() -> None:
+    kernel, there = made("cudnn")
+    lengths = [1 + i % 3 for i in range(40)] + [600] + [1 + i % 3 for i in range(9)]
+    cu = tuple(itertools.accumulate(lengths, initial=0))
+    call, scores = Call(0, 0, INF, 0, cu, cu), Scores(0.2)
+    tensors = inputs(cu[-1], cu[-1])
+    want = answers(ReferenceKernel(), tensors, call, scores)
+    assert off(answers(Squares(kernel), tensors, call, scores), want) < 1e-2
+    segments = [len(kw["cu_seqlens_q"]) - 1 for name, _, kw in there.calls if name == "sdpa_fwd"]
+    assert sorted(segments) == [1, 17, 32]  # of 600 tokens, one, and two or three
+    there.calls.clear()
+    even = Call(0, 0, INF, 0, (0, 300, 601), (0, 300, 601))
+    answers(Squares(kernel), inputs(601, 601), even, scores)
+    assert len([name for name, *_ in there.calls if name == "sdpa_fwd"]) == 1
+
+
 def test_the_dense_kernel_refuses_several_segments_by_itself() -> None:
     kernel = TorchCudnnKernel(AtenCudnn(), ("cpu",))
     q, k, v, _ = inputs(9, 9)
     with pytest.raises(PlanError, match=r"takes one segment \[segments=2\]"):
         kernel.forward(q, k, v, Call(0, 0, INF, 0, (0, 4, 9), (0, 4, 9)), Scores(0.2))
+
+
+def test_a_block_of_one_row_does_not_go_to_cudnns_dense_operator() -> None:
+    kernel = TorchCudnnKernel(there := AtenCudnn(), ("cpu",))
+    for m, n in ((1, 9), (9, 1)):
+        tensors, call = inputs(m, n), Call(0, 0, INF, INF, (0, m), (0, n))
+        got = answers(kernel, tensors, call, Scores(0.2))
+        assert off(got, answers(ReferenceKernel(), tensors, call, Scores(0.2))) == 0.0
+    assert there.calls == []
+
+
+@pytest.mark.parametrize("dims", [3, 4], ids=["before torch 2.9", "since"])
+def test_cudnns_backward_gets_lse_as_its_forward_gave_it_and_one_layout_of_dout(dims: int) -> None:
+    class Release(AtenCudnn):
+        def _scaled_dot_product_cudnn_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor | int | None, ...]:
+            out, lse, *rest = super()._scaled_dot_product_cudnn_attention(*args, **kwargs)
+            assert isinstance(lse, Tensor)
+            return out, lse if dims == 4 else lse[..., 0], *rest
+
+        def _scaled_dot_product_cudnn_attention_backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            dout, q, k, v, out, lse, *rest = args
+            assert lse.dim() == dims
+            assert all(x.transpose(1, 2).is_contiguous() for x in (dout, out))
+            return super()._scaled_dot_product_cudnn_attention_backward(
+                dout, q, k, v, out, lse if dims == 4 else lse.unsqueeze(-1), *rest, **kwargs
+            )
+
+    kernel, (q, k, v, dout) = TorchCudnnKernel(Release(), ("cpu",)), inputs(9, 9)
+    by_head = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    for x in (dout, by_head, dout[:, :, :, :1].expand(dout.shape)):
+        want = answers(ReferenceKernel(), (q, k, v, x), SQUARE, Scores(0.2))
+        assert off(answers(kernel, (q, k, v, x), SQUARE, Scores(0.2)), want) < 1e-2
 
 
 def test_cudnns_dense_operator_takes_what_is_given_up_to_its_device() -> None:

@@ -63,13 +63,14 @@ def test_parts_are_merged_in_one_pass_as_one_by_one() -> None:
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
 def test_a_call_that_was_made_before_does_not_wait_for_the_host() -> None:
     kernel, _ = select(request_of(128))
     q, k, v = (torch.randn(1, 256, h, 128, device=DEVICE, dtype=torch.bfloat16) for h in (8, 2, 2))
     call = Call(0, 0, INF, 0, (0, 256), (0, 256))
     first, _ = kernel.forward(q, k, v, call, Scores(0.1))
-    torch.cuda.set_sync_debug_mode("error")  # the second call would raise
     try:
+        torch.cuda.set_sync_debug_mode("error")  # the second call would raise
         second, _ = kernel.forward(q, k, v, call, Scores(0.1))
     finally:
         torch.cuda.set_sync_debug_mode("default")

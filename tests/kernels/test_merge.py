@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seqpar_ring.kernels import merge_
+from seqpar_ring.kernels import merge, merge_
 
 Block = tuple[Tensor, Tensor]
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -81,6 +83,22 @@ def test_two_rows_that_saw_nothing_stay_empty_without_nan() -> None:
     out, lse = merged(nothing(), nothing())
     assert torch.equal(out, nothing()[0])
     assert torch.equal(lse, nothing()[1])
+
+
+@pytest.mark.parametrize("triton", ["not there", "does not compile"])
+def test_without_a_triton_that_compiles_parts_are_merged_by_plain_torch(
+    triton: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    monkeypatch.setattr(merge, "find_spec", lambda name: None if triton == "not there" else name)
+    monkeypatch.setattr(merge, "import_module", lambda name: SimpleNamespace(merge_parts_=fails))
+    assert merge.fused.__wrapped__() is False
+    said = [] if triton == "not there" else ["RuntimeError: Failed to find C compiler."]
+    assert [record.getMessage().split("compile: ")[1] for record in caplog.records] == said
 
 
 @settings(max_examples=100, deadline=None)

@@ -20,6 +20,7 @@ from seqpar_ring.kernels import (
     ReferenceKernel,
     Request,
     Scores,
+    deterministic,
     lacks,
     names,
     register,
@@ -108,6 +109,7 @@ def test_auto_falls_back_to_the_reference_and_says_what_the_cpu_kernel_lacks(
     assert (choice.kernel.name, choice.reason) == ("reference", reason)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_on_a_gpu_that_is_not_there_each_kernel_made_for_it_says_what_it_lacks() -> None:
     kernel, reason = select(request(device="cuda:1", dtype=torch.bfloat16))
     assert kernel.name == "reference"
@@ -195,6 +197,24 @@ def test_a_gpu_of_another_architecture_and_widths_beyond_the_limit_are_lacks() -
     can = replace(can, unequal_value_dim=True)
     assert lacks(can, request(head_dim=192, value_dim=128)) == ()
     assert lacks(can, request(head_dim=192, value_dim=192)) == ("head width 192 (up to 128)",)
+
+
+def test_who_cannot_give_the_same_bits_lacks_that_where_torch_is_told_to() -> None:
+    can = Capabilities(dtypes=(torch.float32,), max_deterministic_dim=192, unequal_value_dim=True)
+    wide = request(deterministic=True, value_dim=256)
+    assert lacks(can, wide._replace(deterministic=False)) == lacks(can, request(deterministic=True)) == ()
+    assert lacks(can, wide) == ("the same bits each time, at head width 256",)
+    assert lacks(replace(can, max_deterministic_dim=0), request(deterministic=True)) != ()
+    assert lacks(replace(can, max_deterministic_dim=None), wide) == ()
+
+
+def test_only_who_is_to_raise_is_strict_about_determinism() -> None:
+    assert deterministic()  # conftest
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert not deterministic()
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def test_a_named_kernel_is_taken_though_auto_would_prefer_another() -> None:

@@ -24,7 +24,7 @@ from seqpar_ring.kernels import (
     Scores,
     TorchFlashKernel,
 )
-from seqpar_ring.kernels.trial import calls_for, gaps_for, rate, seconds, tried, wrong
+from seqpar_ring.kernels.trial import calls_for, fragile, gaps_for, rate, seconds, tried, wrong
 from seqpar_ring.schedule import Call
 
 REQUEST = Request("cpu", torch.bfloat16, 16, 16, 4, 2, window=True)
@@ -53,6 +53,8 @@ class Wrong:
             raise RuntimeError("no kernel image is available for execution on the device\nand more")
         if self.error == "top left" and call.right < INF and len(call.cu_q) == 2:
             call = call._replace(right=call.right - (call.cu_k[1] - call.cu_q[1]))
+        if self.error == "no softcap":
+            scores = scores._replace(softcap=None)
         if self.error == "no window":
             call = call._replace(left=INF)
         out, lse = ReferenceKernel().forward(q, k, v, call, scores)
@@ -63,6 +65,8 @@ class Wrong:
         return out, lse
 
     def backward(self, dout: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        if self.error == "nan for low rows" and kept.lse.max() < -88.7:
+            kept = kept._replace(lse=kept.lse + torch.exp(-kept.lse) * 0.0)  # inf * 0, as in columns that are not there
         if self.error == "lse of the block":
             kept = kept._replace(lse=kept.lse + 0.2)
         dq, dk, dv = ReferenceKernel().backward(dout, kept, call, scores)
@@ -89,11 +93,37 @@ def test_kernels_that_are_right_pass(kernel: Kernel, softcap: bool) -> None:
         ("lse in log2", "right answers here (lse of a full block is off by "),
         ("lse of the block", "right answers here (dq of a full block is off by "),
         ("no dk", "right answers here (dk of a full block is off by "),
+        ("no softcap", "right answers here (out of a full block is off by "),
     ],
 )
 def test_an_error_is_found_and_named(error: str, words: str) -> None:
-    kernel = Wrong(error)
-    assert wrong(kernel, REQUEST, calls_for(REQUEST, kernel)).startswith(words)
+    request, kernel = REQUEST._replace(softcap=error == "no softcap"), Wrong(error)
+    assert wrong(kernel, request, calls_for(request, kernel)).startswith(words)
+
+
+def test_a_right_kernel_is_finite_for_low_logits() -> None:
+    for kernel in RIGHT:
+        assert fragile(kernel, REQUEST) == ""
+
+
+def test_nan_where_all_logits_of_a_row_are_low_is_found_by_no_other_trial() -> None:
+    kernel = Wrong("nan for low rows")
+    assert wrong(kernel, REQUEST, calls_for(REQUEST, kernel)) == ""
+    assert fragile(kernel, REQUEST) == "finite answers here (dq of a full block of low logits is not)"
+    assert tried(kernel, REQUEST).wrong == fragile(kernel, REQUEST)
+    assert fragile(Wrong("raises"), REQUEST).startswith("a working call of a full block of low logits (RuntimeError:")
+
+
+def test_a_kernel_that_was_compiled_for_another_softcap_is_found() -> None:
+    class Stuck(Wrong):
+        softcap: float | None = None
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scores: Scores) -> tuple[Tensor, Tensor]:
+            self.softcap = self.softcap or scores.softcap
+            return super().forward(q, k, v, call, scores._replace(softcap=self.softcap))
+
+    request, kernel = REQUEST._replace(softcap=True), Stuck("")
+    assert wrong(kernel, request, calls_for(request, kernel)).startswith("right answers here (out of a causal square")
 
 
 def test_a_wrong_sign_of_infinity_shows_in_empty_segments_only() -> None:
