@@ -8,11 +8,14 @@ holds no schedule and no kernel.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seqpar_ring import operator
-from seqpar_ring.errors import PlanError, SeqparError
+from seqpar_ring.errors import PlanError, SeqparError, UnsupportedError
 from seqpar_ring.plan import Plan
 from seqpar_ring.reshard import shares
 
@@ -60,17 +63,18 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
     problem: SeqparError | None = None
     try:
         _check(q_BSHD, k_BSGD, v_BSGE, plan)
-        _check_logits(q_BSHD, softcap, sinks, alibi_slopes)
+        _check_logits(q_BSHD, scale, softcap, sinks, alibi_slopes)
         if plan.documents.members is not None:
             shares(q_BSHD.shape[2], k_BSGD.shape[2], plan.documents.members.world)
         plan.kernel(operator.request_for(q_BSHD, k_BSGD, v_BSGE, plan, softcap, alibi_slopes is not None))
     except SeqparError as error:
         problem = error
+        scale = softcap = None  # which may be what is wrong
     scale = q_BSHD.shape[-1] ** -0.5 if scale is None else float(scale)
     options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": alibi_slopes is not None}
     record = _record((q_BSHD, k_BSGD, v_BSGE), plan, options)
     # On a GPU a handshake in every layer would stall the stream, so there only what is new is agreed upon.
-    if problem or not q_BSHD.is_cuda or plan.documents.first_time(repr(record)):
+    if problem or not q_BSHD.is_cuda or plan.sequence.agreed.first_time(repr(record)):
         plan.sequence.agree("ring_attention", record, problem)
     out, lse = operator.attention(q_BSHD, k_BSGD, v_BSGE, sinks, alibi_slopes, plan.handle, scale, softcap)
     return (out, lse.detach()) if return_lse else out
@@ -99,12 +103,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = {name: f"{x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v))}
         raise PlanError("q, k and v differ in dtype or device", fix="Cast them to one dtype and device.", **kinds)
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise UnsupportedError("ring attention has no forward-mode derivative", fix="Use torch.autograd.grad.")
 
 
-def _check_logits(q: Tensor, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None) -> None:
+def _check_logits(
+    q: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None
+) -> None:
     B, _, H, _ = q.shape
-    if softcap is not None and not softcap > 0:
-        raise PlanError("softcap must be positive", fix="Give None for no cap.", softcap=softcap)
+    numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    for name, value in numbers.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise UnsupportedError(f"{name} has no gradient here", fix=f"Detach it; a learned {name} is not supported.")
+        if value is not None and not value > 0:
+            fix = "Give a positive number, or None for the usual one."
+            raise PlanError(f"{name} must be positive", fix=fix, **{name: float(value)})
     if sinks is not None and (tuple(sinks.shape) != (H,) or not sinks.is_floating_point() or sinks.device != q.device):
         raise PlanError(
             "sinks are not one number for each query head, on q's device",
@@ -138,5 +151,6 @@ def _record(
         "settings": plan.documents.settings.model_dump(exclude={"timeout"}),
         "batch, heads, kv heads, key width, value width": (*q.shape[::2], *k.shape[2:], *v.shape[3:]),
         "dtype": str(q.dtype),
+        "gradients": torch.is_grad_enabled() and any(x.requires_grad for x in qkv),
         **options,
     }

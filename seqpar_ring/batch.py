@@ -60,7 +60,11 @@ def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
         UnsupportedError: a mask that is not a padding mask.
     """
     shape = _shape(batch)
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if PLAN_KEY in batch:
+        raise BatchError(
+            "the batch is one rank's part already", fix="Give the whole batch, once.", shape=shape, plan=batch[PLAN_KEY]
+        )
+    labels, mask = _targets(batch.get("labels")), batch.get("attention_mask")
     if labels is not None and tuple(labels.shape) != shape:
         raise BatchError(
             "labels and input_ids differ in shape",
@@ -80,6 +84,25 @@ def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
     position_ids = torch.cat([torch.arange(n, device=device) for n in found])[None]
     shifted = None if labels is None else shift_labels(labels, found)
     return Reading(shape, found, shifted, position_ids)
+
+
+def _targets(labels: Any) -> Tensor | None:
+    """Labels as int64."""
+    if labels is None:
+        return None
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.dtype is torch.bool)
+    if not whole:
+        raise BatchError(
+            "labels are not a tensor of whole numbers",
+            fix="Give int64 labels of shape (batch, tokens).",
+            labels=labels.dtype if isinstance(labels, Tensor) else type(labels).__name__,
+        )
+    found: Tensor = labels.to(torch.int64)
+    if bool(((found < 0) & (found != IGNORED)).any()):
+        raise BatchError(
+            "there are negative labels", fix=f"Use {IGNORED} where there is no target.", least=int(found.min())
+        )
+    return found
 
 
 def shift_labels(labels: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -117,6 +140,21 @@ def token_keys(batch: Batch, shape: tuple[int, int]) -> tuple[str, ...]:
                 )
             keys.append(key)
     return tuple(keys)
+
+
+def refuse_trained(batch: Batch, keys: Sequence[str]) -> None:
+    """Refuse what has a gradient: that of a whole tensor is the same, whole, on every rank, and averages to too much.
+
+    Raises:
+        BatchError: a tensor of these keys requires a gradient.
+    """
+    for key in keys:
+        if batch[key].requires_grad:
+            raise BatchError(
+                f"{key} has a gradient, which would be counted once for each rank",
+                fix="Shard input_ids and embed this rank's tokens, or detach it.",
+                key=key,
+            )
 
 
 def fingerprint(x: Tensor | None) -> int | None:
@@ -160,6 +198,12 @@ def _real_tokens(mask: Any, shape: tuple[int, int]) -> Tensor | None:
             input_ids=shape,
         )
     real = mask != 0
+    if bool((real & (mask != 1)).any()):
+        raise UnsupportedError(
+            "attention_mask has other numbers than 0 and 1, and what they mean cannot be followed exactly",
+            fix="If they number documents, give position_ids that restart, or lengths, in their place.",
+            values=mask.unique().tolist()[:5],
+        )
     if bool(real.all()):
         return None
     rises = real[:, 1:] & ~real[:, :-1]
@@ -232,16 +276,14 @@ def _lengths_of_positions(position_ids: Any, shape: tuple[int, int], real: Tenso
     return rows.pop()
 
 
-def record(batch: Mapping[str, Any], reading: Reading | None) -> dict[str, object]:
-    """What the ranks of a group must have in common. The contents too: a loader that hands each rank its own sample
-    is the commonest silent error of sequence parallelism."""
-    if reading is None:
-        return {}
-    ids = batch.get("input_ids")
+def record(batch: Mapping[str, Any], reading: Reading) -> dict[str, object]:
+    """What the ranks of a group must have in common. The contents too, of whole numbers: a loader that hands each rank
+    its own sample is the commonest silent error of sequence parallelism."""
+    whole = [key for key in token_keys(batch, reading.shape) if not batch[key].dtype.is_floating_point]
     return {
         "keys": sorted(batch),
         "batch and tokens": reading.shape,
         "lengths": reading.lengths,
-        "input_ids (checksum)": fingerprint(ids),
+        **{f"{key} (checksum)": fingerprint(batch[key]) for key in whole},
         "labels (checksum)": fingerprint(reading.labels),
     }

@@ -77,6 +77,8 @@ def mean_of_sums(
             fix="Give num_items, the targets of the whole optimizer step (count_targets), or leave accumulation out.",
             accumulation=accumulation,
         )
+    if isinstance(num_items, bool):
+        raise BatchError("num_items is a number", fix="Give what count_targets returns.", num_items=num_items)
     targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
     count = int(seen) if num_items is None else int(num_items)
@@ -86,6 +88,13 @@ def mean_of_sums(
             fix="Check the labels: all are -100.",
             targets=int(seen),
             num_items=num_items,
+        )
+    if not seen.is_cuda and int(seen) > count:  # on a GPU the host would have to wait to see it
+        raise BatchError(
+            "there are more targets in this batch than num_items says are in the whole step",
+            fix="Count the targets of all ranks and micro-batches: count_targets does.",
+            targets=int(seen),
+            num_items=count,
         )
     factor = accumulation / count if num_items is not None else 1 / count
     value = (total * factor).to(local.dtype)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -162,9 +163,9 @@ class SequenceParallel:
             PlanError: lengths below 1, or a mask that does not exist.
             UnsupportedError: no kernel can compute the mask.
         """
-        keys = (kv_lengths,) if isinstance(kv_lengths, int) else None if kv_lengths is None else tuple(kv_lengths)
+        keys = None if kv_lengths is None else _each(kv_lengths)
         mask = Mask.make(causal, window, chunk, prefix)
-        plan: Plan = self._documents((lengths,) if isinstance(lengths, int) else tuple(lengths), keys).plan(mask)
+        plan: Plan = self._documents(_each(lengths), keys).plan(mask)
         return plan
 
     def shard_batch(self, batch: Mapping[str, Any], lengths: Sequence[int] | None = None) -> dict[str, Any]:
@@ -189,14 +190,17 @@ class SequenceParallel:
         problem: SeqparError | None = None
         reading: edge.Reading | None = None
         keys: tuple[str, ...] = ()
+        shared: dict[str, object] = {}
         try:
             reading = edge.read(batch, lengths)
             keys = edge.token_keys(batch, reading.shape)
+            edge.refuse_trained(batch, keys)
             self._expect_enough(reading)
             self.settle(reading.lengths)
+            shared = edge.record(batch, reading)
         except SeqparError as error:
             problem = error
-        self.agree("shard_batch", {**edge.record(batch, reading), "decided": self.decided}, problem)
+        self.agree("shard_batch", {**shared, "decided": self.decided}, problem)
         assert reading is not None  # agree raised otherwise
         plan = self.plan(reading.lengths)
         out = {key: value for key, value in batch.items() if not isinstance(value, Tensor) or not value.dim()}
@@ -324,6 +328,10 @@ class SequenceParallel:
         """Start counting anew."""
         self.groups.ring.stats.reset()
 
+    def __deepcopy__(self, memo: object) -> SequenceParallel:
+        """Itself: a copy of a model (for an average of its weights, say) runs on the same ranks."""
+        return self
+
     def __repr__(self) -> str:
         return f"SequenceParallel({self.settings}, rank {self.rank} of {self.size}, data rank {self.data_rank})"
 
@@ -335,6 +343,10 @@ class SequenceParallel:
                 tokens=reading.shape[1],
                 size=self.size,
             )
+
+
+def _each(lengths: int | Sequence[int]) -> tuple[int, ...]:
+    return (int(lengths),) if isinstance(lengths, Integral) else tuple(lengths)  # type: ignore[arg-type]
 
 
 def _check(settings: Settings) -> None:

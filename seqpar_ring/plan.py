@@ -90,31 +90,26 @@ class Documents:
             self.kv_layout = layouts.split(self.k_side, heads)
         self.sizes = self.layout.sizes
         self._plans: dict[Mask, Plan] = {}
-        self._met: set[object] = set()
 
     @cached_property
     def order(self) -> TokenOrder:
         """Index tensors between the whole sequence and the ranks."""
-        return TokenOrder(self.lengths, self.layout, self.sequence.rank)
+        with torch.inference_mode(False):  # they are kept, and training may want them next
+            return TokenOrder(self.lengths, self.layout, self.sequence.rank)
 
     @cached_property
     def kv_order(self) -> TokenOrder:
         """The same for the keys of cross-attention."""
         if self.kv_lengths is None:
             return self.order
-        return TokenOrder(self.kv_lengths, self.kv_layout, self.sequence.rank)
+        with torch.inference_mode(False):
+            return TokenOrder(self.kv_lengths, self.kv_layout, self.sequence.rank)
 
     def plan(self, mask: Mask) -> Plan:
         """The plan of these documents under a mask; the same object each time."""
         if mask not in self._plans:
             self._plans[mask] = Plan(self, mask)
         return self._plans[mask]
-
-    def first_time(self, what: object) -> bool:
-        """Whether this is the first time that these documents are used with this."""
-        new = what not in self._met
-        self._met.add(what)
-        return new
 
 
 class Pass(NamedTuple):
@@ -192,7 +187,8 @@ class Plan:
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a whole tensor, in the plan's order. `x` is the same on every rank of the group.
 
-        Differentiable: the gradient of the whole tensor is gathered, so it is the same on every rank.
+        Differentiable: the gradient of the whole tensor is gathered, so it is the same, and whole, on every rank; with
+        `SequenceParallel.loss` and an average over ranks it would be counted once for each rank.
 
         Raises:
             PlanError: `x` has not as many entries along `dim` as the plan has tokens.
@@ -304,6 +300,10 @@ class Plan:
             UnsupportedError: no kernel, or not the one that the settings name, can do this exactly.
         """
         return select(request, self.documents.settings.kernel)
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        """Itself: a plan never changes, and is found by its number."""
+        return self
 
     def __repr__(self) -> str:
         shown = self.lengths if len(self.lengths) < 9 else (*self.lengths[:8], "...")

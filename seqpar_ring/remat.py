@@ -6,7 +6,7 @@ checkpointing of its own: it works under any that runs a function again, torch's
 DeepSpeed's. torch's selective checkpointing would do the same in one of these, but refuses a recompute whose other
 operators differ from the forward's, and under ZeRO-3 they may: which parameters are gathered and freed inside a layer
 depends on what is still there. What it costs: one hidden state and one fp32 number per head and token, for each layer,
-in device memory or (`offload`) in the host's. A checkpointed layer must not change attention's output in place.
+in device memory or (`offload`) in the host's. A checkpointed layer that changes attention's output in place is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.operator import OPERATOR
 
 Result = tuple[Tensor, ...]
@@ -69,15 +70,49 @@ class InPlace:
     """Results stay where they are."""
 
     def __init__(self) -> None:
-        self._results: dict[Hashable, Result] = {}
+        self._results: dict[Hashable, tuple[Result, list[int]]] = {}
 
     def put(self, key: Hashable, result: Result) -> None:
         """Store a result."""
-        self._results[key] = result
+        kept = tuple(_alias(x) for x in result)
+        self._results[key] = kept, [x._version for x in kept]
 
     def take(self, key: Hashable) -> Result | None:
-        """Give a result back, once, so that its memory is free after it."""
-        return self._results.pop(key, None)
+        """Give a result back, once, so that its memory is free after it.
+
+        Raises:
+            UnsupportedError: it was changed in place meanwhile, so that the recompute would go on with a wrong one.
+        """
+        kept, versions = self._results.pop(key, (None, []))
+        if kept is not None and [x._version for x in kept] != versions:
+            raise UnsupportedError(
+                "attention's result was changed in place, and its checkpoint keeps what it was",
+                fix="Write `out = out * x` and not `out.mul_(x)`, or do not keep attention.",
+            )
+        return kept
+
+
+def _alias(x: Tensor) -> Tensor:
+    """The same tensor outside of the graph, which counts the same changes in place.
+
+    Inside of a dispatch mode `detach` gives one that counts its own: torch leaves out what makes views of it, and has
+    no public way to put that back. Where the private one is missing, changes are not seen.
+    """
+    if not hasattr(torch._C, "_dispatch_tls_set_dispatch_key_excluded"):
+        return x.detach()
+    key = torch._C.DispatchKey.ADInplaceOrView
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        return x.detach()
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is under way in this thread; True where torch does not say."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is None or task() != -1
 
 
 class InHostMemory:
@@ -96,7 +131,7 @@ class InHostMemory:
         """Start copying a result to pinned memory."""
         device = result[0].device
         with self._beside(device, result):
-            self._away[key] = device, tuple(_to_host(x) for x in result)
+            self._away[key] = device, tuple(_to_host(x.detach()) for x in result)
 
     def take(self, key: Hashable) -> Result | None:
         """Wait for a result to be back on its device, and start fetching the one that was put before it."""
@@ -156,6 +191,11 @@ class Kept:
 
     def around(self, name: Hashable) -> AbstractContextManager[object]:
         """A context for one call of attention (`ring_attention`), which keeps its result or reuses it."""
+        if self._closed and not _in_backward():
+            raise UnsupportedError(
+                "a function that keeps attention was called in forward for the second time",
+                fix="Wrap it anew for each call: checkpoint(keeping(layer), x).",
+            )
         if self._closed:
             result = self._shelf.take(name)
             return nullcontext() if result is None else _AtAttention(lambda run: result)
@@ -163,7 +203,7 @@ class Kept:
 
     def _keep(self, name: Hashable, result: Result) -> Result:
         self.bytes += sum(x.nbytes for x in result)
-        self._shelf.put(name, tuple(x.detach() for x in result))  # not into the graph that the result becomes part of
+        self._shelf.put(name, result)
         return result
 
 

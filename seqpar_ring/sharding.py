@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqpar_ring.geometry import Ints, RunColumns, ramp
 from seqpar_ring.layout import Layout, offsets
@@ -69,6 +70,7 @@ class _Shard(torch.autograd.Function):
         return x.index_select(dim, order.mine(x.device))
 
     @staticmethod
+    @once_differentiable  # what is exchanged here has no graph: a second derivative would lack its term
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         dim, order, ring = ctx.args
         return _whole(grad, dim, order, ring), None, None, None
@@ -81,6 +83,7 @@ class _Gather(torch.autograd.Function):
         return _whole(x, dim, order, ring)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         dim, order, ring = ctx.args
         return ring.all_reduce(grad.contiguous()).index_select(dim, order.mine(grad.device)), None, None, None

@@ -6,6 +6,7 @@ the comparison with dense attention, and bad arguments, which have to end in a n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seqpar_ring import executor, operator, ring_attention, run
 from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
@@ -29,6 +31,7 @@ from seqpar_ring.testing import (
     ring_results,
     run_lockstep,
 )
+from seqpar_ring.transport.base import Agreed
 
 # -- what must fail ---------------------------------------------------------------------------------------------------
 
@@ -369,3 +372,95 @@ def test_what_travels_in_backward_follows_the_bytes_and_says_so(heads: int, kv_h
     assert reason.value == expected
     # In bf16: q, dout, dq in fp32, lse and delta; against k, v and their gradients in fp32.
     assert reason.reason == f"queries {8 * heads * 16 + 8 * heads} bytes a token, keys and values {12 * kv_heads * 16}"
+
+
+def test_what_has_no_gradient_here_is_refused_and_not_dropped() -> None:
+    def with_(**options: Any) -> Callable[[SequenceParallel], Any]:
+        def run(sp: SequenceParallel) -> Any:
+            plan = sp.plan(6)
+            x = torch.randn(1, plan.local_tokens, 2, 4)
+            return ring_attention(x, x, x, plan, **options)
+
+        return run
+
+    for name in ("scale", "softcap"):
+        with pytest.raises(UnsupportedError, match=f"{name} has no gradient here"):
+            run_lockstep(with_(**{name: torch.tensor(0.5, requires_grad=True)}), 2)
+        for value in (0.0, -1.0, float("nan")):
+            with pytest.raises(PlanError, match=f"{name} must be positive"):
+                run_lockstep(with_(**{name: value}), 2)
+
+
+@pytest.mark.parametrize("way", ["jvp", "dual"])
+def test_forward_mode_derivatives_are_refused_and_not_zero(way: str) -> None:
+    def run(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        x = torch.randn(1, plan.local_tokens, 2, 4)
+        if way == "jvp":
+            torch.func.jvp(lambda q: ring_attention(q, x, x, plan), (x,), (torch.ones_like(x),))
+        else:
+            with forward_ad.dual_level():
+                ring_attention(x, forward_ad.make_dual(x, torch.ones_like(x)), x, plan)
+
+    with pytest.raises(UnsupportedError, match="forward-mode"):
+        run_lockstep(run, 1)
+
+
+def test_second_derivatives_through_sharding_are_refused_and_not_dropped() -> None:
+    def run(sp: SequenceParallel, way: str) -> None:
+        plan = sp.plan(6)
+        x = torch.randn(1, 6 if way == "shard" else plan.local_tokens, requires_grad=True)
+        (grad,) = torch.autograd.grad((getattr(plan, way)(x) ** 3).sum(), x, create_graph=True)
+        (grad**2).sum().backward()
+
+    for way in ("shard", "gather"):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            run_lockstep(lambda sp, way=way: run(sp, way), 2)
+
+
+def test_ranks_of_which_only_some_differentiate_are_told_so() -> None:
+    def run(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        x = torch.randn(1, plan.local_tokens, 2, 4, requires_grad=sp.rank == 0)
+        ring_attention(x, x, x, plan)
+
+    with pytest.raises(DisagreementError, match="gradients"):
+        run_lockstep(run, 2)
+
+
+def test_what_was_agreed_on_is_forgotten_on_all_ranks_alike() -> None:
+    """Whoever plans more than others must not be the only one to compare notes: over NCCL it would wait in vain."""
+    def asked(sp: SequenceParallel) -> list[bool]:
+        for length in range(20, 20 + 70 * (1 + sp.rank)):  # more plans than are kept, and not the same on all
+            sp.plan(length)
+        return [sp.plan(20).sequence.agreed.first_time(what) for what in ("a", "b", "a")]
+
+    assert run_lockstep(asked, 2) == [[True, True, False]] * 2
+    short = Agreed(kept=2)
+    assert [short.first_time(what) for what in "abacb"] == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_nan_stays_where_it_belongs_and_visible(world: int, where: str) -> None:
+    """In blocks of any size: torch's op makes 0 of a row of nan where there are few keys."""
+    lengths, case = [13, 5, 20], Case(2, 1, 8, dtype=torch.float32)
+
+    def run(sp: SequenceParallel) -> dict[str, Tensor]:
+        plan = sp.plan(lengths)
+        q, k, v, _ = case.inputs(plan.tokens)
+        {"q": q, "k": k}[where][:, 15] = float("nan")  # the third token of the second document
+        out = ring_attention(plan.shard(q), plan.shard(k), plan.shard(v), plan)
+        return {"out": plan.gather(out)}
+
+    seen = run_lockstep(run, world)[0]["out"].isnan().any(-1).any(-1)[0]
+    assert seen.nonzero().flatten().tolist() == ([15] if where == "q" else [15, 16, 17])
+
+
+def test_a_copy_of_a_model_shares_its_plans_and_ranks() -> None:
+    def run(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        assert copy.deepcopy(plan) is plan
+        assert copy.deepcopy({"sp": sp})["sp"] is sp
+
+    run_lockstep(run, 1)

@@ -82,6 +82,12 @@ def test_padding_at_the_right_is_the_last_documents_and_has_no_targets() -> None
         ({"input_ids": ids(6)}, None, BatchError, "at least one of each"),
         ({"input_ids": torch.zeros(0, 6)}, None, BatchError, "at least one of each"),
         ({"input_ids": None}, None, BatchError, "no input_ids"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)}, None, UnsupportedError, "values=[1, 2]"),
+        ({"attention_mask": torch.full((2, 6), float("nan"))}, None, UnsupportedError, "other numbers than 0 and 1"),
+        ({"labels": [[1] * 6] * 2}, None, BatchError, "not a tensor of whole numbers [labels='list']"),
+        ({"labels": torch.zeros(2, 6)}, None, BatchError, "not a tensor of whole numbers [labels=torch.float32]"),
+        ({"labels": torch.full((2, 6), -1)}, None, BatchError, "negative labels [least=-1]"),
+        ({"seqpar_plan": "a plan"}, None, BatchError, "one rank's part already"),
     ],
 )
 def test_a_bad_batch_is_refused_with_its_values(
@@ -110,3 +116,9 @@ def test_a_fingerprint_tells_batches_apart(at: int, change: int) -> None:
     assert edge.fingerprint(one) != edge.fingerprint(other)
     assert edge.fingerprint(one) == edge.fingerprint(one.clone())
     assert edge.fingerprint(None) is None
+
+
+def test_labels_of_any_whole_numbers_become_int64() -> None:
+    reading = edge.read({"input_ids": ids(2, 6), "labels": ids(2, 6).to(torch.int32)})
+    assert reading.labels is not None
+    assert reading.labels.dtype is torch.int64

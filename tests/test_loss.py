@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,3 +144,14 @@ def test_labels_of_another_shape_and_accumulation_alone_are_refused() -> None:
             sp.loss(torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), accumulation=2)
 
     run_lockstep(refuse, 1)
+
+
+def test_fewer_items_than_targets_and_a_flag_for_a_number_are_refused() -> None:
+    """Each rank's own targets in place of the world's would make the loss `world` times as large."""
+    def run(sp: SequenceParallel, items: Any) -> None:
+        sp.loss(torch.randn(1, 4, 7), torch.tensor([[1, 2, 3, -100]]), num_items=items)
+
+    run_lockstep(lambda sp: run(sp, 6), 2)
+    for items, words in ((3, r"more targets .*targets=6, num_items=3"), (True, "is a number")):
+        with pytest.raises(BatchError, match=words):
+            run_lockstep(lambda sp, items=items: run(sp, items), 2)

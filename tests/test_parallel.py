@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -214,3 +215,49 @@ def test_settings_are_readable_back() -> None:
         return sp.settings
 
     assert run_lockstep(check, 2, layout="striped")[0].layout == "striped"
+
+
+def test_what_is_trained_is_refused_whole_since_its_gradient_would_count_for_each_rank() -> None:
+    def run(sp: SequenceParallel) -> None:
+        embeds = torch.randn(1, 6, 8, requires_grad=True)
+        assert sp.shard_batch({"inputs_embeds": embeds.detach()})["inputs_embeds"].shape[2] == 8
+        sp.shard_batch({"inputs_embeds": embeds})
+
+    with pytest.raises(BatchError, match="inputs_embeds has a gradient"):
+        run_lockstep(run, 2)
+
+
+def test_ranks_given_different_token_types_are_told_so() -> None:
+    def run(sp: SequenceParallel) -> None:
+        ids = torch.arange(6)[None]
+        sp.shard_batch({"input_ids": ids, "token_type_ids": (ids > 2 + sp.rank).long()})
+
+    with pytest.raises(DisagreementError, match="token_type_ids"):
+        run_lockstep(run, 2)
+
+
+def test_positions_that_inference_saw_first_can_be_trained_with() -> None:
+    def run(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        with torch.inference_mode():
+            plan.position_ids, plan.shard(torch.randn(1, 6))
+        weights = torch.randn(6, 3, requires_grad=True)
+        torch.nn.functional.embedding(plan.position_ids, weights).sum().backward()
+
+    run_lockstep(run, 2)
+
+
+@pytest.mark.parametrize("window", [4.9, True, "4", [3, 2.5]], ids=str)
+def test_a_window_that_is_no_whole_number_is_refused_and_not_rounded(window: Any) -> None:
+    with pytest.raises(PlanError, match="window is no whole number"):
+        run_lockstep(lambda sp: sp.plan([20, 5], window=window), 1)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_whole_numbers() -> None:
+    def same(sp: SequenceParallel) -> None:
+        plain = sp.plan([20, 5], window=[3, 2])
+        for window in (np.array([3, 2]), torch.tensor([3, 2]), [np.int64(3), torch.tensor(2)]):
+            assert sp.plan([20, 5], window=window) is plain
+        assert sp.plan(np.int64(20), window=np.int64(4)) is sp.plan(20, window=4)
+
+    run_lockstep(same, 1)

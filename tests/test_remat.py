@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from seqpar_ring import executor, remat, ring_attention
+from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.testing import run_lockstep
 
@@ -153,6 +154,39 @@ def test_a_result_is_waited_for_before_the_next_one_starts_on_its_way(monkeypatc
     assert done == [2, "wait for the copies", 1, "wait for the copies", 0]
 
 
+@pytest.mark.parametrize("mode", ["reentrant", "kept", "context"])
+def test_a_result_that_is_changed_in_place_is_refused_and_not_changed_twice(mode: str) -> None:
+    def changed(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+
+        def layer(h: Tensor) -> Tensor:
+            return ring_attention(h, h, h, plan).mul_(0.5).sin()
+
+        x = torch.randn(1, plan.local_tokens, 2, 4, requires_grad=True)
+        ways = {
+            "reentrant": lambda: checkpoint(remat.keeping(layer), x, use_reentrant=True),
+            "kept": lambda: checkpoint(remat.keeping(layer), x, use_reentrant=False),
+            "context": lambda: checkpoint(layer, x, use_reentrant=False, context_fn=remat.context_fn),
+        }
+        ways[mode]().sum().backward()
+
+    with pytest.raises((UnsupportedError, RuntimeError), match=r"in place|inplace"):  # if reentrant, torch sees it
+        run_lockstep(changed, 2)
+
+
+def test_a_function_that_was_wrapped_once_is_refused_in_its_second_forward() -> None:
+    """It would hand out attention of the first one's inputs."""
+    def twice(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        layer = remat.keeping(lambda h: ring_attention(h, h, h, plan))
+        with torch.no_grad():
+            layer(torch.randn(1, plan.local_tokens, 2, 4))
+        layer(torch.randn(1, plan.local_tokens, 2, 4, requires_grad=True))
+
+    with pytest.raises(UnsupportedError, match=r"second time.*Wrap it anew"):
+        run_lockstep(twice, 2)
+
+
 def test_a_kept_result_is_free_after_its_recompute() -> None:
     def run(sp: SequenceParallel) -> None:
         plan, held = sp.plan(6), []
@@ -160,8 +194,8 @@ def test_a_kept_result_is_free_after_its_recompute() -> None:
         keep = remat.InPlace.put
 
         def watching(shelf: remat.InPlace, name: Hashable, result: remat.Result) -> None:
-            held.extend(weakref.ref(part) for part in result)
             keep(shelf, name, result)
+            held.extend(weakref.ref(part) for part in shelf._results[name][0])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(remat.InPlace, "put", watching)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,10 +124,7 @@ class Mask:
         Raises:
             PlanError: options that do not go together.
         """
-        def listed(value: int | Sequence[int | None] | None) -> int | tuple[int | None, ...] | None:
-            return tuple(value) if isinstance(value, Sequence) else value
-
-        mask = Mask(causal, listed(window), chunk, listed(prefix))  # type: ignore[arg-type]
+        mask = Mask(causal, *(_whole(n, x) for n, x in (("window", window), ("chunk", chunk), ("prefix", prefix))))
         mask._check()
         return mask
 
@@ -251,3 +248,18 @@ class Mask:
                 **{name: value, "documents": documents},
             )
         return value
+
+
+def _whole(name: str, value: Any) -> Any:
+    """A number, or a tuple of numbers and None, as plain whole numbers.
+
+    Raises:
+        PlanError: it is not a whole number, or not a list of such.
+    """
+    if hasattr(value, "tolist"):  # of numpy or torch
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_whole(name, one) for one in value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise PlanError(f"{name} is no whole number", fix="Give an int, or one for each document.", **{name: value})

@@ -2,12 +2,14 @@
 
 The kernel is a private op of aten, so it is named in this file only. It knows full blocks, top-left causal blocks and
 additive masks; so each segment of a call is cut (`geometry.split`) into full parts, square causal parts and masked
-slabs of a window, and parts that share query rows are merged in fp32. It has three traps, closed here: an empty block
-kills the process (no part is ever empty), rows of stride other than 1 are read wrongly (copied first), and without
-GQA (older torch) key heads must be repeated. Keys or values that are narrower are padded with zeros, since it wants one
-width. It does no softcap and no position biases. 16-bit inputs are computed in fp32, see `_narrow`. Keys and values
-are copied so that the rows of a head lie together, which makes the op 1 to 2 % faster, forward and backward; a copy of
-queries, of which every row is read once, gains no more than it costs.
+slabs of a window, and parts that share query rows are merged in fp32. It has four traps, closed here: an empty block
+kills the process (no part is ever empty), rows of stride other than 1 are read wrongly (copied first), without GQA
+(older torch) key heads must be repeated, and a row whose logits are all nan or -inf gets out 0 and lse 0 where there
+are few keys, which a merge would take for a row that saw something (what is not finite goes to the reference). Keys or
+values that are narrower are padded with zeros, since it wants one width. It does no softcap and no position biases.
+16-bit inputs are computed in fp32, see `_narrow`. Keys and values are copied so that the rows of a head lie together,
+which makes the op 1 to 2 % faster, forward and backward; a copy of queries, of which every row is read once, gains no
+more than it costs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from seqpar_ring.geometry import Part, split
 from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
 from seqpar_ring.kernels.delta import stand_in
 from seqpar_ring.kernels.merge import merge_
+from seqpar_ring.kernels.reference import ReferenceKernel
 from seqpar_ring.schedule import Call
 
 OP = "_scaled_dot_product_flash_attention_for_cpu"
@@ -86,6 +89,7 @@ class CpuKernel:
     def __init__(self, op: str = OP) -> None:
         forward, backward = _aten(op), _aten(op + "_backward")
         self._forward, self._backward = cast(Op, forward), cast(Op, backward)
+        self._reference = ReferenceKernel()
         self._shares_heads: bool | None = None  # whether the op does GQA; found out when first needed
         self.capabilities = Capabilities(
             dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -101,6 +105,8 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
+        if not _finite(q_BSHD, k_BSGD):
+            return self._reference.forward(q_BSHD, k_BSGD, v_BSGE, call, scores)
         width, value_width = max(q_BSHD.shape[3], v_BSGE.shape[3]), v_BSGE.shape[3]
         batch, length, heads, _ = q_BSHD.shape
         qkv = self._by_head((q_BSHD, k_BSGD, v_BSGE), wide(q_BSHD.dtype), width)
@@ -120,6 +126,8 @@ class CpuKernel:
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`. Gradients come in fp32 (fp64), of large blocks or long documents in the inputs'."""
         admit(self, kept[:3], call, scores)
+        if not _finite(kept.q, kept.k):
+            return self._reference.backward(dout_BSHE, kept, call, scores)
         dtype = wide(kept.q.dtype)
         parts = [p for rows in (cut(call) if kept.q.numel() else ()) for p in rows.parts]
         computed = kept.q.dtype if _narrow(kept, parts, scores.keys) else dtype
@@ -209,9 +217,11 @@ def _narrow(kept: Kept, parts: list[Part], keys: int) -> bool:
     In 16 bits the op would round each partial result before it is merged or added up, which at 8 ranks makes up to a
     third more error than one call over all keys; in fp32 it makes less. Measured on a CPU with AVX-512: forward takes
     the same time in fp32, backward 1.35 times as long, so that large blocks and long documents do without (`LARGE`,
-    `LONG`). On one with AVX2 only it is 16 bits that take 4 times as long, so nothing is computed in them there.
+    `LONG`). On one with AVX2 only it is 16 bits that take 4 times as long, so nothing is computed in them there. fp16
+    never is: its gradients have numbers below the smallest that it holds in full.
     """
-    return FAST_IN_16_BITS and kept.out is not None and (keys >= LONG or all(_large(p) for p in parts))
+    worth = FAST_IN_16_BITS and kept.q.dtype is torch.bfloat16 and kept.out is not None
+    return worth and (keys >= LONG or all(_large(p) for p in parts))
 
 
 def _large(p: Part) -> bool:
@@ -224,6 +234,11 @@ def _heads_first(x_BSHD: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     Not for dout, which backward copies where it is not laid out as (B, S, H, D).
     """
     return _readable(_padded(x_BSHD.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), width))
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether no number is infinite or nan; False too where a sum overflows. One read of each, and no memory."""
+    return all(bool(x.sum(dtype=wide(x.dtype)).isfinite()) for x in tensors)
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

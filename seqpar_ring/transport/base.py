@@ -8,6 +8,7 @@ torch.distributed or over threads of one process. `BaseTransport` holds what bot
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -113,11 +114,13 @@ class Messenger(Protocol):
 class Transport(Messenger, Protocol):
     """The ranks of one group, and all ways to move tensors between them.
 
-    `recorder`, where somebody records, is told what is done with this transport.
+    `recorder`, where somebody records, is told what is done with this transport; `agreed` remembers what its ranks need
+    not compare again.
     """
 
     stats: TransportStats
     recorder: Recorder | None
+    agreed: Agreed
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """All ranks' tensors, concatenated along `dim` in rank order; not differentiable.
@@ -145,6 +148,27 @@ class Transport(Messenger, Protocol):
         """
 
 
+class Agreed:
+    """What the ranks of a group have agreed on lately. All of them ask the same in the same order (what comes between
+    may differ), so all forget the same.
+
+    Args:
+        kept: how much is remembered.
+    """
+
+    def __init__(self, kept: int = 4096) -> None:
+        self._kept, self._known = kept, OrderedDict[object, None]()
+
+    def first_time(self, what: object) -> bool:
+        """Whether this was not asked before, or so long ago that it was forgotten."""
+        new = what not in self._known
+        self._known[what] = None
+        self._known.move_to_end(what)
+        if len(self._known) > self._kept:
+            self._known.popitem(last=False)
+        return new
+
+
 class BaseTransport(ABC):
     """Rank, statistics, checks of what is posted, and `all_gather`, which needs nothing but `exchange`."""
 
@@ -152,6 +176,7 @@ class BaseTransport(ABC):
         self.rank, self.world, self.stats = rank, world, TransportStats()
         self.lanes = tuple(lanes)
         self.recorder: Recorder | None = None
+        self.agreed = Agreed()
 
     @abstractmethod
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
