@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from seqpar_ring import errors, remat, testing
     from seqpar_ring.attention import ring_attention
     from seqpar_ring.config import Settings
-    from seqpar_ring.parallel import Report, SequenceParallel
+    from seqpar_ring.parallel import SequenceParallel
     from seqpar_ring.plan import Plan
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Plan": "seqpar_ring.plan",
-    "Report": "seqpar_ring.parallel",
+    "Report": "seqpar_ring.transport.base",
     "SequenceParallel": "seqpar_ring.parallel",
     "Settings": "seqpar_ring.config",
     "ring_attention": "seqpar_ring.attention",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,7 @@ from seqpar_ring.planner.model import Model
 from seqpar_ring.planner.settle import Settled, on_device, settle
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.tiling import summed_cross_entropy
+from seqpar_ring.transport.base import Report
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -40,25 +40,6 @@ LOG = logging.getLogger(__name__)
 
 PLANS_KEPT = 64
 """Sets of document lengths that are remembered. Packed data brings new ones each step; evaluation repeats them."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one rank sent, and how long it waited, since the last reset.
-
-    Attributes:
-        bytes_sent: bytes sent in each lane: "kv" keys and values, "dkv" their gradients.
-        messages: transfers sent.
-        seconds_waited: time spent waiting for transfers that were not there yet.
-    """
-
-    bytes_sent: dict[str, int]
-    messages: int
-    seconds_waited: float
-
-    def __str__(self) -> str:
-        lanes = ", ".join(f"{lane} {size / 2**20:.1f} MiB" for lane, size in sorted(self.bytes_sent.items()))
-        return f"sent {lanes or 'nothing'} in {self.messages} messages, waited {self.seconds_waited:.2f} s"
 
 
 class SequenceParallel:

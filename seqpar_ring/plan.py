@@ -94,16 +94,14 @@ class Documents:
     @cached_property
     def order(self) -> TokenOrder:
         """Index tensors between the whole sequence and the ranks."""
-        with torch.inference_mode(False):  # they are kept, and training may want them next
-            return TokenOrder(self.lengths, self.layout, self.sequence.rank)
+        return TokenOrder(self.lengths, self.layout, self.sequence.rank)
 
     @cached_property
     def kv_order(self) -> TokenOrder:
         """The same for the keys of cross-attention."""
         if self.kv_lengths is None:
             return self.order
-        with torch.inference_mode(False):
-            return TokenOrder(self.kv_lengths, self.kv_layout, self.sequence.rank)
+        return TokenOrder(self.kv_lengths, self.kv_layout, self.sequence.rank)
 
     def plan(self, mask: Mask) -> Plan:
         """The plan of these documents under a mask; the same object each time."""

@@ -23,6 +23,7 @@ from seqpar_ring.transport import Transport
 class TokenOrder:
     """Where in the whole sequence each rank's tokens stand, as int64 index tensors kept per device."""
 
+    @torch.inference_mode(False)  # evaluation may make one, and training use it
     def __init__(self, lengths: Sequence[int], layout: Layout, rank: int) -> None:
         self.sizes, self.rank = layout.sizes, rank
         base, every = np.array(offsets(lengths), dtype=np.int64), layout.runs

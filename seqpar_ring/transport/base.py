@@ -83,6 +83,25 @@ class TransportStats:
         }
 
 
+@dataclass(frozen=True)
+class Report:
+    """What one rank sent, and how long it waited, since the last reset.
+
+    Attributes:
+        bytes_sent: bytes sent in each lane: "kv" keys and values, "dkv" their gradients.
+        messages: transfers sent.
+        seconds_waited: time spent waiting for transfers that were not there yet.
+    """
+
+    bytes_sent: dict[str, int]
+    messages: int
+    seconds_waited: float
+
+    def __str__(self) -> str:
+        lanes = ", ".join(f"{lane} {size / 2**20:.1f} MiB" for lane, size in sorted(self.bytes_sent.items()))
+        return f"sent {lanes or 'nothing'} in {self.messages} messages, waited {self.seconds_waited:.2f} s"
+
+
 class Recorder(Protocol):
     """Takes the time of what a rank does; see `seqpar_ring.trace`."""
 
