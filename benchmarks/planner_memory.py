@@ -315,9 +315,8 @@ def limits(known: dict[str, Figures], keep: Callable[[], None]) -> list[dict[str
     for case, size in ((Case("llama", 0, 3, "kept"), 64 * 2**20), (Case("qwen3", 0, 0, "saved"), 128 * 2**20)):
         limit = device().model_copy(update={"memory": float(size)})
         most = largest(case.workload._replace(lengths=(1,)), case.choice, limit, BUCKETS)
-        tried = [case._replace(tokens=round(most * factor)) for factor in (0.95, 1.05)]
-        peaks = [row["measured"]["peak"] for row in run(tried, known, keep)]
-        lengths = [one.tokens for one in tried]
+        lengths = [round(most * factor) for factor in (0.95, 1.05)]
+        peaks = [row["measured"]["peak"] for row in run([case._replace(tokens=n) for n in lengths], known, keep)]
         rows.append({**case._asdict(), "limit": size, "largest": most, "tokens": lengths, "peaks": peaks})
         print(f"{case.model}: {most} tokens in {size / 2**20:.0f} MiB; {lengths} take {peaks} bytes", flush=True)
     return rows

@@ -41,7 +41,7 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         k_BSGD: keys; G divides H (grouped queries).
         v_BSGE: values; E may differ from D (as in multi-head latent attention).
         plan: from `SequenceParallel.plan`, or the batch that `shard_batch` made.
-        scale: factor of the logits; 1 / sqrt(D) if not given.
+        scale: factor of the logits, positive; 1 / sqrt(D) if not given. It and softcap get no gradient.
         softcap: logits become `softcap * tanh(logits / softcap)`, as in Gemma 2; positive.
         sinks: (H,) one more logit for each head, whose value is zero (as in gpt-oss); differentiable. Its gradient
             is this rank's share, as that of any parameter which all ranks hold.
@@ -54,8 +54,9 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         gradient. A query that sees no key gets 0 and -inf.
 
     Raises:
-        PlanError: shapes that do not fit the plan or each other.
-        UnsupportedError: no kernel can do this exactly; says what each one lacks.
+        PlanError: shapes that do not fit the plan or each other; slopes that require a gradient.
+        UnsupportedError: no kernel can do this exactly (says what each one lacks); a scale or softcap that requires a
+            gradient; forward-mode differentiation.
         DisagreementError: ranks called with different shapes, dtypes, lengths or settings; raised on every rank.
         TransportError: a rank died or did not arrive within the timeout. Not over NCCL, which does not tell who waits:
             there torch's watchdog ends the process once the timeout is over.

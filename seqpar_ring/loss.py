@@ -43,7 +43,8 @@ def token_mean(
 
     Raises:
         PlanError: logits and labels differ in shape; `accumulation` without `num_items`.
-        BatchError: not one target on any rank; `num_items` below 1; raised on every rank.
+        BatchError: not one target on any rank; `num_items` below 1 or, seen where no GPU would have to be waited for,
+            below this call's targets; raised on every rank.
     """
     if logits_BSV.shape[:-1] != labels_BS.shape:
         raise PlanError(

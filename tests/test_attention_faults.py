@@ -6,7 +6,6 @@ the comparison with dense attention, and bad arguments, which have to end in a n
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -455,12 +454,3 @@ def test_nan_stays_where_it_belongs_and_visible(world: int, where: str) -> None:
 
     seen = run_lockstep(run, world)[0]["out"].isnan().any(-1).any(-1)[0]
     assert seen.nonzero().flatten().tolist() == ([15] if where == "q" else [15, 16, 17])
-
-
-def test_a_copy_of_a_model_shares_its_plans_and_ranks() -> None:
-    def run(sp: SequenceParallel) -> None:
-        plan = sp.plan(6)
-        assert copy.deepcopy(plan) is plan
-        assert copy.deepcopy({"sp": sp})["sp"] is sp
-
-    run_lockstep(run, 1)

@@ -242,7 +242,9 @@ def test_positions_that_inference_saw_first_can_be_trained_with() -> None:
         with torch.inference_mode():
             plan.position_ids, plan.shard(torch.randn(1, 6))
         weights = torch.randn(6, 3, requires_grad=True)
-        torch.nn.functional.embedding(plan.position_ids, weights).sum().backward()
+        torch.nn.functional.embedding(plan.position_ids, weights).sum().backward()  # raised for a tensor of inference
+        assert weights.grad is not None
+        assert weights.grad.sum(1).nonzero().flatten().tolist() == sorted(plan.position_ids[0].tolist())
 
     run_lockstep(run, 2)
 

@@ -52,6 +52,24 @@ def test_loss_and_every_gradient_are_those_of_one_process(family: str, layout: s
         assert_same_step(found, expected, GRAD, LOSS)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_copy_of_a_parallelized_model_takes_the_same_step_and_shares_its_ranks(world: int) -> None:
+    """As for an average of weights, or a model to compare with; batches that the original's `sp` sharded fit it."""
+    base, batch = build("Llama"), BATCHES["packed documents"]()
+    expected = one_process(base, batch)
+
+    def of_the_copy(sp: SequenceParallel) -> Step:
+        original = parallelize(copy.deepcopy(base), sp)
+        plan = sp.shard_batch(batch)["seqpar_plan"]
+        assert copy.deepcopy(plan) is plan
+        found = step(sp, copy.deepcopy(original), sp.shard_batch(batch))
+        assert all(p.grad is None for p in original.parameters())
+        return found
+
+    for found in run_lockstep(of_the_copy, world):
+        assert_same_step(found, expected, GRAD, LOSS)
+
+
 @pytest.mark.parametrize("kind", BATCHES)
 def test_scale_softcap_and_windows_of_single_layers_reach_the_ring(kind: str) -> None:
     base = build("Gemma2", head_dim=8, sliding_window=7, query_pre_attn_scalar=3, attn_logit_softcapping=2.0)
