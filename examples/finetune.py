@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from engine import BLOCK
+from engine import BLOCK, slow_in_16_bits
 from job import Job
 from longtext import Document, read
 
@@ -53,7 +53,7 @@ def main(  # noqa: PLR0913 - a parameter is an option of the command line
     try:
         world = ranks()
         job = Job.load(config, overrides)
-        engine = job.engine_config(lr, fp32=verify)
+        engine = job.engine_config(lr, fp32=verify or slow_in_16_bits())
         job.check(Settings.parse(engine[BLOCK], where=f'"{BLOCK}" in {job.deepspeed}'), world)
         good = carry_out(job, engine, read(job.text), verify)
     except SeqparError as error:

@@ -13,6 +13,7 @@ import smollm2
 import torch
 import torch.distributed as dist
 import transformers
+from engine import precision_of
 from job import Job
 from longtext import Document, Row, pack, tokenize
 from reference import cores
@@ -92,7 +93,6 @@ def description(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
     engine, sp, model = run.engine, run.sp, run.engine.module.config
     heads = model.num_attention_heads, model.num_key_value_heads
     width = getattr(model, "head_dim", None) or model.hidden_size // heads[0]
-    precision = str(engine.module.dtype).removeprefix("torch.")
     count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
     plan = sp.plan(run.rows[0].lengths)
     kernel = plan.kernel(Request(engine.device.type, engine.module.dtype, width, width, *heads))
@@ -101,7 +101,7 @@ def description(run: Run, config: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "model",
             f"{run.job.model}: {count / 1e6:.1f} M parameters, {model.num_hidden_layers} layers, {heads[0]} query and "
-            f"{heads[1]} key/value heads, {precision}",
+            f"{heads[1]} key/value heads, {precision_of(engine.module)}",
         ),
         (
             "ranks",

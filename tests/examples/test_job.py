@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import engine
 import pytest
+import torch
 import yaml
 from engine import BLOCK
 from job import Job
@@ -59,6 +61,13 @@ def test_every_shipped_engine_config_is_ready_for_a_machine_without_a_compiler(f
 def test_the_command_line_overrides_and_what_it_leaves_out_stays(tmp_path: Path) -> None:
     loaded = Job.load(changed(tmp_path), {"seq_len": 333, "steps": None, "text": [], "output": tmp_path})
     assert (loaded.seq_len, loaded.steps, loaded.text, loaded.output) == (333, job(tmp_path).steps, (), tmp_path)
+
+
+def test_only_a_processor_that_has_no_instructions_for_16_bits_is_slow_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, slow in (("AVX2", True), ("AVX512", False), ("DEFAULT", False), ("SVE256", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert engine.slow_in_16_bits() is slow
+        assert ("slow" in engine.precision_of(torch.nn.Linear(1, 1))) is slow
 
 
 def test_the_learning_rate_and_the_precision_of_the_engine_can_be_overridden(tmp_path: Path) -> None:
