@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
+from seqpar_ring.batch import IGNORED
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import BatchError, ConfigError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 
+from . import trainer_rules as rules
 from .transformers import parallelize
 
 try:
@@ -36,20 +38,12 @@ except ImportError as error:
 NEEDED = (
     *("__init__", "create_accelerator_and_postprocess", "compute_loss", "prediction_step", "get_cp_size"),
     *("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader", "_get_num_items_in_batch"),
-    *("train", "training_step", "compute_loss_context_manager", "_prepare_inputs"),
+    *("train", "training_step", "compute_loss_context_manager", "_prepare_inputs", "_track_num_input_tokens"),
 )
 """Methods of a Trainer that are overridden or called here."""
 
 PREPARED = "_is_accelerate_prepared"
 """accelerate's mark of a model that it has wrapped, or evaluated."""
-
-REFUSED = {
-    "model_init": "makes models that nobody could parallelize. Give the model itself.",
-    "compute_loss_func": "would see the logits of a rank's tokens only. Leave it out: the loss is the token mean.",
-    "compute_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out: there is the loss.",
-    "preprocess_logits_for_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out.",
-}
-"""Arguments of a Trainer that could not be exact, and why."""
 
 T = TypeVar("T", bound=type)
 
@@ -68,6 +62,7 @@ def ring(trainer: T, size: int | None = None, **settings: Any) -> T:
     Raises:
         ConfigError: an unknown or wrong setting.
         VersionError: a transformers without what is overridden here.
+        UnsupportedError: the class computes a loss of its own.
         When an instance is made: UnsupportedError for arguments that cannot be exact.
     """
     missing = [name for name in NEEDED if not hasattr(trainer, name)]
@@ -79,6 +74,7 @@ def ring(trainer: T, size: int | None = None, **settings: Any) -> T:
             missing=missing,
             transformers=transformers.__version__,
         )
+    rules.check_class(trainer)
     if size is None and settings:
         raise ConfigError("settings without a size", fix="Give size: the ranks that share a sequence.", **settings)
     asked = None if size is None else Settings.parse({"size": size, **settings})
@@ -94,7 +90,9 @@ def data_loader(loader: DataLoader[Any], sp: SequenceParallel, device: torch.dev
     """
     where = torch.device(device) if device is not None else None
     put = where is not None
-    return prepare_data_loader(loader, where, sp.data_size, sp.data_rank, put_on_device=put, dispatch_batches=False)
+    how: dict[str, Any] = {"put_on_device": put, "dispatch_batches": False}
+    # As accelerate's own `prepare` does: without it each rank would shuffle as its own random generator says.
+    return prepare_data_loader(loader, where, sp.data_size, sp.data_rank, rng_types=["generator"], **how)
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class _Ring:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         own: Any = super().__init__
         given = inspect.signature(own).bind_partial(*args, **kwargs).arguments
-        _check(given)
+        rules.check_arguments(given)
         own(*args, **kwargs)
         me: Any = self
         if self.seqpar.world_size != me.args.world_size:
@@ -159,6 +157,7 @@ class _Ring:
             )
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         self.seqpar = SequenceParallel(**asked.model_dump())
+        rules.check_even_batches(me.args, self.seqpar.data_size)
         me.gather_function = self._gather_of_data_ranks
         if me.is_deepspeed_enabled:
             from .deepspeed import install
@@ -248,8 +247,29 @@ class _Ring:
             )
         me: Any = self
         with torch.no_grad(), me.compute_loss_context_manager():
-            loss = self.compute_loss(model, me._prepare_inputs(inputs))
+            loss = self.compute_loss(model, self._without_fillers(me._prepare_inputs(inputs)))
         return loss.detach(), None, None
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """As Trainer's, which sums over all ranks; the tokens of a group count once."""
+        state: Any = vars(self)["state"]
+        before = state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # type: ignore[misc]
+        state.num_input_tokens_seen = before + (state.num_input_tokens_seen - before) // self.seqpar.size
+
+    def _without_fillers(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation batch without the targets of the rows with which accelerate fills the last one up.
+
+        They are rows of before, and the loss is the mean over the targets of all data ranks.
+        """
+        me: Any = self
+        found, labels = me.accelerator.gradient_state, inputs.get("labels")
+        if labels is None or not found.end_of_dataloader or found.remainder <= 0:
+            return inputs
+        own = found.remainder - self.seqpar.data_rank * labels.shape[0]
+        labels = labels.clone()
+        labels[max(0, own) :] = IGNORED
+        return {**inputs, "labels": labels}
 
     @contextmanager
     def _dealt_to_groups(self) -> Iterator[None]:
@@ -271,55 +291,6 @@ class _Ring:
         left = me.accelerator.gradient_state.remainder
         last = me.accelerator.gradient_state.end_of_dataloader
         return found[:left] if last and left > 0 else found
-
-
-def _check(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of a Trainer that could not be exact, before it has done any work.
-
-    Raises:
-        UnsupportedError, ConfigError: with the argument's name and what to do.
-    """
-    for name, why in REFUSED.items():
-        if given.get(name) is not None:
-            raise UnsupportedError(f"{name} {why.split('. ')[0]}", fix=why.split(". ", 1)[1], **{name: given[name]})
-    args = given.get("args")
-    parallelism = getattr(args, "parallelism_config", None)
-    sizes = {name: getattr(parallelism, name, 1) for name in ("cp_size", "sp_size", "tp_size")}
-    if max(sizes.values()) > 1:
-        raise UnsupportedError(
-            "sequences would be split twice, by ring(..) and by accelerate",
-            fix="Leave cp_size, sp_size and tp_size of the ParallelismConfig out.",
-            **sizes,
-        )
-    sampling = str(getattr(args, "train_sampling_strategy", "random"))
-    if "batch_rebalance" in sampling:
-        raise UnsupportedError(
-            "this sampling strategy deals batches to ranks by itself, others to each rank of a sequence group",
-            fix='Use "random", "sequential" or "group_by_length"; layout="packed" balances documents over ranks.',
-            train_sampling_strategy=sampling,
-        )
-    if getattr(args, "label_smoothing_factor", 0):
-        raise UnsupportedError(
-            "label smoothing needs logits that no rank holds whole",
-            fix="Set label_smoothing_factor to 0.",
-            label_smoothing_factor=args.label_smoothing_factor,  # type: ignore[union-attr]
-        )
-    _check_streams(args, given)
-
-
-def _check_streams(args: Any, given: Mapping[str, Any]) -> None:
-    """Streams are read by every rank; read by one and dealt out, each rank of a group would get another sample."""
-    streams = [name for name in ("train_dataset", "eval_dataset") if isinstance(given.get(name), IterableDataset)]
-    config = getattr(args, "accelerator_config", None)
-    if not streams or config is None:
-        return
-    if config.dispatch_batches:
-        raise UnsupportedError(
-            "dispatch_batches deals the batches of a stream to all ranks, others to each rank of a sequence group",
-            fix="Leave dispatch_batches out of the accelerator_config.",
-            streams=streams,
-        )
-    config.dispatch_batches = False
 
 
 def _is_ddp(model: nn.Module) -> bool:

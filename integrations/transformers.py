@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ except ImportError as error:
 
 from . import transformers_calls as allowed
 from . import transformers_head as head
+from . import transformers_peft as peft
 from . import transformers_positions as positions
 from . import transformers_rules as rules
 from .transformers_calls import Calls
@@ -56,6 +57,7 @@ CALLS_KEY = "seqpar_calls"
 """Under this key one forward's tally travels beside the plan."""
 
 Model = TypeVar("Model", bound=nn.Module)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def parallelize(model: Model, sp: SequenceParallel) -> Model:
@@ -80,7 +82,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
         DisagreementError: the ranks hold different models.
     """
     problem: SeqparError | None = None
-    hf: Any = _bare(model)
+    hf: Any = peft.bare(model)
     try:
         rules.check_model(hf, already=_adapted(hf))
         if sp.settings.undecided:
@@ -120,6 +122,12 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
+def _not_compiled(function: Function) -> Function:
+    """Runs as it is where `torch.compile` compiles the model around it: plans and lengths differ between batches."""
+    plain: Function = torch.compiler.disable(function)
+    return plain
+
+
 class _Adapter:
     """What one parallelized model holds: the sequence group, the two hooks and the loss."""
 
@@ -128,6 +136,7 @@ class _Adapter:
         self._checked: set[object] = set()
         self._mlps = [] if sp.settings.mlp == "whole" else head.tile_mlps(model)
 
+    @_not_compiled
     def before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
@@ -138,6 +147,9 @@ class _Adapter:
         try:
             allowed.check_call(batch, self.sp)
             _expect_labels(model, batch)
+            if not self._checked:
+                peft.check(model)
+                rules.draws_nothing_at_random(model)
         except SeqparError as found:
             problem = found
         self.sp.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
@@ -163,14 +175,18 @@ class _Adapter:
         if calls.tiles == 1:
             return batch
         calls.head = head.Cut(model)
-        return {**batch, "logits_to_keep": 1}
+        # By its place: counted from the end, Gemma 4 would leave out the other tokens before layers that share keys.
+        last = batch[PLAN_KEY].local_tokens - 1
+        return {**batch, "logits_to_keep": batch["position_ids"].new_full((1,), last)}
 
+    @_not_compiled
     def see(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the base model: where the head runs in tiles, what it is given."""
         calls = kwargs.get(CALLS_KEY)
         if calls is not None and calls.head is not None:
             calls.head.hidden_BSC = output[0]
 
+    @_not_compiled
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: at the first forward, and the first with labels, see that attention and loss were ours."""
         labelled, calls = kwargs.get("labels") is not None, kwargs[CALLS_KEY]
@@ -179,6 +195,7 @@ class _Adapter:
         if calls.tiles > 1 and hasattr(output, "logits"):
             output.logits = None  # of one token: better none than a few
         if labelled in self._checked:
+            allowed.check_attention_calls(model, calls)
             return
         if not self._checked and self.sp.groups.global_rank == 0:
             LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
@@ -190,6 +207,7 @@ class _Adapter:
         self.sp.agree("the first forward", calls.tally(), problem)
         self._checked.add(labelled)
 
+    @_not_compiled
     def loss(self, logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:
         """In place of transformers' ForCausalLMLoss: labels are shifted already, and the mean is over the world."""
         plan, calls, shifted = (kwargs.get(key) for key in (PLAN_KEY, CALLS_KEY, "shift_labels"))
@@ -212,6 +230,7 @@ class _Adapter:
         return self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, tiles=calls.tiles, num_items=num_items)
 
 
+@_not_compiled
 def _attend(  # noqa: PLR0913 - the signature that transformers calls
     module: nn.Module,
     query: Tensor,
@@ -273,23 +292,16 @@ def _kept_for_recompute(calls: Calls | None, module: nn.Module, plan: Plan) -> A
     return calls.kept.around(module) if wanted else nullcontext()
 
 
-def _mask(*_: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **__: Any) -> None:
+@_not_compiled
+def _mask(
+    *_: Any, attention_mask: Tensor | None = None, mask_function: Any = None, use_vmap: bool = False, **__: Any
+) -> None:
     """The mask function: no mask tensor, since the plan says who sees whom; what would need one is refused.
 
     Without a mask function transformers drops a padding mask silently; with its own it takes the positions of a shard
     for packed documents.
     """
-    if use_vmap:
-        raise UnsupportedError(
-            "the model adds a mask of its own to the causal one, which cannot be followed exactly",
-            fix="Use a model whose masks are causal or sliding windows.",
-        )
-    if attention_mask is not None and not bool((attention_mask != 0).all()):
-        raise BatchError(
-            "a padding mask reached the sharded model",
-            fix="Call the model that parallelize returned with the whole batch: it reads the mask before sharding.",
-            attention_mask=tuple(attention_mask.shape),
-        )
+    allowed.check_mask(mask_function, attention_mask, use_vmap)
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,26 +327,6 @@ def _expect_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
             "To evaluate, call model.eval() or use torch.no_grad().",
             keys=sorted(batch),
         )
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model, which calls it as any other caller does; else the model itself.
-
-    Raises:
-        UnsupportedError: PEFT prepends trained tokens or keys to the sequence.
-    """
-    bare = getattr(model, "get_base_model", None)
-    configs = getattr(model, "peft_config", None)
-    if bare is None or not isinstance(configs, Mapping):
-        return model
-    if any(getattr(one, "is_prompt_learning", False) for one in configs.values()):
-        raise UnsupportedError(
-            "PEFT's prompt learning adds tokens or keys that are in no batch, so they cannot be sharded",
-            fix="Use LoRA or another method that changes layers only.",
-            peft_type=sorted(str(one.peft_type) for one in configs.values()),
-        )
-    found: nn.Module = bare()
-    return found
 
 
 def _adapted(model: nn.Module) -> bool:

@@ -34,6 +34,13 @@ NOT_OF_A_SHARD = {
 }
 """Outputs that cannot be had, as arguments of a call or as switches in a config."""
 
+FOLLOWED_MASKS = (
+    *("causal_mask_function", "sliding_window_overlay", "chunked_overlay", "and_masks"),
+    *("packed_sequence_mask_function", "remap_positions_for_packed_sequence"),
+)
+"""Functions of transformers' masking_utils whose masks are followed; packed rows are told from positions, which is of
+no matter here."""
+
 OWN_LOSS = (
     "Shard with sp.shard_batch(batch), call the model without labels and shift_labels, "
     "and compute the loss as sp.loss(outputs.logits, labels, plan)."
@@ -172,14 +179,7 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
     """
     config, name = model.config.get_text_config(), type(model).__name__
     types = getattr(config, "layer_types", None)
-    if calls.attention != config.num_hidden_layers:
-        raise UnsupportedError(
-            "not every layer calls the attention interface once, so parts of the model may see this rank's tokens only",
-            fix="Use a family whose layers all attend through transformers' AttentionInterface.",
-            model=name,
-            attention_calls=calls.attention,
-            layers=config.num_hidden_layers,
-        )
+    check_attention_calls(model, calls)
     if types and calls.windowed != list(types).count("sliding_attention"):
         raise UnsupportedError(
             "the layers that have a sliding window and those that hand one to attention are not the same",
@@ -202,6 +202,24 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
             fix=OWN_LOSS,
             model=name,
             loss_calls=calls.loss,
+        )
+
+
+def check_attention_calls(model: Any, calls: Calls) -> None:
+    """After every forward: did the attention of every layer go through us? It may be set to another in between.
+
+    Raises:
+        UnsupportedError: no.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    if calls.attention != layers:
+        raise UnsupportedError(
+            "not every layer calls the attention interface once, so parts of the model may see this rank's tokens only",
+            fix="Use a family whose layers all attend through transformers' AttentionInterface, and leave the model's "
+            "attn_implementation as parallelize set it.",
+            model=type(model).__name__,
+            attention_calls=calls.attention,
+            layers=layers,
         )
 
 
@@ -234,6 +252,46 @@ def check_attention(module: nn.Module, mask: Tensor | None, dropout: float, kwar
             module=where,
             arguments=sorted(unknown),
         )
+
+
+def check_mask(mask_function: Any, padding: Tensor | None, own: bool) -> None:
+    """Refuse what is not said by the plan and the layers' arguments, where transformers would make a mask tensor.
+
+    Args:
+        mask_function: of transformers' masking_utils, as they hand it to the function that makes the tensor.
+        padding: attention_mask (B, S), if it has come this far.
+        own: whether the model has combined the mask with one of its own.
+
+    Raises:
+        UnsupportedError, BatchError: a mask that is not known; padding.
+    """
+    unknown = _unknown(mask_function)
+    if unknown is not None and "bidirectional" in unknown:
+        raise bidirectional(mask_function=unknown)
+    if own or unknown is not None:
+        raise UnsupportedError(
+            "the model adds a mask of its own to the causal one, which cannot be followed exactly",
+            fix="Use a model whose masks are causal or sliding windows, and leave out what makes blocks of its tokens.",
+            mask_function=unknown,
+        )
+    if padding is not None and not bool((padding != 0).all()):
+        raise BatchError(
+            "a padding mask reached the sharded model",
+            fix="Call the model that parallelize returned with the whole batch: it reads the mask before sharding.",
+            attention_mask=tuple(padding.shape),
+        )
+
+
+def _unknown(mask: Any) -> str | None:
+    """The name of an unknown function within a mask function; they are closures over others, or over tuples of them."""
+    if isinstance(mask, tuple):
+        return next((name for name in map(_unknown, mask) if name is not None), None)
+    if not callable(mask):
+        return None
+    name = getattr(mask, "__qualname__", type(mask).__name__).split(".")[0]
+    if name not in FOLLOWED_MASKS:
+        return name
+    return _unknown(tuple(cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()))
 
 
 def _cached(**values: object) -> UnsupportedError:

@@ -35,6 +35,9 @@ LOCAL_POSITIONS = {
 }
 """Switches in a config that make a layer compute something else on a shard."""
 
+OF_TRL = {"output_router_logits": " Where SFTTrainer sets it: SFTConfig(router_aux_loss_coef=0.0)."}
+"""Where a switch comes from that the user did not set."""
+
 # ---------------------------------------------------------------------------------------------------- the model
 
 
@@ -98,7 +101,8 @@ def _has_attention_layers_only(model: Any, config: Any) -> None:
         if said(config, name):
             raise UnsupportedError(
                 f"the config's {name} {why}",
-                fix=f"Set config.{name} to False or None if the model allows it, else use another.",
+                fix=f"Set config.{name} to False or None if the model allows it, else use another."
+                + OF_TRL.get(name, ""),
                 model=type(model).__name__,
                 **{name: getattr(config, name)},
             )
@@ -128,17 +132,26 @@ def _counts_positions_from_zero(model: Any, config: Any) -> None:
         )
 
 
-def _draws_nothing_at_random(model: Any, config: Any) -> None:
+def _is_of_no_dropout(model: Any, config: Any) -> None:
     found = {
         name: value
         for name, value in config.to_dict().items()
         if ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary"))
         if isinstance(value, float | int) and not isinstance(value, bool) and value > 0
     }
-    modules = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
     if found:
         arguments = ", ".join(f"{name}=0.0" for name in found)
         raise dropout_above_zero(f"Load the model with from_pretrained(path, {arguments}).", found)
+    draws_nothing_at_random(model)
+
+
+def draws_nothing_at_random(model: nn.Module) -> None:
+    """Refuse a model that has dropout among its modules.
+
+    Raises:
+        UnsupportedError: with their names.
+    """
+    modules = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
     if modules:
         raise dropout_above_zero("Set p of these modules to 0.", modules)
 
@@ -148,6 +161,6 @@ RULES: tuple[Callable[[Any, Any], None], ...] = (
     _has_attention_layers_only,
     _has_positions_that_stay,
     _counts_positions_from_zero,
-    _draws_nothing_at_random,
+    _is_of_no_dropout,
 )
 """What a model must be: each is called with the model and the config of its text part, and raises."""

@@ -220,14 +220,17 @@ def _real_tokens(mask: Any, shape: tuple[int, int]) -> Tensor | None:
 def _lengths(
     batch: Batch, lengths: Sequence[int] | None, shape: tuple[int, int], real: Tensor | None
 ) -> tuple[int, ...]:
-    """Document lengths from the argument, position_ids or cumulative lengths; all that are given must agree."""
+    """Document lengths as the argument, positions, cumulative lengths or numbers say; all that are given must agree."""
     said: dict[str, tuple[int, ...]] = {}
     if lengths is not None:
         said["lengths"] = tuple(int(n) for n in lengths)
     if batch.get("position_ids") is not None:
         said["position_ids"] = _lengths_of_positions(batch["position_ids"], shape, real)
-    if batch.get("cu_seq_lens_q") is not None and shape[0] == 1:
-        said["cu_seq_lens_q"] = tuple(batch["cu_seq_lens_q"].diff().tolist())
+    for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if batch.get(key) is not None:
+            said[key] = tuple(batch[key].diff().tolist())
+    if batch.get("seq_idx") is not None:
+        said["seq_idx"] = _lengths_of_numbers(batch["seq_idx"], shape)
     for source, found in said.items():
         if sum(found) != shape[1] or min(found) < 1:
             raise BatchError(
@@ -242,6 +245,19 @@ def _lengths(
     return next(iter(said.values()), (shape[1],))
 
 
+def _lengths_of_numbers(seq_idx: Any, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Lengths of documents that are numbered: (B, S) or (1, S), the same in all rows."""
+    fits = isinstance(seq_idx, Tensor) and tuple(seq_idx.shape) in (shape, (1, shape[1]))
+    if not fits or bool((seq_idx != seq_idx[:1]).any()):
+        raise BatchError(
+            "seq_idx does not say one packing for all rows",
+            fix="Give the number of each token's document, (batch, tokens), the same in every row; or position_ids.",
+            seq_idx=tuple(seq_idx.shape) if isinstance(seq_idx, Tensor) else type(seq_idx).__name__,
+            input_ids=shape,
+        )
+    return tuple(seq_idx[0].unique_consecutive(return_counts=True)[1].tolist())
+
+
 def _lengths_of_positions(position_ids: Any, shape: tuple[int, int], real: Tensor | None) -> tuple[int, ...]:
     if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in (shape, (1, shape[1])):
         raise BatchError(
@@ -252,7 +268,8 @@ def _lengths_of_positions(position_ids: Any, shape: tuple[int, int], real: Tenso
         )
     rows = set()
     for i, row in enumerate(position_ids):
-        known = shape[1] if real is None or position_ids.shape[0] == 1 else int(real[i].sum())
+        its = slice(None) if position_ids.shape[0] == 1 else slice(i, i + 1)  # the rows that these positions are of
+        known = shape[1] if real is None else int(real[its].sum(1).max())
         steps = row[:known].diff()
         starts = (row[:known] == 0).nonzero().flatten()
         bad = ((steps != 1) & (row[1:known] != 0)).nonzero().flatten()

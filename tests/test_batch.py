@@ -44,6 +44,24 @@ def test_lengths_may_be_given_or_read_from_cumulative_ones() -> None:
     assert edge.read({"input_ids": ids(2, 7)}, [3, 4]).lengths == (3, 4)
     cumulative = {"input_ids": ids(1, 7), "cu_seq_lens_q": torch.tensor([0, 2, 7], dtype=torch.int32)}
     assert edge.read(cumulative).lengths == (2, 5)
+    assert edge.read({"input_ids": ids(1, 7), "cu_seq_lens_k": cumulative["cu_seq_lens_q"]}).lengths == (2, 5)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3))
+def test_documents_are_found_by_their_numbers(lengths: list[int], rows: int) -> None:
+    """As transformers' collator gives them with return_seq_idx, where position_ids may be left out."""
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    for seq_idx in (numbers, numbers.expand(rows, -1)):
+        assert edge.read({"input_ids": ids(rows, sum(lengths)), "seq_idx": seq_idx}).lengths == tuple(lengths)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_of_padding_are_not_looked_at(rows: int) -> None:
+    """Tokenizers of transformers give 1 there."""
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]]).expand(rows, -1)
+    batch = {"input_ids": ids(rows, 6), "attention_mask": mask, "position_ids": torch.tensor([[0, 1, 2, 3, 1, 1]])}
+    assert edge.read(batch).lengths == (6,)
+
 
 
 def test_padding_at_the_right_is_the_last_documents_and_has_no_targets() -> None:
@@ -70,6 +88,10 @@ def test_padding_at_the_right_is_the_last_documents_and_has_no_targets() -> None
         ({}, [3, 4], BatchError, "sum=7, tokens=6"),
         ({}, [6, 0], BatchError, "at least 1"),
         ({"position_ids": restarting(2, 4)}, [3, 3], BatchError, "says its document lengths twice"),
+        ({"cu_seq_lens_q": torch.tensor([0, 6, 12])}, None, BatchError, "from cu_seq_lens_q do not fit the row"),
+        ({"seq_idx": torch.tensor([[0] * 6, [0] * 3 + [1] * 3])}, None, BatchError, "one packing for all rows"),
+        ({"seq_idx": torch.zeros(1, 5)}, None, BatchError, "seq_idx=(1, 5), input_ids=(2, 6)"),
+        ({"seq_idx": torch.tensor([[0] * 3 + [1] * 3])}, [2, 4], BatchError, "says its document lengths twice"),
         ({"position_ids": torch.arange(6)[None] + 1}, None, BatchError, "row=0, token=0, positions=[1, 2, 3]"),
         ({"position_ids": torch.tensor([[0, 1, 2, 2, 3, 4]])}, None, BatchError, "token=3, positions=[1, 2, 2, 3, 4]"),
         ({"position_ids": torch.zeros(2, 3)}, None, BatchError, "one position for each token"),

@@ -145,6 +145,21 @@ def ddp_step(sp: SequenceParallel, family: str, batch: Batch) -> Step:
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
+def compiled_steps(sp: SequenceParallel, what: str, batches: Sequence[Batch]) -> list[Step]:
+    """A step on each batch of a parallelized model that torch.compile has seen: the "model", or its "layers" alone."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    model = parallelize(build("Llama", num_hidden_layers=2), sp)
+    for part in [model] if what == "model" else model.model.layers:
+        part.compile(backend="aot_eager")
+    steps = []
+    for batch in batches:
+        model.zero_grad()
+        steps.append(step(sp, model, batch))
+    return steps
+
+
 def turn_on(model: Any, checkpointing: str) -> None:
     """transformers' activation checkpointing: "" none, "reentrant", "plain", "context" with our `context_fn`."""
     if checkpointing:

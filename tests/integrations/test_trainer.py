@@ -9,9 +9,10 @@ import sft_cases
 import trainer_cases as cases
 import trainer_refusals
 from seqpar_ring.integrations import trainer as integration
+from seqpar_ring.integrations import trainer_rules
 from trainer_cases import Run
 
-from seqpar_ring.errors import ConfigError, VersionError
+from seqpar_ring.errors import ConfigError, UnsupportedError, VersionError
 from seqpar_ring.testing import RankPool
 
 NEAR = 1e-5
@@ -108,6 +109,30 @@ def test_data_ranks_evaluate_each_row_once(pool4: RankPool, tmp_path: Path) -> N
     assert pool4.run(cases.evaluate, run, str(tmp_path)) == pytest.approx([expected] * 4, rel=NEAR)
 
 
+@pytest.mark.parametrize(("rows", "count"), [(1, 5), (2, 5), (2, 7), (3, 4)])
+def test_rows_that_fill_up_the_last_evaluation_batch_do_not_count(
+    pool4: RankPool, tmp_path: Path, rows: int, count: int
+) -> None:
+    run = Run(size=2, kind="padded", rows=rows)
+    expected = cases.eval_loss(run, 2 * rows, count)
+    assert pool4.run(cases.evaluate, run, str(tmp_path), count) == pytest.approx([expected] * 4, rel=NEAR)
+
+
+@pytest.mark.parametrize("which", ["all", "non_padding"])
+def test_tokens_of_a_group_are_counted_once(pool4: RankPool, tmp_path: Path, which: str) -> None:
+    run = Run(size=2, kind="padded", steps=2)  # of 8 rows each data rank has 4
+    real = [int(row["attention_mask"].sum()) for row in cases.rows("padded")]
+    expected = sum(real) if which == "non_padding" else cases.ROWS * cases.TOKENS
+    assert pool4.run(cases.tokens_seen, run, str(tmp_path), which) == [expected] * 4
+
+
+def test_a_shuffled_loader_deals_each_sample_once(pool4: RankPool) -> None:
+    first, same, other, too = pool4.run(cases.shuffled, 8, size=2)
+    assert first == same
+    assert other == too
+    assert sorted(first + other) == list(range(8))
+
+
 def test_gradients_are_averaged_after_an_evaluation_too(pool2: RankPool, tmp_path: Path) -> None:
     """accelerate would not wrap the model then; the second run is the seeded fault, which is refused."""
     run = Run(size=2, steps=4)
@@ -197,6 +222,7 @@ REFUSALS = {
     "metrics": ("UnsupportedError", "compute_metrics needs the logits"),
     "loss function": ("UnsupportedError", "compute_loss_func would see"),
     "smoothing": ("UnsupportedError", "label_smoothing_factor=0.1"),
+    "noise": ("UnsupportedError", "neftune_noise_alpha=5.0"),
     "rebalance": ("UnsupportedError", "batch_rebalance"),
     "cp_size": ("UnsupportedError", "split twice"),
     "sp_size": ("UnsupportedError", "split twice"),
@@ -225,6 +251,7 @@ def test_what_cannot_be_exact_is_refused_on_every_rank(pool2: RankPool, tmp_path
     ("what", "texts"),
     [
         ("unequal streams", ("DisagreementError", "micro-batches of this step")),
+        ("unequal batches", ("UnsupportedError", "without even_batches", "data_ranks=2")),
         ("one rank's rows are empty", ("BatchError", "at least one of each")),
     ],
 )
@@ -238,6 +265,37 @@ def test_what_is_wrong_on_one_data_rank_is_said_on_all(
 def test_a_class_that_is_no_trainer_is_refused() -> None:
     with pytest.raises(VersionError, match="lacks methods of transformers' Trainer"):
         integration.ring(dict, size=2)
+
+
+def test_a_class_with_a_loss_of_its_own_is_refused() -> None:
+    """It would not be called; nor would that of DPO's trainer and its like."""
+    from transformers import Seq2SeqTrainer, Trainer
+    from trl import DPOTrainer, SFTTrainer
+
+    class Weighted(Trainer):  # type: ignore[misc]
+        def compute_loss(self, *args: object, **kwargs: object) -> object:
+            return 10 * super().compute_loss(*args, **kwargs)
+
+    class Logged(SFTTrainer):  # type: ignore[misc]
+        def log(self, *args: object, **kwargs: object) -> None:
+            super().log(*args, **kwargs)
+
+    for kind in (Weighted, DPOTrainer, type("Other", (Weighted,), {})):
+        with pytest.raises(UnsupportedError, match="compute_loss of its own"):
+            integration.ring(kind, size=2)
+    with pytest.raises(UnsupportedError, match="prediction_step of its own"):
+        integration.ring(Seq2SeqTrainer, size=2)
+    for kind in (Trainer, SFTTrainer, Logged):
+        assert issubclass(integration.ring(kind, size=2), kind)
+
+
+@pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")
+def test_losses_of_sfttrainer_that_are_no_mean_are_refused(tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    with pytest.raises(UnsupportedError, match="loss_type='dft'"):
+        trainer_rules.check_arguments({"args": SFTConfig(output_dir=str(tmp_path), loss_type="dft", use_cpu=True)})
+    trainer_rules.check_arguments({"args": SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)})
 
 
 def test_settings_without_a_size_are_refused() -> None:

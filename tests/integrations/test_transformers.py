@@ -18,6 +18,7 @@ from hf_cases import (
     assert_same_step,
     averaged,
     build,
+    compiled_steps,
     ddp_step,
     one_process,
     packed,
@@ -123,6 +124,16 @@ def test_ddp_around_the_model_averages_to_the_same_gradients(pool2: RankPool) ->
     batch = BATCHES["packed documents"]()
     for found in pool2.run(ddp_step, "Qwen3", batch):
         assert_same_step(found, one_process(build("Qwen3"), batch), GRAD, LOSS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "layers"])
+def test_a_compiled_model_takes_the_same_steps_at_any_length(pool2: RankPool, what: str) -> None:
+    batches = [packed(lengths) for lengths in ([43], [31], [13, 7, 20], [29])]
+    base = build("Llama", num_hidden_layers=2)
+    for steps in pool2.run(compiled_steps, what, batches):
+        for found, batch in zip(steps, batches, strict=True):
+            assert_same_step(found, one_process(base, batch), GRAD, LOSS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

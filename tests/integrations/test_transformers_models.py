@@ -50,7 +50,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     ),
     "router losses": (
         lambda: build("Mixtral", num_local_experts=2, output_router_logits=True),
-        ("output_router_logits", "no sum over tokens"),
+        ("output_router_logits", "no sum over tokens", "SFTConfig(router_aux_loss_coef=0.0)"),
     ),
     "positions that start at the padding token's id": (
         lambda: build(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hf_cases import Batch, assert_refused, build, errors, packed, padded
-from seqpar_ring.integrations.transformers import parallelize
+from seqpar_ring.integrations.transformers import parallelize, register
 
 from seqpar_ring import SequenceParallel
 from seqpar_ring.errors import (
@@ -65,6 +65,46 @@ CALLS: dict[str, tuple[Batch | dict[str, Any], type[SeqparError], tuple[str, ...
 def test_a_call_that_a_sharded_model_cannot_follow_is_refused(what: str) -> None:
     base, (call, kind, texts) = build("Llama"), CALLS[what]
     assert_refused(errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**call)), kind, *texts)
+
+
+def test_tokens_of_a_block_that_see_each_other_are_refused() -> None:
+    """transformers joins their mask to the causal one without saying so in any argument of the mask function."""
+    base = build("HrmText", head_dim=8, num_hidden_layers=2, H_cycles=2, L_cycles=2)
+    kinds = (torch.arange(21) < 9).long()[None]
+    act = lambda sp: parallelize(copy.deepcopy(base), sp)(**WHOLE, token_type_ids=kinds)  # noqa: E731
+    assert_refused(errors(act), UnsupportedError, "a mask of its own", "blocks of its tokens")
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("kind", ["causal", "sliding_window_causal", "chunked_causal"])
+def test_masks_are_told_from_the_functions_they_are_made_of(kind: str, blocks: bool) -> None:
+    from transformers import LlamaConfig, masking_utils
+
+    register()
+    config = LlamaConfig(sliding_window=5, attention_chunk_size=8, attn_implementation="seqpar_ring")
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    others = {"block_sequence_ids": positions} if blocks else {}
+    call = lambda: getattr(masking_utils, f"create_{kind}_mask")(  # noqa: E731
+        config, torch.zeros(1, 12, 8), None, None, position_ids=positions, **others
+    )
+    if blocks:
+        with pytest.raises(UnsupportedError, match="mask_function='or_masks'"):
+            call()
+    else:
+        assert call() is None
+
+
+def test_another_attention_that_is_set_after_the_first_forward_is_refused() -> None:
+    base = build("Llama")
+
+    def act(sp: SequenceParallel) -> object:
+        model = parallelize(copy.deepcopy(base), sp)
+        model(**WHOLE)
+        model.set_attn_implementation("sdpa")
+        return model(**WHOLE)
+
+    found = errors(act)
+    assert_refused(found, UnsupportedError, "not every layer", "attention_calls=0", "as parallelize set it")
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

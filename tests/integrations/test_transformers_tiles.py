@@ -36,6 +36,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "Granite": {"logits_scaling": 8.0},
     "Cohere2": {"logit_scale": 0.3, "sliding_window": 64},
     "Qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "Gemma4": {
+        **{"config": "Gemma4TextConfig", "head_dim": 8, "global_head_dim": 16, "sliding_window": 7},
+        **{"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        **{"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB},
+    },
 }
 
 
@@ -54,7 +59,7 @@ class Widest(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", MODELS)
 def test_the_step_is_the_same_with_the_head_in_tiles(family: str) -> None:
-    base, batch = build(family, **MODELS[family]), packed([13, 1, 20, 7])
+    base, batch = build(family, **MODELS[family]).double(), packed([13, 1, 20, 7])
 
     def run(sp: SequenceParallel) -> tuple[Step, object]:
         model = parallelize(copy.deepcopy(base), sp)

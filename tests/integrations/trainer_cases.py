@@ -204,21 +204,41 @@ def train(sp: SequenceParallel, run: Run, folder: str) -> tuple[list[float], flo
         return losses_of(trainer), trainer.evaluate()["eval_loss"], len(ran)
 
 
-def eval_loss(run: Run, batch_rows: int) -> float:
+def eval_loss(run: Run, batch_rows: int, count: int = ROWS) -> float:
     """Of the model as it is made: the mean of batches' means, each batch counted by its rows, as Trainer has it."""
-    made, data, total = model(run), rows(run.kind), 0.0
-    for first in range(0, ROWS, batch_rows):
+    made, data, total = model(run), rows(run.kind)[:count], 0.0
+    for first in range(0, count, batch_rows):
         batch = data[first : first + batch_rows]
         with torch.no_grad():
             parts = [summed(made, {key: value[None] for key, value in one.items()}) for one in batch]
         total += len(batch) * float(sum(loss for loss, _ in parts)) / sum(count for _, count in parts)
-    return total / ROWS
+    return total / count
 
 
-def evaluate(sp: SequenceParallel, run: Run, folder: str) -> float:
+def evaluate(sp: SequenceParallel, run: Run, folder: str, count: int = ROWS) -> float:
     """Trainer's evaluation loss of the model as it is made."""
     with as_torchrun(sp):
-        return float(trainer_of(run, folder).evaluate()["eval_loss"])
+        return float(trainer_of(run, folder, eval_dataset=rows(run.kind)[:count]).evaluate()["eval_loss"])
+
+
+def tokens_seen(sp: SequenceParallel, run: Run, folder: str, which: str) -> int:
+    """Tokens of training as Trainer counts them."""
+    with as_torchrun(sp):
+        trainer = trainer_of(run, folder, include_num_input_tokens_seen=which)
+        trainer.train()
+        return int(trainer.state.num_input_tokens_seen)
+
+
+def shuffled(sp: SequenceParallel, count: int) -> list[int]:
+    """What a rank sees of `count` samples in an epoch of our data loader, where the ranks' generators differ."""
+    with as_torchrun(sp):
+        from accelerate import Accelerator
+        from seqpar_ring.integrations.trainer import data_loader
+
+        Accelerator(cpu=True)
+        torch.manual_seed(42 + sp.data_rank)  # as accelerate's set_seed(42, device_specific=True) does
+        data: Any = [{"i": torch.tensor(i)} for i in range(count)]
+        return [int(batch["i"]) for batch in data_loader(torch.utils.data.DataLoader(data, shuffle=True), sp)]
 
 
 def train_after_evaluation(sp: SequenceParallel, run: Run, folder: str) -> list[float] | str:
@@ -274,9 +294,7 @@ def stream(sp: SequenceParallel, run: Run, folder: str) -> list[float]:
 def by_length(sp: SequenceParallel, run: Run, folder: str) -> int:
     """Steps done with samples grouped by length, at random: the ranks of a group draw the same, or it is refused."""
     with as_torchrun(sp):
-        trainer = trainer_of(run, folder, train_sampling_strategy="group_by_length")
-        trainer.train()
-        return int(trainer.state.global_step)
+        return int(trainer_of(run, folder, train_sampling_strategy="group_by_length").train().global_step)
 
 
 def plain_loop(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:

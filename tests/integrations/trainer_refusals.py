@@ -32,6 +32,10 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
             keywords["compute_loss_func"] = lambda *_: 0
         elif what == "smoothing":
             arguments_of["label_smoothing_factor"] = 0.1
+        elif what == "noise":
+            arguments_of["neftune_noise_alpha"] = 5.0
+        elif what == "unequal batches":
+            arguments_of["accelerator_config"] = {"even_batches": False}
         elif what == "rebalance":
             arguments_of["train_sampling_strategy"] = "batch_rebalance"
         elif what == "one rank's rows are empty":

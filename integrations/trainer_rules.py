@@ -1,0 +1,116 @@
+"""What a Trainer must be, and be given, to train exactly over sequence groups.
+
+Each check returns, or raises an error which names the values and the fix; nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from seqpar_ring.errors import UnsupportedError
+
+REFUSED = {
+    "model_init": "makes models that nobody could parallelize. Give the model itself.",
+    "compute_loss_func": "would see the logits of a rank's tokens only. Leave it out: the loss is the token mean.",
+    "compute_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out: there is the loss.",
+    "preprocess_logits_for_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out.",
+}
+"""Arguments of a Trainer that could not be exact, and why."""
+
+LOSSES = {"compute_loss": "loss", "prediction_step": "evaluation"}
+"""Methods that are replaced here without being called, and what is computed there."""
+
+KNOWN = (("transformers.trainer", "Trainer"), ("trl.trainer.sft_trainer", "SFTTrainer"))
+"""Module and name of the classes whose methods of that kind are known to compute the mean over targets."""
+
+ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0.0, None), "label smoothing needs logits that no rank holds whole"),
+    "loss_type": (("nll", "chunked_nll"), "this loss of SFTTrainer needs more than the mean over the targets"),
+    "neftune_noise_alpha": (
+        (None,),
+        "NEFTune's noise is drawn by each rank, and scaled by the length of its shard instead of the sequence's",
+    ),
+}
+"""Of TrainingArguments and SFTConfig: values that are exact, and why others are not."""
+
+
+def check_class(trainer: type) -> None:
+    """Refuse a Trainer class with a loss of its own, which would not be called.
+
+    Raises:
+        UnsupportedError: it is neither Trainer nor SFTTrainer that has the method.
+    """
+    for method, what in LOSSES.items():
+        owner = next(kind for kind in trainer.__mro__ if method in vars(kind))
+        if (owner.__module__, owner.__name__) not in KNOWN:
+            raise UnsupportedError(
+                f"the class has a {method} of its own, and over sequence groups the {what} is the model's mean loss",
+                fix="Use transformers' Trainer or TRL's SFTTrainer, or a class that leaves this method alone; for a "
+                "loss of your own write the loop, with sp.shard_batch(batch) and sp.loss(logits, labels, plan).",
+                owner=owner.__name__,
+            )
+
+
+def check_even_batches(args: Any, data_size: int) -> None:
+    """Refuse data ranks with unequal numbers of batches: the one without would keep the others waiting.
+
+    Raises:
+        UnsupportedError: even_batches is off, and there are several data ranks.
+    """
+    config = getattr(args, "accelerator_config", None)
+    if data_size > 1 and not getattr(config, "even_batches", True):
+        raise UnsupportedError(
+            "without even_batches some data ranks may have one batch fewer, and the others would wait for them",
+            fix="Leave even_batches out of the accelerator_config; evaluation does not count the rows that fill up.",
+            data_ranks=data_size,
+        )
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a Trainer that could not be exact, before it has done any work.
+
+    Raises:
+        UnsupportedError, ConfigError: with the argument's name and what to do.
+    """
+    for name, why in REFUSED.items():
+        if given.get(name) is not None:
+            raise UnsupportedError(f"{name} {why.split('. ')[0]}", fix=why.split(". ", 1)[1], **{name: given[name]})
+    args = given.get("args")
+    parallelism = getattr(args, "parallelism_config", None)
+    sizes = {name: getattr(parallelism, name, 1) for name in ("cp_size", "sp_size", "tp_size")}
+    if max(sizes.values()) > 1:
+        raise UnsupportedError(
+            "sequences would be split twice, by ring(..) and by accelerate",
+            fix="Leave cp_size, sp_size and tp_size of the ParallelismConfig out.",
+            **sizes,
+        )
+    sampling = str(getattr(args, "train_sampling_strategy", "random"))
+    if "batch_rebalance" in sampling:
+        raise UnsupportedError(
+            "this sampling strategy deals batches to ranks by itself, others to each rank of a sequence group",
+            fix='Use "random", "sequential" or "group_by_length"; layout="packed" balances documents over ranks.',
+            train_sampling_strategy=sampling,
+        )
+    for name, (exact, why) in ARGUMENTS.items():
+        value = getattr(args, name, exact[0])
+        if value not in exact:
+            raise UnsupportedError(why, fix=f"Leave {name} at its default, {exact[0]!r}.", **{name: value})
+    _check_streams(args, given)
+
+
+def _check_streams(args: Any, given: Mapping[str, Any]) -> None:
+    """Streams are read by every rank; read by one and dealt out, each rank of a group would get another sample."""
+    streams = [name for name in ("train_dataset", "eval_dataset") if isinstance(given.get(name), IterableDataset)]
+    config = getattr(args, "accelerator_config", None)
+    if not streams or config is None:
+        return
+    if config.dispatch_batches:
+        raise UnsupportedError(
+            "dispatch_batches deals the batches of a stream to all ranks, others to each rank of a sequence group",
+            fix="Leave dispatch_batches out of the accelerator_config.",
+            streams=streams,
+        )
+    config.dispatch_batches = False
