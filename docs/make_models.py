@@ -53,7 +53,7 @@ By name, when the model is parallelized or at its first forward, on every rank:
 """
 
 LAST = """
-PEFT's prompt learning is refused too: it adds tokens or keys that are in no batch.
+Methods of PEFT are listed in [huggingface.md](huggingface.md#peft).
 """
 
 
