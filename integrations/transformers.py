@@ -104,7 +104,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
     hf.loss_function = adapter.loss
     hf.register_forward_pre_hook(adapter.before, with_kwargs=True)
     hf.register_forward_hook(adapter.after, with_kwargs=True)
-    hf.base_model.register_forward_hook(adapter.see, with_kwargs=True)
+    head.base_of(hf).register_forward_hook(adapter.see, with_kwargs=True)
     positions.follow(hf, CALLS_KEY)
     return model
 
@@ -187,16 +187,16 @@ class _Adapter:
             calls.head.hidden_BSC = output[0]
 
     @_not_compiled
-    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: at the first forward, and the first with labels, see that attention and loss were ours."""
         labelled, calls = kwargs.get("labels") is not None, kwargs[CALLS_KEY]
         if calls.kept is not None:
             calls.kept.close()
-        if calls.tiles > 1 and hasattr(output, "logits"):
-            output.logits = None  # of one token: better none than a few
+        if calls.tiles > 1:
+            output = _without_logits(output)
         if labelled in self._checked:
             allowed.check_attention_calls(model, calls)
-            return
+            return output
         if not self._checked and self.sp.groups.global_rank == 0:
             LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
         problem: SeqparError | None = None
@@ -206,6 +206,7 @@ class _Adapter:
             problem = found
         self.sp.agree("the first forward", calls.tally(), problem)
         self._checked.add(labelled)
+        return output
 
     @_not_compiled
     def loss(self, logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:
@@ -302,6 +303,14 @@ def _mask(
     for packed documents.
     """
     allowed.check_mask(mask_function, attention_mask, use_vmap)
+
+
+def _without_logits(output: Any) -> Any:
+    """What a model returned, without its logits: of one token, better none than a few."""
+    if isinstance(output, tuple):  # return_dict=False: the loss, the logits, what else was asked for
+        return (output[0], None, *output[2:])
+    output.logits = None
+    return output
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.tiling import Tiles, tile_module, tiles
@@ -27,9 +28,21 @@ AFTERWARDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 WHOLE = 'Set "logits": "whole" in the settings.'
 
 
+def base_of(model: Any) -> Any:
+    """The part of a model below its head; the model itself where it has none.
+
+    transformers' `base_model`, but for a family whose prefix is that of a larger one (Llama 4's text models): there the
+    only model inside.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inside[0] if len(inside) == 1 else model
+
+
 def lacks(model: Any) -> str | None:
     """What a model lacks for its head to run in tiles; None if nothing."""
-    if model.base_model is model or model.get_output_embeddings() is None:
+    if base_of(model) is model or model.get_output_embeddings() is None:
         return "no head of its own"
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return "no logits_to_keep"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import TABLE
 from hf_cases import (
     Step,
     assert_refused,
@@ -35,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Gemma2": {"final_logit_softcapping": 0.9, "attn_logit_softcapping": None, "head_dim": 8},
     "Granite": {"logits_scaling": 8.0},
     "Cohere2": {"logit_scale": 0.3, "sliding_window": 64},
+    "Llama4": {**TABLE["Llama 4"].changes},
     "Qwen3": {"head_dim": 16, "tie_word_embeddings": True},
     "Gemma4": {
         **{"config": "Gemma4TextConfig", "head_dim": 8, "global_head_dim": 16, "sliding_window": 7},
@@ -131,6 +133,18 @@ def test_evaluation_runs_in_tiles_too() -> None:
             return float(parallelize(copy.deepcopy(base), sp)(**batch).loss)
 
     assert run_lockstep(run, 2, logits=4)[0] == pytest.approx(one_process(base, batch)[0], rel=LOSS)
+
+
+def test_a_tuple_has_no_logits_of_a_single_token_either() -> None:
+    base, batch = build("Llama"), packed([33])
+
+    def run(sp: SequenceParallel) -> tuple[float, object]:
+        loss, logits, *_ = parallelize(copy.deepcopy(base), sp)(**batch, return_dict=False)
+        return loss.item(), logits
+
+    for loss, logits in run_lockstep(run, 2, logits=4):
+        assert loss == pytest.approx(one_process(base, batch)[0], rel=LOSS)
+        assert logits is None
 
 
 def test_without_labels_the_logits_are_there() -> None:
