@@ -168,13 +168,18 @@ def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain v
 def _drain(out_BSHE: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
     """The sink as one more block, of value zero: it takes its share of each row's weight."""
     with_sink = torch.logaddexp(lse_BHS, sinks_H.to(lse_BHS.dtype)[:, None])
-    share = torch.exp(lse_BHS - with_sink).transpose(1, 2).unsqueeze(-1)
+    share = _weight(lse_BHS, with_sink).transpose(1, 2).unsqueeze(-1)
     return out_BSHE.to(lse_BHS.dtype) * share, with_sink
+
+
+def _weight(score: Tensor, lse_BHS: Tensor) -> Tensor:
+    """exp(score - lse); 0 in a row that sees nothing, where a sink of -inf leaves -inf for both."""
+    return torch.exp(score - lse_BHS.masked_fill(lse_BHS == -torch.inf, 0.0))
 
 
 def _sink_gradient(sinks_H: Tensor, lse_BHS: Tensor, delta_BHS: Tensor) -> Tensor:
     """A sink's value is zero, so its score's gradient is its weight times -delta, over all rows of this rank."""
-    weight_BHS = torch.exp(sinks_H.to(lse_BHS.dtype)[:, None] - lse_BHS)
+    weight_BHS = _weight(sinks_H.to(lse_BHS.dtype)[:, None], lse_BHS)
     return -(weight_BHS * delta_BHS).sum((0, 2)).to(sinks_H.dtype)
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seqpar_ring import SequenceParallel
+from seqpar_ring import SequenceParallel, ring_attention
 from seqpar_ring.kernels import cpu
 from seqpar_ring.kernels.cpu import LONG, CpuKernel
 from seqpar_ring.layout import LAYOUTS
@@ -249,6 +249,28 @@ def test_autocast_changes_no_bit(logits: dict[str, Any], dtype: torch.dtype) -> 
         run_lockstep(fn, 2)[0] for fn in (lambda sp: ring_results(sp, [300, 31], case), under_autocast)
     )
     assert all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
+def test_a_sink_of_minus_infinity_is_none_in_rows_without_keys_too() -> None:
+    lengths, keys = [5, 9, 4], [7, 0, 3]
+
+    def run(sp: SequenceParallel) -> list[list[Tensor]]:
+        plan = sp.plan(lengths, causal=False, kv_lengths=keys)
+        generator = torch.Generator().manual_seed(4)
+        shapes = (sum(lengths), 2, 8), (sum(keys), 2, 8), (sum(keys), 2, 8)
+        q, k, v = (torch.randn(1, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        shards = plan.shard(q), plan.shard_keys(k), plan.shard_keys(v)
+        results = []
+        for sinks in (torch.full((2,), -torch.inf, dtype=torch.float64), None):
+            leaves = [x.clone().requires_grad_() for x in (*shards, *(() if sinks is None else (sinks,)))]
+            out = ring_attention(*leaves[:3], plan, sinks=leaves[3] if leaves[3:] else None)
+            assert isinstance(out, Tensor)
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+        return results
+
+    for (*those, dsinks), without in run_lockstep(run, 3):
+        assert (dsinks == 0).all()
+        assert all(torch.equal(one, two) for one, two in zip(those, without, strict=True))
 
 
 def flash_on_the_whole_sequence(case: Case, tokens: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
