@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqpar_ring.errors import BatchError, UnsupportedError
+from seqpar_ring.errors import BatchError, PlanError, UnsupportedError
+from seqpar_ring.geometry import Mask
+from seqpar_ring.plan import Documents, Plan
 
 IGNORED = -100
 """The label of a token without a target: torch's and transformers' ignore_index."""
@@ -38,12 +40,32 @@ class Reading:
         lengths: tokens of each document of a row; all rows have the same.
         labels: (B, S) int64, shifted: entry i is the target of token i; None if the batch has no labels.
         position_ids: (1, S) within each document.
+        padded: whether rows have padding at the right, which counts as the last document's.
     """
 
     shape: tuple[int, int]
     lengths: tuple[int, ...]
     labels: Tensor | None
     position_ids: Tensor
+    padded: bool
+
+
+class Padded(Documents):
+    """Documents with padding at the right, which no token sees as long as none sees what comes after it."""
+
+    def plan(self, mask: Mask) -> Plan:
+        """See `Documents.plan`.
+
+        Raises:
+            PlanError: a mask under which tokens would see the padding.
+        """
+        if not mask.causal:
+            raise PlanError(
+                "the batch was padded at the right, and under a mask that is not causal tokens would see the padding",
+                fix="Pack the documents without padding, with position_ids that restart.",
+                lengths=self.lengths,
+            )
+        return super().plan(mask)
 
 
 def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
@@ -83,7 +105,7 @@ def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
     device = next(batch[key].device for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None)
     position_ids = torch.cat([torch.arange(n, device=device) for n in found])[None]
     shifted = None if labels is None else shift_labels(labels, found)
-    return Reading(shape, found, shifted, position_ids)
+    return Reading(shape, found, shifted, position_ids, real is not None)
 
 
 def _targets(labels: Any) -> Tensor | None:

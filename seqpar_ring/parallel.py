@@ -79,7 +79,7 @@ class SequenceParallel:
         self._model: tuple[Model, str] | None = None
         self._settled = None if settings.undecided else Settled(settings, "")
         self._documents = lru_cache(maxsize=PLANS_KEPT)(
-            lambda lengths, kv_lengths: Documents(lengths, self.settle(lengths), groups.ring, kv_lengths)
+            lambda lengths, kv_lengths, kind: kind(lengths, self.settle(lengths), groups.ring, kv_lengths)
         )
 
     def describe(self, model: Model, dtype: str = "bf16") -> None:
@@ -146,7 +146,7 @@ class SequenceParallel:
         """
         keys = None if kv_lengths is None else _each(kv_lengths)
         mask = Mask.make(causal, window, chunk, prefix)
-        plan: Plan = self._documents(_each(lengths), keys).plan(mask)
+        plan: Plan = self._documents(_each(lengths), keys, Documents).plan(mask)
         return plan
 
     def shard_batch(self, batch: Mapping[str, Any], lengths: Sequence[int] | None = None) -> dict[str, Any]:
@@ -166,6 +166,7 @@ class SequenceParallel:
 
         Raises:
             BatchError: a batch that cannot be sharded exactly; raised on every rank.
+            PlanError: from `plan.masked(causal=False)` later, of a batch with padding.
             DisagreementError: the ranks of a group were given different batches; raised on every rank.
         """
         problem: SeqparError | None = None
@@ -183,7 +184,7 @@ class SequenceParallel:
             problem = error
         self.agree("shard_batch", {**shared, "decided": self.decided}, problem)
         assert reading is not None  # agree raised otherwise
-        plan = self.plan(reading.lengths)
+        plan = self._documents(reading.lengths, None, edge.Padded if reading.padded else Documents).plan(Mask())
         out = {key: value for key, value in batch.items() if not isinstance(value, Tensor) or not value.dim()}
         out.update({key: plan.shard(batch[key]) for key in keys})
         out["position_ids"] = plan.shard(reading.position_ids).expand(reading.shape[0], -1)

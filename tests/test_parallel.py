@@ -263,3 +263,19 @@ def test_whole_numbers_of_numpy_and_torch_are_whole_numbers() -> None:
         assert sp.plan(np.int64(20), window=np.int64(4)) is sp.plan(20, window=4)
 
     run_lockstep(same, 1)
+
+
+def test_a_mask_under_which_padding_would_be_seen_is_refused() -> None:
+    whole = {"input_ids": torch.arange(12)[None]}
+    padded = {**whole, "attention_mask": (torch.arange(12) < 9).long()[None]}
+
+    def run(sp: SequenceParallel) -> None:
+        plan = sp.shard_batch(padded)["seqpar_plan"]
+        assert plan.masked(window=4).lengths == sp.plan(12).lengths
+        with pytest.raises(PlanError, match="would see the padding"):
+            plan.masked(causal=False)
+        unpadded = sp.shard_batch({**padded, "attention_mask": torch.ones(1, 12)})["seqpar_plan"]
+        assert unpadded is sp.plan(12)
+        unpadded.masked(causal=False)
+
+    run_lockstep(run, 2)
