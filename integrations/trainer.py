@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from seqpar_ring.batch import IGNORED
 from seqpar_ring.config import Settings
@@ -38,7 +38,8 @@ except ImportError as error:
 NEEDED = (
     *("__init__", "create_accelerator_and_postprocess", "compute_loss", "prediction_step", "get_cp_size"),
     *("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader", "_get_num_items_in_batch"),
-    *("train", "training_step", "compute_loss_context_manager", "_prepare_inputs", "_track_num_input_tokens"),
+    *("train", "training_step", "evaluation_loop", "compute_loss_context_manager"),
+    *("_prepare_inputs", "_track_num_input_tokens"),
 )
 """Methods of a Trainer that are overridden or called here."""
 
@@ -86,13 +87,24 @@ def ring(trainer: T, size: int | None = None, **settings: Any) -> T:
 def data_loader(loader: DataLoader[Any], sp: SequenceParallel, device: torch.device | str | None = None) -> Any:
     """A data loader for a plain loop with accelerate: the ranks of a group get the same batches, data ranks others.
 
-    Use it in place of `accelerator.prepare(loader)`.
+    Use it in place of `accelerator.prepare(loader)`. Collective over the world: a loader that shuffles does it on every
+    rank as on rank 0.
     """
     where = torch.device(device) if device is not None else None
     put = where is not None
-    how: dict[str, Any] = {"put_on_device": put, "dispatch_batches": False}
-    # As accelerate's own `prepare` does: without it each rank would shuffle as its own random generator says.
-    return prepare_data_loader(loader, where, sp.data_size, sp.data_rank, rng_types=["generator"], **how)
+    _share_generator(loader.sampler, sp)
+    return prepare_data_loader(loader, where, sp.data_size, sp.data_rank, put_on_device=put, dispatch_batches=False)
+
+
+def _share_generator(sampler: Any, sp: SequenceParallel) -> None:
+    """Let a sampler that shuffles draw as rank 0's, on every rank; accelerate does so among several data ranks only."""
+    if not isinstance(sampler, RandomSampler):
+        return
+    if sampler.generator is None:
+        sampler.generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    state = sampler.generator.get_state().to(torch.int64)
+    shared = sp.groups.everyone.all_reduce(state * (sp.groups.global_rank == 0))
+    sampler.generator.set_state(shared.to(torch.uint8))
 
 
 @dataclass(frozen=True)
@@ -124,10 +136,10 @@ class _Ring:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         own: Any = super().__init__
-        given = inspect.signature(own).bind_partial(*args, **kwargs).arguments
-        rules.check_arguments(given)
+        rules.check_given({**inspect.signature(own).bind_partial(*args, **kwargs).arguments, **kwargs})
         own(*args, **kwargs)
         me: Any = self
+        rules.check_given(vars(self))  # what a subclass gave
         if self.seqpar.world_size != me.args.world_size:
             raise ConfigError(
                 "Trainer and torch.distributed count different numbers of processes",
@@ -155,10 +167,10 @@ class _Ring:
                 arguments=asked,
                 block=block,
             )
+        rules.check_arguments(me.args)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         self.seqpar = SequenceParallel(**asked.model_dump())
         rules.check_even_batches(me.args, self.seqpar.data_size)
-        me.gather_function = self._gather_of_data_ranks
         if me.is_deepspeed_enabled:
             from .deepspeed import install
 
@@ -231,6 +243,18 @@ class _Ring:
         if outputs.loss is None:
             raise BatchError("a batch has no labels to compute a loss of", fix="Give labels.", keys=sorted(inputs))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which gathers in its own way again after each evaluation.
+
+        Raises:
+            DisagreementError: a data rank has fewer batches than another; on every rank.
+        """
+        me: Any = self
+        me.gather_function = self._gather_of_data_ranks
+        found = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        self.seqpar.agree("the end of an evaluation", {})
+        return found
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import IterableDataset
-
 from seqpar_ring.errors import UnsupportedError
 
 REFUSED = {
@@ -69,16 +67,23 @@ def check_even_batches(args: Any, data_size: int) -> None:
         )
 
 
-def check_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of a Trainer that could not be exact, before it has done any work.
+def check_given(given: Mapping[str, Any]) -> None:
+    """Refuse what a Trainer is given beside its arguments and could not be exact.
 
     Raises:
-        UnsupportedError, ConfigError: with the argument's name and what to do.
+        UnsupportedError: with the name and what to do.
     """
     for name, why in REFUSED.items():
         if given.get(name) is not None:
             raise UnsupportedError(f"{name} {why.split('. ')[0]}", fix=why.split(". ", 1)[1], **{name: given[name]})
-    args = given.get("args")
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse TrainingArguments that could not be exact; turns off the dealing out of batches by one rank.
+
+    Raises:
+        UnsupportedError: with the argument's name and what to do.
+    """
     parallelism = getattr(args, "parallelism_config", None)
     sizes = {name: getattr(parallelism, name, 1) for name in ("cp_size", "sp_size", "tp_size")}
     if max(sizes.values()) > 1:
@@ -98,19 +103,13 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         value = getattr(args, name, exact[0])
         if value not in exact:
             raise UnsupportedError(why, fix=f"Leave {name} at its default, {exact[0]!r}.", **{name: value})
-    _check_streams(args, given)
-
-
-def _check_streams(args: Any, given: Mapping[str, Any]) -> None:
-    """Streams are read by every rank; read by one and dealt out, each rank of a group would get another sample."""
-    streams = [name for name in ("train_dataset", "eval_dataset") if isinstance(given.get(name), IterableDataset)]
     config = getattr(args, "accelerator_config", None)
-    if not streams or config is None:
+    if config is None:
         return
     if config.dispatch_batches:
         raise UnsupportedError(
-            "dispatch_batches deals the batches of a stream to all ranks, others to each rank of a sequence group",
-            fix="Leave dispatch_batches out of the accelerator_config.",
-            streams=streams,
+            "with dispatch_batches one rank reads all batches and deals them out, not to sequence groups",
+            fix="Leave dispatch_batches out of the accelerator_config: every rank reads.",
+            dispatch_batches=config.dispatch_batches,
         )
-    config.dispatch_batches = False
+    config.dispatch_batches = False  # the default deals out those of a stream

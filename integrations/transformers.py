@@ -147,8 +147,8 @@ class _Adapter:
         try:
             allowed.check_call(batch, self.sp)
             _expect_labels(model, batch)
+            peft.check(model)
             if not self._checked:
-                peft.check(model)
                 rules.draws_nothing_at_random(model)
         except SeqparError as found:
             problem = found

@@ -196,7 +196,8 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
             model=name,
             sliding_window=window,
         )
-    if labelled and model.get_output_embeddings() is not None and calls.loss != 1:
+    has_head = model.base_model is not model or model.get_output_embeddings() is not None
+    if labelled and has_head and calls.loss != 1:
         raise UnsupportedError(
             "the model computes a loss of its own, which is a mean over this rank's tokens",
             fix=OWN_LOSS,

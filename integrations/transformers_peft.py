@@ -2,7 +2,7 @@
 
 Methods that change weights, or what a layer does with one token, are exact; the list is of those that the tests compare
 with one process. Others draw at random, look at the whole sequence, or add tokens or keys that are in no batch. PEFT
-may wrap a model before it is parallelized or after, so this is looked at again at the first forward.
+may wrap a model before it is parallelized or after, and add adapters, so this is looked at again at every forward.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ EXACT = (
     *("FOURIERFT", "WAVEFT", "C3A", "MISS", "SHIRA", "LN_TUNING", "TRAINABLE_TOKENS"),
 )
 """PEFT's methods that are known to be exact on a shard, by their `peft_type`."""
+
+
+NOT_EXACT = {
+    "alora_invocation_tokens": "looks for its tokens in the whole sequence, of which a rank has a part",
+    "monteclora_config": "draws at random in every forward, on each rank anew",
+    "velora_config": "computes gradients from means over the tokens of a shard",
+    "arrow_config": "routes by adapters in a way that was not compared with one process",
+}
+"""Fields of their configs with which these methods are not exact, or not known to be."""
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -62,12 +71,10 @@ def _check_config(config: Any) -> None:
             fix=f"Use LoRA, or another of {', '.join(EXACT[1:])}.",
             peft_type=kind,
         )
-    if getattr(config, "alora_invocation_tokens", None):
-        raise UnsupportedError(
-            "activated LoRA looks for its tokens in the whole sequence, of which a rank has a part",
-            fix="Leave alora_invocation_tokens out: plain LoRA is exact.",
-            alora_invocation_tokens=config.alora_invocation_tokens,
-        )
+    for name, why in NOT_EXACT.items():
+        if getattr(config, name, None):
+            fix = f"Leave {name} out: plain LoRA is exact."
+            raise UnsupportedError(f"{name} {why}", fix=fix, **{name: getattr(config, name)})
     drawn = {
         name: value
         for name, value in vars(config).items()

@@ -100,13 +100,15 @@ def test_deepspeed_has_data_ranks_too(pool4: RankPool, tmp_path: Path) -> None:
 def test_the_evaluation_loss_is_that_of_one_process(pool2: RankPool, tmp_path: Path, rows: int) -> None:
     run = Run(size=2, kind="padded", rows=rows)  # 8 rows: with 3 in a batch the last has 2
     expected = cases.eval_loss(run, rows)
-    assert pool2.run(cases.evaluate, run, str(tmp_path)) == pytest.approx([expected] * 2, rel=NEAR)
+    for losses in pool2.run(cases.evaluate, run, str(tmp_path)):
+        assert losses == pytest.approx([expected] * 2, rel=NEAR)
 
 
 def test_data_ranks_evaluate_each_row_once(pool4: RankPool, tmp_path: Path) -> None:
     run = Run(size=2, kind="padded", rows=2)
     expected = cases.eval_loss(run, 4)
-    assert pool4.run(cases.evaluate, run, str(tmp_path)) == pytest.approx([expected] * 4, rel=NEAR)
+    for losses in pool4.run(cases.evaluate, run, str(tmp_path)):
+        assert losses == pytest.approx([expected] * 2, rel=NEAR)
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 5), (2, 5), (2, 7), (3, 4)])
@@ -115,7 +117,8 @@ def test_rows_that_fill_up_the_last_evaluation_batch_do_not_count(
 ) -> None:
     run = Run(size=2, kind="padded", rows=rows)
     expected = cases.eval_loss(run, 2 * rows, count)
-    assert pool4.run(cases.evaluate, run, str(tmp_path), count) == pytest.approx([expected] * 4, rel=NEAR)
+    for losses in pool4.run(cases.evaluate, run, str(tmp_path), count):
+        assert losses == pytest.approx([expected] * 2, rel=NEAR)
 
 
 @pytest.mark.parametrize("which", ["all", "non_padding"])
@@ -131,6 +134,8 @@ def test_a_shuffled_loader_deals_each_sample_once(pool4: RankPool) -> None:
     assert first == same
     assert other == too
     assert sorted(first + other) == list(range(8))
+    one, *others = pool4.run(cases.shuffled, 8, size=4)
+    assert others == [one] * 3
 
 
 def test_gradients_are_averaged_after_an_evaluation_too(pool2: RankPool, tmp_path: Path) -> None:
@@ -223,6 +228,8 @@ REFUSALS = {
     "loss function": ("UnsupportedError", "compute_loss_func would see"),
     "smoothing": ("UnsupportedError", "label_smoothing_factor=0.1"),
     "noise": ("UnsupportedError", "neftune_noise_alpha=5.0"),
+    "dispatch": ("UnsupportedError", "dispatch_batches=True"),
+    "subclass": ("UnsupportedError", "compute_loss_func would see"),
     "rebalance": ("UnsupportedError", "batch_rebalance"),
     "cp_size": ("UnsupportedError", "split twice"),
     "sp_size": ("UnsupportedError", "split twice"),
@@ -250,6 +257,7 @@ def test_what_cannot_be_exact_is_refused_on_every_rank(pool2: RankPool, tmp_path
 @pytest.mark.parametrize(
     ("what", "texts"),
     [
+        ("unequal evaluations", ("DisagreementError", "the end of an evaluation")),
         ("unequal streams", ("DisagreementError", "micro-batches of this step")),
         ("unequal batches", ("UnsupportedError", "without even_batches", "data_ranks=2")),
         ("one rank's rows are empty", ("BatchError", "at least one of each")),
@@ -294,8 +302,8 @@ def test_losses_of_sfttrainer_that_are_no_mean_are_refused(tmp_path: Path) -> No
     from trl import SFTConfig
 
     with pytest.raises(UnsupportedError, match="loss_type='dft'"):
-        trainer_rules.check_arguments({"args": SFTConfig(output_dir=str(tmp_path), loss_type="dft", use_cpu=True)})
-    trainer_rules.check_arguments({"args": SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)})
+        trainer_rules.check_arguments(SFTConfig(output_dir=str(tmp_path), loss_type="dft", use_cpu=True))
+    trainer_rules.check_arguments(SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True))
 
 
 def test_settings_without_a_size_are_refused() -> None:

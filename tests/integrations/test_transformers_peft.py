@@ -97,6 +97,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6], **LINEAR),
         ("alora_invocation_tokens=[5, 6]", "plain LoRA is exact"),
     ),
+    "noise": (
+        lambda: peft.LoraConfig(monteclora_config=peft.MontecloraConfig(), **LINEAR),
+        ("monteclora_config draws at random",),
+    ),
+    "means of tokens": (lambda: peft.LoraConfig(velora_config=peft.VeloraConfig(), **LINEAR), ("velora_config",)),
     "dropout": (lambda: peft.LoraConfig(lora_dropout=0.5, **LINEAR), ("dropout above 0", "lora_dropout=0.5")),
     "dropout of ranks": (lambda: peft.LoKrConfig(r=4, rank_dropout=0.3, **LINEAR), ("rank_dropout=0.3",)),
     "dropout of modules": (
@@ -128,6 +133,18 @@ def test_what_is_not_exact_is_refused_where_peft_comes_after(what: str) -> None:
         return peft.get_peft_model(model, config())(**BATCH)
 
     assert_refused(errors(act), UnsupportedError, *texts)
+
+
+def test_an_adapter_that_comes_after_the_first_forward_is_refused() -> None:
+    base = peft.get_peft_model(build("Llama"), peft.LoraConfig(r=4, **LINEAR))
+
+    def act(sp: SequenceParallel) -> object:
+        model = parallelize(copy.deepcopy(base), sp)
+        model(**BATCH)
+        model.add_adapter("second", peft.LoraConfig(r=4, lora_dropout=0.5, **LINEAR))
+        return model(**BATCH)
+
+    assert_refused(errors(act), UnsupportedError, "lora_dropout=0.5")
 
 
 def test_dropout_that_comes_after_is_refused() -> None:

@@ -215,10 +215,11 @@ def eval_loss(run: Run, batch_rows: int, count: int = ROWS) -> float:
     return total / count
 
 
-def evaluate(sp: SequenceParallel, run: Run, folder: str, count: int = ROWS) -> float:
-    """Trainer's evaluation loss of the model as it is made."""
+def evaluate(sp: SequenceParallel, run: Run, folder: str, count: int = ROWS) -> list[float]:
+    """Trainer's evaluation losses of the model as it is made: twice, as it must not change."""
     with as_torchrun(sp):
-        return float(trainer_of(run, folder, eval_dataset=rows(run.kind)[:count]).evaluate()["eval_loss"])
+        trainer = trainer_of(run, folder, eval_dataset=rows(run.kind)[:count])
+        return [trainer.evaluate()["eval_loss"] for _ in range(2)]
 
 
 def tokens_seen(sp: SequenceParallel, run: Run, folder: str, which: str) -> int:
@@ -236,9 +237,9 @@ def shuffled(sp: SequenceParallel, count: int) -> list[int]:
         from seqpar_ring.integrations.trainer import data_loader
 
         Accelerator(cpu=True)
-        torch.manual_seed(42 + sp.data_rank)  # as accelerate's set_seed(42, device_specific=True) does
-        data: Any = [{"i": torch.tensor(i)} for i in range(count)]
-        return [int(batch["i"]) for batch in data_loader(torch.utils.data.DataLoader(data, shuffle=True), sp)]
+        torch.manual_seed(42 + sp.groups.global_rank)  # as accelerate's set_seed(42, device_specific=True) does
+        loader = torch.utils.data.DataLoader(range(count), shuffle=True)  # type: ignore[arg-type]
+        return [int(i) for i in data_loader(loader, sp)]
 
 
 def train_after_evaluation(sp: SequenceParallel, run: Run, folder: str) -> list[float] | str:

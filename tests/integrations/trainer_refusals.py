@@ -8,8 +8,17 @@ import hf_cases
 import torch
 from torch import nn
 from trainer_cases import Run, Stream, arguments, as_torchrun, model, rows, trainer_of
+from transformers import Trainer
 
 from seqpar_ring import SequenceParallel
+
+
+class Given(Trainer):  # type: ignore[misc]
+    """A subclass that takes what comes, and gives more."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compute_loss_func=lambda *_: 0, **kwargs)
+
 
 NONE = torch.zeros(0, dtype=torch.long)
 
@@ -18,7 +27,7 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
     """The message with which a Trainer is refused, or a step of it."""
     from accelerate import ParallelismConfig
     from seqpar_ring.integrations.trainer import ring
-    from transformers import Trainer, TrainingArguments, default_data_collator
+    from transformers import TrainingArguments, default_data_collator
 
     from seqpar_ring.errors import SeqparError
 
@@ -34,6 +43,10 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
             arguments_of["label_smoothing_factor"] = 0.1
         elif what == "noise":
             arguments_of["neftune_noise_alpha"] = 5.0
+        elif what == "dispatch":
+            arguments_of["accelerator_config"] = {"dispatch_batches": True}
+        elif what == "unequal evaluations":
+            keywords["eval_dataset"] = Stream(rows(run.kind), 4 + sp.groups.global_rank // run.size)
         elif what == "unequal batches":
             arguments_of["accelerator_config"] = {"even_batches": False}
         elif what == "rebalance":
@@ -68,9 +81,12 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
             training = TrainingArguments(**arguments_of)
             if what in ("cp_size", "sp_size"):
                 training.parallelism_config = ParallelismConfig(**{what: 2})
-            trainer = ring(Trainer, **settings)(model=made, args=training, **keywords)
+            kind = Given if what == "subclass" else Trainer
+            trainer = ring(kind, **settings)(model=made, args=training, **keywords)
             if what == "predict":
                 trainer.predict(rows(run.kind))
+            if what == "unequal evaluations":
+                trainer.evaluate()
             trainer.train()
         except SeqparError as error:
             return f"{type(error).__name__}: {error}"
