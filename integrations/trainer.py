@@ -136,7 +136,9 @@ class _Ring:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         own: Any = super().__init__
-        rules.check_given({**inspect.signature(own).bind_partial(*args, **kwargs).arguments, **kwargs})
+        given = {**inspect.signature(own).bind_partial(*args, **kwargs).arguments, **kwargs}
+        rules.check_given(given)
+        rules.check_arguments(given.get("args"))  # before SFTTrainer has tokenized anything
         own(*args, **kwargs)
         me: Any = self
         rules.check_given(vars(self))  # what a subclass gave
@@ -167,7 +169,7 @@ class _Ring:
                 arguments=asked,
                 block=block,
             )
-        rules.check_arguments(me.args)
+        rules.check_arguments(me.args)  # a subclass may have made others
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         self.seqpar = SequenceParallel(**asked.model_dump())
         rules.check_even_batches(me.args, self.seqpar.data_size)

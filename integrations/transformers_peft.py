@@ -22,7 +22,6 @@ EXACT = (
 )
 """PEFT's methods that are known to be exact on a shard, by their `peft_type`."""
 
-
 NOT_EXACT = {
     "alora_invocation_tokens": "looks for its tokens in the whole sequence, of which a rank has a part",
     "monteclora_config": "draws at random in every forward, on each rank anew",

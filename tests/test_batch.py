@@ -63,7 +63,6 @@ def test_positions_of_padding_are_not_looked_at(rows: int) -> None:
     assert edge.read(batch).lengths == (6,)
 
 
-
 def test_padding_at_the_right_is_the_last_documents_and_has_no_targets() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     labels = ids(2, 6).masked_fill(mask == 0, -100)
