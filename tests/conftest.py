@@ -1,5 +1,6 @@
 """What all tests share: deterministic torch, one thread a rank, worker pools started once a session, when needed."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,18 @@ import torch
 
 from seqpar_ring.testing import RankPool
 
+IMPORTED_ONCE = (
+    "seqpar_ring.testing.worker",
+    "seqpar_ring.integrations.deepspeed",
+    "seqpar_ring.integrations.trainer",
+    "seqpar_ring.integrations.transformers",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and with it torch's compiler
+    "trl.trainer.sft_trainer",
+    "peft",
+)
+"""Half a minute on a slow machine, once in place of once a rank: what runs is forked from a process that has these."""
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older torch raises in deterministic mode without it
 
 
@@ -16,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Fills torch.empty with NaN, so that memory nobody wrote shows in the results.
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
+    multiprocessing.set_forkserver_preload(list(IMPORTED_ONCE))
     # How long an example takes is no property of the code where several workers share the cores.
     hypothesis.settings.register_profile("shared", deadline=None)
     hypothesis.settings.load_profile("shared")

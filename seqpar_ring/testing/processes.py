@@ -1,14 +1,15 @@
-"""Ranks as spawned processes over gloo, kept for many runs: the real transport at the price of one start.
+"""Ranks as processes over gloo, kept for many runs: the real transport at the price of one start.
 
-A process that imports torch takes seconds to start, so a test session keeps one pool per world size. Workers end with
-their parent, each run has a time limit, and after an error that may have left messages on the way the workers start
-anew, so one failed run cannot spoil the next. What runs must be importable by the workers. It does not serve training:
-use torchrun for that.
+A process that imports torch takes seconds to start, so a test session keeps one pool per world size, and workers are
+forks of a server that can import once for all (multiprocessing's forkserver). Workers end with their parent, each run
+has a time limit, and after an error that may have left messages on the way the workers start anew, so one failed run
+cannot spoil the next. What runs must be importable by the workers. It does not serve training: use torchrun for that.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import time
@@ -38,6 +39,13 @@ GRACE = 3.0
 """Seconds the other ranks get to end by themselves once one has failed."""
 
 
+if sys.platform == "win32":
+    CONTEXT = multiprocessing.get_context("spawn")
+else:
+    CONTEXT = multiprocessing.get_context("forkserver")
+"""The server is a fresh process: a fork of it has nothing of this one but the environment that it is given."""
+
+
 class _Worker(NamedTuple):
     process: BaseProcess
     connection: Connection
@@ -56,6 +64,9 @@ def run_processes(
 
 class RankPool:
     """Processes that wait for functions to run as ranks of one world. Started at the first run.
+
+    Workers start in tenths of a second where `multiprocessing.set_forkserver_preload(["seqpar_ring.testing.worker"])`,
+    with all else that is slow to import, was called before the first pool of this process.
 
     Args:
         world: number of ranks.
@@ -153,13 +164,12 @@ class RankPool:
     def _start(self) -> None:
         # The parent keeps the store, at a port the system picks: none is chosen first and taken by another later.
         self._store = store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        context = multiprocessing.get_context("spawn")
         deterministic = torch.are_deterministic_algorithms_enabled()
         for rank in range(self.world):
-            here, there = context.Pipe()
-            process = context.Process(
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=work,
-                args=(rank, self.world, store.port, there, deterministic),
+                args=(rank, self.world, store.port, there, deterministic, dict(os.environ)),
                 name=f"rank {rank} of {self.world}",
                 daemon=True,
             )

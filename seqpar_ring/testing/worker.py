@@ -1,6 +1,6 @@
 """What runs in a worker process of `RankPool`: join the world, then run one job after the other.
 
-Kept apart from the pool because a spawned process imports this module by name. Groups are cached between jobs, as
+Kept apart from the pool because a worker imports this module by name. Groups are cached between jobs, as
 making them costs more than most tests; after an error they are forgotten, since a message may still be on its way.
 """
 
@@ -79,8 +79,12 @@ class WorkerTraceback(Exception):  # noqa: N818 - not an error but the place of 
         return f"\n{self.args[0]}"
 
 
-def work(rank: int, world: int, port: int, connection: Connection, deterministic: bool) -> None:
+def work(
+    rank: int, world: int, port: int, connection: Connection, deterministic: bool, environment: dict[str, str]
+) -> None:
     """The life of a worker: ends when the parent closes the connection, or is gone."""
+    os.environ.clear()  # a fork's is that of the server when it started
+    os.environ.update(environment)
     torch.set_num_threads(1)  # many ranks share few cores
     torch.use_deterministic_algorithms(deterministic)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=MEET))  # type: ignore[attr-defined]

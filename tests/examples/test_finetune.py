@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import finetune
+import launched
 import pytest
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "finetune.py"
 
 pytestmark = pytest.mark.timeout(400)
-"""A run starts three Pythons that import torch, transformers and DeepSpeed: seconds, or minutes on a busy machine."""
+"""torchrun starts three Pythons that import torch, transformers and DeepSpeed: minutes on a busy machine."""
 
 FORGETFUL = """
 import runpy, sys
@@ -44,6 +45,11 @@ def command(*arguments: object) -> list[str]:
 
 def torchrun(folder: Path, script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Two ranks in a folder of their own."""
+    return launched.torchrun(folder, 2, script, *command(*arguments))
+
+
+def real_torchrun(folder: Path, script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same, by torch's own launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -92,7 +98,7 @@ def test_two_ranks_train_on_the_users_text_and_plain_transformers_loads_the_resu
 
 
 def test_verify_prints_differences_of_rounding_and_trains_nothing(tmp_path: Path, books: list[Path]) -> None:
-    done = torchrun(tmp_path, SCRIPT, "--text", *books, "--verify", "--output", "out")
+    done = real_torchrun(tmp_path, SCRIPT, "--text", *books, "--verify", "--output", "out")
     assert done.returncode == 0, done.stdout + done.stderr
     assert figure(r"^OK +loss: relative difference (\S+),", done.stdout) <= 1e-6
     assert figure(r"^OK +gradients: relative difference (\S+),", done.stdout) <= 1e-5

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launched
 import pytest
 import yaml
 
@@ -23,9 +24,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def run(folder: Path, *command: object) -> str:
     """What it prints, run in a folder of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "examples")}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    return checked(
+        subprocess.run(
+            [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        )
     )
+
+
+def forked(folder: Path, world: int, script: Path, *arguments: object) -> str:
+    """The same over so many ranks, without torchrun's own start and imports."""
+    return checked(launched.torchrun(folder, world, script, *arguments, PYTHONPATH=str(ROOT / "examples")))
+
+
+def checked(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -49,7 +60,7 @@ def test_the_plain_loop_learns_and_gives_the_same_with_and_without_a_ring(tmp_pa
     ring = losses(run(tmp_path, *TORCHRUN, 2, ROOT / "examples" / "plain_loop.py", "--config", shipped))
     single = tmp_path / "single.yaml"
     single.write_text(shipped.read_text().replace("size: 2 ", "size: 1 "))
-    alone = losses(run(tmp_path, *TORCHRUN, 1, ROOT / "examples" / "plain_loop.py", "--config", single))
+    alone = losses(forked(tmp_path, 1, ROOT / "examples" / "plain_loop.py", "--config", single))
     assert len(ring) == 6
     assert ring == pytest.approx(alone, abs=2e-4)
     assert ring[-1] < ring[0] - 1
@@ -57,7 +68,7 @@ def test_the_plain_loop_learns_and_gives_the_same_with_and_without_a_ring(tmp_pa
 
 def test_deepspeed_trains_the_same_under_torchrun_and_its_own_launcher(tmp_path: Path) -> None:
     script = (ROOT / "examples" / "deepspeed_zero3.py", "--config", ROOT / "configs" / "deepspeed_zero3.json")
-    found = losses(run(tmp_path, *TORCHRUN, 2, *script, "--steps", 2))
+    found = losses(forked(tmp_path, 2, *script, "--steps", 2))
     port = 20_000 + os.getpid() % 20_000
     launched = run(tmp_path, *DEEPSPEED, port, "--num_accelerators", 2, *script, "--steps", 2)
     assert len(found) == 2
@@ -65,14 +76,14 @@ def test_deepspeed_trains_the_same_under_torchrun_and_its_own_launcher(tmp_path:
 
 
 def test_trainer_learns(tmp_path: Path) -> None:
-    text = run(tmp_path, *TORCHRUN, 2, ROOT / "examples" / "trainer.py", "--config", ROOT / "configs" / "trainer.yaml")
+    text = forked(tmp_path, 2, ROOT / "examples" / "trainer.py", "--config", ROOT / "configs" / "trainer.yaml")
     before, after = map(float, re.findall(r"evaluation loss ([\d.]+) -> ([\d.]+)", text)[0])
     assert after < before - 1
 
 
 def test_sfttrainer_learns_and_saves_its_adapter(tmp_path: Path) -> None:
     shipped = ROOT / "configs" / "sft_lora.yaml"
-    text = run(tmp_path, *TORCHRUN, 2, ROOT / "examples" / "sft_lora.py", "--config", shipped)
+    text = forked(tmp_path, 2, ROOT / "examples" / "sft_lora.py", "--config", shipped)
     before, after = map(float, re.findall(r"\nloss ([\d.]+) -> ([\d.]+)", text)[0])
     assert after < before - 0.2
     assert (tmp_path / "runs" / "sft_lora" / "adapter_model.safetensors").exists()
@@ -80,9 +91,9 @@ def test_sfttrainer_learns_and_saves_its_adapter(tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on_at_another_size(tmp_path: Path) -> None:
     script = (ROOT / "examples" / "resume.py", "--config", ROOT / "configs" / "resume.json", "--tokens", 256)
-    four = run(tmp_path, *TORCHRUN, 4, *script, "--size", 4, "--until", 2)
-    two = run(tmp_path, *TORCHRUN, 2, *script, "--size", 2, "--until", 4)
-    alone = losses(run(tmp_path, *TORCHRUN, 1, *script, "--size", 1, "--until", 4, "--folder", tmp_path / "alone"))
+    four = forked(tmp_path, 4, *script, "--size", 4, "--until", 2)
+    two = forked(tmp_path, 2, *script, "--size", 2, "--until", 4)
+    alone = losses(forked(tmp_path, 1, *script, "--size", 1, "--until", 4, "--folder", tmp_path / "alone"))
     assert losses(four) + losses(two) == pytest.approx(alone, rel=1e-6)
 
 
@@ -90,8 +101,8 @@ def test_megatron_learns_and_gives_the_same_with_and_without_a_ring(tmp_path: Pa
     """On a machine without a GPU, so through the launcher that stands CUDA in."""
     launcher, script = ROOT / "tests" / "integrations" / "mcore_launch.py", ROOT / "examples" / "megatron_finetune.py"
     options = (launcher, script, "--clip", 0, "--tokens", 512, "--steps", 4)
-    ring = losses(run(tmp_path, *TORCHRUN, 2, *options, "--cp", 2))
-    alone = losses(run(tmp_path, *TORCHRUN, 1, *options, "--cp", 1))
+    ring = losses(forked(tmp_path, 2, *options, "--cp", 2))
+    alone = losses(forked(tmp_path, 1, *options, "--cp", 1))
     assert len(ring) == 4
     assert ring == pytest.approx(alone, abs=2e-4)
     assert ring[-1] < ring[0] - 1

@@ -25,10 +25,10 @@ def pool1() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 3])
-def saved(request: pytest.FixtureRequest, pool4: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+def saved(request: pytest.FixtureRequest, kept4: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """The stage, and the folder of a checkpoint saved by four ranks of one sequence."""
     folder = str(tmp_path_factory.mktemp(f"stage{request.param}"))
-    pool4.run(ds_resume.saved_after, folder, Run(request.param, 4, "adamw", BEFORE))
+    kept4.run(ds_resume.saved_after, folder, Run(request.param, 4, "adamw", BEFORE))
     return request.param, folder
 
 
