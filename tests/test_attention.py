@@ -156,14 +156,14 @@ def test_random_cases_equal_dense_in_fp64(drawn: tuple[list[int], int, Case, dic
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("eighth", range(8))
-# Not derandomized, as hypothesis would do by itself where it sees a CI: all eighths would draw the same cases.
-@settings(max_examples=1250, deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("part", range(20))
+# Not derandomized, as hypothesis would do by itself where it sees a CI: all parts would draw the same cases.
+@settings(max_examples=500, deadline=None, derandomize=False, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=random_cases())
 def test_ten_thousand_random_cases_equal_dense_in_fp64(
-    eighth: int, drawn: tuple[list[int], int, Case, dict[str, Any]]
+    part: int, drawn: tuple[list[int], int, Case, dict[str, Any]]
 ) -> None:
-    """In eighths, so that workers share them and none takes long."""
+    """In parts, so that workers share them and none is left with one that takes long."""
     lengths, world, case, how = drawn
     assert_matches_dense(lengths, world, case, 1e-12, **how)
 
