@@ -66,7 +66,7 @@ class RankPool:
     """Processes that wait for functions to run as ranks of one world. Started at the first run.
 
     Workers start in tenths of a second where `multiprocessing.set_forkserver_preload(["seqpar_ring.testing.worker"])`,
-    with all else that is slow to import, was called before the first pool of this process.
+    with all else that is slow to import and asks for no GPU, was called before the first pool of this process.
 
     Args:
         world: number of ranks.
