@@ -164,6 +164,17 @@ def test_what_workers_cannot_import_is_refused_with_the_fix(pool2: RankPool) -> 
         pool2.run(lambda sp: sp.rank)
 
 
+def said(_: Any) -> str | None:
+    return os.environ.get("SAID")
+
+
+def test_workers_have_the_environment_of_the_moment_at_which_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in ("hello", "world"):
+        monkeypatch.setenv("SAID", word)
+        with RankPool(1, timeout=60) as pool:
+            assert pool.run_groups(said) == [word]
+
+
 def wait_long(sp: SequenceParallel, folder: Path) -> None:
     (folder / str(sp.rank)).write_text(str(os.getpid()))
     time.sleep(60 if sp.rank == 1 else 0)

@@ -68,11 +68,11 @@ def test_the_plain_loop_learns_and_gives_the_same_with_and_without_a_ring(tmp_pa
 
 def test_deepspeed_trains_the_same_under_torchrun_and_its_own_launcher(tmp_path: Path) -> None:
     script = (ROOT / "examples" / "deepspeed_zero3.py", "--config", ROOT / "configs" / "deepspeed_zero3.json")
-    found = losses(forked(tmp_path, 2, *script, "--steps", 2))
+    found = losses(run(tmp_path, *TORCHRUN, 2, *script, "--steps", 2))
     port = 20_000 + os.getpid() % 20_000
-    launched = run(tmp_path, *DEEPSPEED, port, "--num_accelerators", 2, *script, "--steps", 2)
+    other = run(tmp_path, *DEEPSPEED, port, "--num_accelerators", 2, *script, "--steps", 2)
     assert len(found) == 2
-    assert losses(launched) == found
+    assert losses(other) == found
 
 
 def test_trainer_learns(tmp_path: Path) -> None:
