@@ -99,7 +99,7 @@ PARTS: dict[str, Part] = {
     "overlap": _shaped(
         "overlap.py",
         "transfers under computation, on shaped links",
-        ("--world", "2", "--tokens", "1024", "--seconds", "0.1"),
+        ("--world", "2", "--tokens", "1024", "--turns", "1"),
         "overlap.json",
     ),
     "shaped": _shaped(

@@ -1,12 +1,13 @@
 """How well transfers hide: ring attention on links on which a pass's transfers take 0.8 or 3 times its computation.
 
-    python benchmarks/overlap.py [--world 2 4] [--tokens 8192 16384] [--times 0.8 3] [--seconds 3] [--nice -10]
+    python benchmarks/overlap.py [--world 2 4] [--tokens 8192 16384] [--times 0.8 3] [--turns 3] [--nice -10]
         [--out FOLDER]
 
 Needs root (`netns.py`). First the same attention is timed without a limit: that is its computation. Then links are
 shaped so that what the busiest rank sends takes that much longer or shorter, and forward and backward are timed with
-blocks whole and in pieces, and on the slow link with keys and values as int8 and their gradients as bf16 too. Each
-figure is the wall time over the larger of the two: 1.0 is a transfer that hides perfectly, or a link that never waits.
+blocks whole and in pieces, and on the slow link with keys and values as int8 and their gradients as bf16 too, in turn
+with the computation, whose pace may change. Each figure is the wall time over the larger of the two: 1.0 is a transfer
+that hides perfectly, or a link that never waits.
 """
 
 from __future__ import annotations
@@ -58,20 +59,21 @@ def case(world: int, tokens: int, chosen: argparse.Namespace) -> list[dict[str, 
     """All rows of one number of ranks and tokens."""
     plain = Setting(world, tokens)
 
-    def timed(settings: list[Setting]) -> list[Result]:
-        return measure(settings, chosen.seconds, chosen.nice, lambda line: print(line, flush=True))
+    def timed(settings: list[Setting], turns: int) -> list[Result]:
+        return measure(settings, nice=chosen.nice, progress=lambda line: print(line, flush=True), turns=turns)
 
-    [alone] = timed([plain])
+    [first] = timed([plain], 2)
     rows = []
     for times in chosen.times if tokens == chosen.tokens[0] else chosen.times[:1]:
-        rate = sent(plain) / (times * alone.both)
+        rate = sent(plain) / (times * first.both)
         some = [pieces_of(plain, n) for n in PIECES]
         if times == HIDES and world > 2:  # at 2 ranks it is the ring
             some += [pieces_of(plain, n)._replace(schedule="direct") for n in PIECES[1:]]
         if times == SHOWS:
             some += [pieces_of(plain, n)._replace(cut="halves") for n in PIECES[-2:]]
             some += [pieces_of(plain, PIECES[-1])._replace(kv_dtype=kv, dkv_dtype=dkv) for kv, dkv in FORMS[1:]]
-        for result in timed([setting._replace(rate_bytes_per_s=rate) for setting in some]):
+        alone, *results = timed([plain, *(setting._replace(rate_bytes_per_s=rate) for setting in some)], chosen.turns)
+        for result in results:
             transfer = sent(result.setting) / rate
             rows.append(
                 {
@@ -102,12 +104,19 @@ def main() -> None:
     )
     several = "transfers over computation: where all of it could hide, and where the link is what takes the time"
     parser.add_argument("--times", type=float, nargs="+", default=[HIDES, SHOWS], choices=[HIDES, SHOWS], help=several)
-    parser.add_argument("--seconds", type=float, default=3.0, help="that the repetitions of a setting may take")
+    parser.add_argument("--turns", type=int, default=3, help="rounds, in each of which every setting runs once")
     parser.add_argument("--nice", type=int, default=0, help="priority of the ranks; below 0 where others compute too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are removed
-    rows = [row for world in chosen.world for tokens in chosen.tokens for row in case(world, tokens, chosen)]
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for world in chosen.world:
+        for tokens in chosen.tokens:
+            rows += case(world, tokens, chosen)
+            # After each case: what has taken half an hour is not lost to the one that fails.
+            record = {"machine": described(), "rows": rows}
+            (chosen.out / "overlap.json").write_text(json.dumps(record, indent=1) + "\n")
     for r in rows:
         form = f"{r['cut']}, keys {r['kv_dtype']}, gradients {r['dkv_dtype']}"
         print(
@@ -115,9 +124,6 @@ def main() -> None:
             f"transfer {r['transfer_over_computation']} x computation, "
             f"{r['block_tokens'] or 'whole':>5} rows, {form}: {r['both']:.3f} s, {r['over_the_larger']:.3f} of it"
         )
-    record = {"machine": described(), "rows": rows}
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    (chosen.out / "overlap.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

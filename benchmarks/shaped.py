@@ -11,6 +11,7 @@ moment at which the first rank begins to that at which the last is done, on the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -111,7 +112,11 @@ class Result(NamedTuple):
 
 
 def measure(
-    settings: Sequence[Setting], seconds: float = 8.0, nice: int = 0, progress: Callable[[str], None] | None = None
+    settings: Sequence[Setting],
+    seconds: float = 8.0,
+    nice: int = 0,
+    progress: Callable[[str], None] | None = None,
+    turns: int = 0,
 ) -> list[Result]:
     """Measure settings, those of one world size together over the same processes. Needs root.
 
@@ -120,6 +125,9 @@ def measure(
         seconds: that one setting's repetitions may take together, but at least three are made.
         nice: priority of the ranks.
         progress: gets a line for each.
+        turns: where they are to be compared with one another on a machine whose pace changes: so many rounds, in each
+            of which every setting runs once, in place of `seconds`. Forward and backward are then those of the pass in
+            which neither is waited for. 0: one setting after the other.
 
     Raises:
         UnsupportedError: no network namespaces here.
@@ -130,10 +138,14 @@ def measure(
     found: dict[int, Result] = {}
     for world in sorted({s.world for s in settings}):
         with ShapedRanks(world, nice=nice) as ranks:
-            for i, setting in enumerate(settings):
-                if setting.world == world:
-                    ranks.shape(setting.rates)
-                    found[i] = _result(setting, ranks.run(_repeated, setting, seconds))
+            here = [i for i, setting in enumerate(settings) if setting.world == world]
+            rounds: dict[int, list[list[_Times]]] = {i: [] for i in here}
+            for _ in range(max(1, turns)):
+                for i in here:
+                    ranks.shape(settings[i].rates)
+                    one = ranks.run(_once, settings[i]) if turns else ranks.run(_repeated, settings[i], seconds)
+                    rounds[i].append(one)
+                    found[i] = _result(settings[i], [_joined(of) for of in zip(*rounds[i], strict=True)])
                     if progress is not None:
                         progress(shown(found[i]))
     return [found[i] for i in range(len(settings))]
@@ -177,7 +189,28 @@ class _Times(NamedTuple):
     cpu: list[float]
 
 
-def _repeated(groups: Groups, setting: Setting, seconds: float) -> _Times:
+def _joined(rounds: Sequence[_Times]) -> _Times:
+    """A rank's repetitions of all rounds."""
+    return _Times(*(list(itertools.chain(*of)) for of in zip(*rounds, strict=True)))
+
+
+_READY: dict[Setting, Callable[[bool], list[float]]] = {}
+"""This rank's settings that have been warmed up; one that differs in the link alone is the same."""
+
+
+def _once(groups: Groups, setting: Setting) -> _Times:
+    """Both passes, without a stop between."""
+    key = setting._replace(rate_bytes_per_s=0.0)
+    if key not in _READY:
+        _READY[key] = _passes(groups, setting)
+        _READY[key](False)
+    begin = time.process_time()
+    a, b, c, d = _READY[key](False)
+    return _Times([(a, b)], [(c, d)], [(a, d)], [time.process_time() - begin])
+
+
+def _passes(groups: Groups, setting: Setting) -> Callable[[bool], list[float]]:
+    """A function that runs forward and backward, and returns when each began and ended; `stop`: all wait in between."""
     sp = SequenceParallel.over(groups, setting.settings)
     plan = sp.plan(setting.tokens)
     dtype = getattr(torch, setting.dtype)
@@ -195,6 +228,11 @@ def _repeated(groups: Groups, setting: Setting, seconds: float) -> _Times:
         torch.autograd.grad(out, leaves, dout)
         return [*marks, time.monotonic()]
 
+    return run
+
+
+def _repeated(groups: Groups, setting: Setting, seconds: float) -> _Times:
+    run = _passes(groups, setting)
     run(False)  # warms up, and makes the plan of backward
     begin = time.monotonic()
     run(True)
