@@ -241,3 +241,23 @@ def test_shaped_links_slow_attention_down_as_far_as_its_bytes_ask(monkeypatch: p
     sent = 512 * 2 * 2 * 64 * 4 * 0.75  # keys and values of half the tokens, of which zigzag sends three quarters
     assert result.least[0] > 0.9 * sent / setting.rate_bytes_per_s
     assert result.forward <= result.both
+
+
+@pytest.mark.slow
+def test_settings_that_are_compared_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import netns
+    import shaped
+
+    if why := netns.missing():
+        pytest.skip(f"no network namespaces here: {why}")
+    settings = [shaped.Setting(2, 512), shaped.Setting(2, 512, rate_bytes_per_s=1e6)]
+    lines: list[str] = []
+    results = shaped.measure(settings, nice=-15, progress=lines.append, turns=2)
+    assert [("no limit" in line, f"{n} runs" in line) for line, n in zip(lines, (1, 1, 2, 2), strict=True)] == [
+        (True, True),
+        (False, True),
+    ] * 2
+    assert [(r.setting, r.repeats, len(r.cpu)) for r in results] == [(s, 2, 2) for s in settings]
+    sent = 256 * 2 * 2 * 64 * 4 * 0.75
+    assert results[1].least[0] > 0.9 * sent / 1e6  # the link was shaped anew in each turn
