@@ -108,6 +108,8 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=0, help="priority of the ranks; below 0 where others compute too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     chosen = parser.parse_args()
+    if chosen.turns < 1:
+        parser.error(f"--turns {chosen.turns}: at least one")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are removed
     chosen.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
