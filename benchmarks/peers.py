@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,8 +156,15 @@ def inexact(worst: Mapping[str, float], dtype: torch.dtype) -> str:
 
 def _at(sp: SequenceParallel, work: Work) -> Rank:
     warnings.filterwarnings("ignore", category=FutureWarning)  # old names that peers call
+    return Rank(sp, _group(), work.tokens, work.case.kv_heads)
+
+
+@cache
+def _group() -> dist.ProcessGroup:
+    """What peers talk over, made once: each group of gloo has a thread that wakes 100 times a second, used or not."""
     group = dist.new_group(timeout=timedelta(seconds=LIMIT))
-    return Rank(sp, group, work.tokens, work.case.kv_heads)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _errors(sp: SequenceParallel, name: str, work: Work) -> dict[str, float]:

@@ -96,7 +96,9 @@ def make(
     world = next(line for line in worlds if rank in line)
     groups = {lane: _my_group(rings, rank, timeout, lane) for lane in (lanes if size > 1 else ())}
     ring: Transport = DistributedTransport(groups, device, timeout) if size > 1 else LockstepWorld(1).transport(0)
-    everyone = DistributedTransport({"control": _my_group(worlds, rank, timeout)}, device, timeout)
+    # Where all share one sequence its group does for both: another takes memory of the GPU (NCCL) or a thread (gloo).
+    control = groups["control"] if size > 1 and rings == worlds else _my_group(worlds, rank, timeout)
+    everyone = DistributedTransport({"control": control}, device, timeout)
     data_rank = [line for line in rings if line[0] in world].index(mine)
     here = {places[r] for r in mine}
     shared = here.pop().device if len(here) == 1 else ""

@@ -15,6 +15,7 @@ from seqpar_ring import groups as process_groups
 from seqpar_ring.errors import DisagreementError, GroupError
 from seqpar_ring.groups import Groups
 from seqpar_ring.testing import RankPool, run_lockstep_groups
+from seqpar_ring.transport import DistributedTransport
 
 
 def place(groups: Groups) -> tuple[int, ...]:
@@ -35,6 +36,19 @@ def test_one_ring_and_rings_of_one_are_the_two_ends(pool4: RankPool) -> None:
     whole, single = [(r, 0, r, 1) for r in range(4)], [(r, r, 0, 4) for r in range(4)]
     assert pool4.run_groups(place) == run_lockstep_groups(place, 4) == whole
     assert pool4.run_groups(place, size=1) == run_lockstep_groups(place, 4, size=1) == single
+
+
+def one_group_serves_both(groups: Groups) -> bool:
+    assert isinstance(groups.ring, DistributedTransport)
+    assert isinstance(groups.everyone, DistributedTransport)
+    total = groups.everyone.all_reduce(torch.tensor([groups.global_rank]))
+    assert total.item() == sum(range(groups.world_size))
+    return groups.everyone._lanes["control"] is groups.ring._lanes["control"]
+
+
+def test_no_group_is_made_for_everyone_where_all_share_one_sequence(pool4: RankPool) -> None:
+    assert pool4.run_groups(one_group_serves_both) == [True] * 4
+    assert pool4.run_groups(one_group_serves_both, size=2) == [False] * 4
 
 
 def test_a_world_of_one_needs_no_torch_distributed() -> None:
@@ -176,4 +190,4 @@ def destroyed_groups_are_gone(groups: Groups) -> list[bool]:
 
 def test_a_ring_does_not_keep_destroyed_groups_and_their_threads_until_the_interpreter_ends(pool2: RankPool) -> None:
     for gone in pool2.run_groups(destroyed_groups_are_gone):
-        assert sum(gone) >= 4, "three lanes, and everyone; the mesh may hold one, over which nothing goes"
+        assert sum(gone) >= 3, "three lanes; the mesh may hold one, over which nothing goes"
