@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import difflib
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -31,6 +30,7 @@ from .deepspeed_mpu import HiddenSequenceGroup, WholeModel, check, mesh_of
 
 try:
     import deepspeed
+    import hjson  # DeepSpeed reads its config with it: JSON that may have comments and commas at the end
     from deepspeed.accelerator import get_accelerator
 except ImportError as error:
     raise VersionError(
@@ -110,6 +110,9 @@ def _engine(sp: SequenceParallel, given: dict[str, Any], original: Callable[...,
     """The engine, to which the sequence group is hidden."""
     given["mpu"] = HiddenSequenceGroup(sp, given.get("mpu") or WholeModel())
     engine, *rest = original(**given)
+    parts = engine.autotp_size() if hasattr(engine, "autotp_size") else 1
+    if parts > 1:  # not of the config, which was looked at: DeepSpeed adds what tp_model_init was told
+        raise _cannot_be_combined("deepspeed.tp_model_init", parts)
     engine.seqpar_ring = sp
     return (engine, *rest)
 
@@ -172,7 +175,7 @@ def _config(given: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         file = Path(found)
         text = file.read_text() if file.exists() else base64.urlsafe_b64decode(str(found)).decode()
-        parsed = json.loads(text)
+        parsed = hjson.loads(text)
     except (OSError, ValueError):
         return None  # DeepSpeed reads it again, and says what is wrong with it
     return parsed if isinstance(parsed, dict) else None
@@ -206,11 +209,15 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
     }
     for name, value in reasons.items():
         if value is not None:
-            raise UnsupportedError(
-                f'the "{BLOCK}" block and {name} cannot be combined in this version',
-                fix=f"Leave out {name}: the block alone arranges all ranks, as sequence groups and data ranks.",
-                value=value,
-            )
+            raise _cannot_be_combined(name, value)
+
+
+def _cannot_be_combined(name: str, value: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f'the "{BLOCK}" block and {name} cannot be combined in this version',
+        fix=f"Leave out {name}: the block alone arranges all ranks, as sequence groups and data ranks.",
+        value=value,
+    )
 
 
 def _expect_mpu_of_groups(mpu: Any, sp: SequenceParallel) -> None:

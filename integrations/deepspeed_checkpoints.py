@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,12 @@ RECORD = "seqpar_ring.json"
 
 MUST_AGREE = ("model", "vocabulary", "hidden_size", "layers")
 """Of the record, what a model that goes on must have in common with the one that was saved."""
+
+SHARDED = {0: "nothing", 1: "optimizer states", 2: "optimizer states", 3: "parameters too"}
+"""What ranks hold parts of, by ZeRO stage; DeepSpeed's files differ by it."""
+
+STATES = "*_states.pt"
+"""Files of a checkpoint that DeepSpeed writes: some for each rank, so fewer ranks leave those of more behind."""
 
 UNIVERSAL = "_universal"
 """Added to a checkpoint's tag for its universal conversion."""
@@ -68,8 +75,8 @@ def save(engine: Any, folder: str | Path, tag: str | None = None, client_state: 
         )
     sp.groups.everyone.agree("save", {"tag": tag, "folder": str(folder)}, problem)
     if sp.groups.global_rank == 0:
-        (Path(folder) / tag).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / tag / RECORD).write_text(json.dumps(_record(engine), indent=1) + "\n")
+        problem = _prepared(Path(folder), tag, _record(engine))
+    sp.groups.everyone.agree("saving the checkpoint", {}, problem)  # nobody writes before the first rank has cleared
     engine.save_checkpoint(str(folder), tag=tag, client_state=dict(client_state or {}))
     return tag
 
@@ -86,7 +93,8 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
         The client_state that it was saved with.
 
     Raises:
-        ConfigError: no such checkpoint, one of another model, or one whose conversion failed; on every rank.
+        ConfigError: no such checkpoint, one of another model, one of as many ranks in a ZeRO stage with other files, or
+            one whose conversion failed; on every rank.
         VersionError: a DeepSpeed that lacks what is needed here.
     """
     sp = _group(engine)
@@ -101,6 +109,8 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
         problem = error
     sp.groups.everyone.agree("load", {"tag": found, "parts": parts}, problem)
     fitting = parts in (0, sp.world_size)
+    if fitting:
+        _expect_same_files(Path(folder) / found / RECORD, engine)
     in_parts = engine.mpu.get_model_parallel_world_size() > 1
     if in_parts and not fitting:
         raise ConfigError(
@@ -133,7 +143,8 @@ def _convert(sp: SequenceParallel, folder: Path, tag: str, parts: int) -> None:
     done, everyone = folder / (tag + UNIVERSAL), sp.groups.everyone
     run: subprocess.Popen[str] | None = None
     command = conversion(folder, tag)
-    if sp.groups.global_rank == 0 and not done.exists():
+    if sp.groups.global_rank == 0 and _outdated(done, folder / tag):
+        _clear(folder, tag, states=False)
         LOG.info("checkpoint %s was saved by %d ranks: converting it for %d", tag, parts, sp.world_size)
         partial = [*command[:-1], str(done) + ".partial"]
         # What it prints goes where the user looks; only what went wrong is kept for the message.
@@ -153,6 +164,30 @@ def _convert(sp: SequenceParallel, folder: Path, tag: str, parts: int) -> None:
     elif run is not None:
         Path(str(done) + ".partial").rename(done)
     everyone.agree("converting the checkpoint", {}, problem)
+
+
+def _prepared(folder: Path, tag: str, record: Mapping[str, Any]) -> ConfigError | None:
+    """A folder with the record and nothing else of ours, or why there is none."""
+    try:
+        _clear(folder, tag)
+        (folder / tag).mkdir(parents=True, exist_ok=True)
+        (folder / tag / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        return ConfigError("the checkpoint's folder cannot be written", fix=str(error), folder=folder, tag=tag)
+    return None
+
+
+def _clear(folder: Path, tag: str, states: bool = True) -> None:
+    """Remove what earlier saves under this tag have left: conversions, and the states themselves."""
+    for name in (tag + UNIVERSAL, tag + UNIVERSAL + ".partial"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for file in (folder / tag).glob(STATES) if states else ():
+        file.unlink()
+
+
+def _outdated(done: Path, source: Path) -> bool:
+    """Whether there is no conversion, or states that are newer: `engine.save_checkpoint` may have written them."""
+    return not done.exists() or any(x.stat().st_mtime > done.stat().st_mtime for x in source.glob(STATES))
 
 
 @contextmanager
@@ -212,6 +247,20 @@ def _expect_same_model(file: Path, engine: Any) -> None:
                 model=mine[name],
                 file=file,
             )
+
+
+def _expect_same_files(file: Path, engine: Any) -> None:
+    """DeepSpeed stops within itself at a checkpoint whose files are those of another kind of ZeRO stage."""
+    saved = json.loads(file.read_text()).get("stage") if file.exists() else None
+    stage = engine.zero_optimization_stage()
+    if saved is not None and SHARDED.get(saved) != SHARDED.get(stage):
+        raise ConfigError(
+            "the checkpoint was saved in a ZeRO stage whose files this one cannot load",
+            fix=f'Go on with "zero_optimization": {{"stage": {saved}}}.',
+            saved_in_stage=saved,
+            stage=stage,
+            file=file,
+        )
 
 
 def _latest(folder: str | Path) -> str | None:

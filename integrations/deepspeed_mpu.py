@@ -25,6 +25,8 @@ ELSEWHERE = {
     "get_sequence_parallel_world_size": "sequence parallelism of its own, with which gradients wrong in some stages",
     "get_pipe_parallel_world_size": "pipeline parallelism",
     "get_pipeline_model_parallel_world_size": "pipeline parallelism",
+    "get_context_parallel_world_size": "context parallelism of its own, whose ranks it does not average",
+    "get_expert_model_parallel_world_size": "experts in parts",
 }
 """What an mpu may declare that cannot be combined with the ring, by the method that says so."""
 
@@ -138,21 +140,24 @@ def mesh_of(mpu: Any, size: int, device: str) -> DeviceMesh:
     """The ranks as ("model", "data", "ring"): rings are consecutive ranks of a data-parallel group. Collective.
 
     Raises:
-        GroupError: `size` does not divide the data-parallel groups; these do not cover the world; or the ranks of a
-            model-parallel group have different places in theirs, so that parts of a model would see different tokens.
+        GroupError: `size` does not divide the data-parallel groups; these do not cover the world; the ranks of a
+            model-parallel group have different places in theirs, so that parts of a model would see different tokens;
+            or they are not one of each, so that some ranks would be averaged with no others; raised on every rank.
     """
     mine = sorted(dist.get_process_group_ranks(mpu.get_data_parallel_group()))
     models = sorted(dist.get_process_group_ranks(mpu.get_model_parallel_group()))
     said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, (mine, mine.index(dist.get_rank())))
-    parts = [list(line) for line in sorted({tuple(line) for line, _ in said})]
+    dist.all_gather_object(said, (mine, mine.index(dist.get_rank()), models))
+    parts = [list(line) for line in sorted({tuple(line) for line, *_ in said})]
     everyone = sorted(rank for part in parts for rank in part)
     even = len({len(part) for part in parts}) == 1 and everyone == list(range(len(said)))
-    if not even or len({said[rank][1] for rank in models}) > 1:
+    # Of each part one rank, all at one place of their part's data ranks: ranks of one part have different places.
+    whole = all(len(model) == len(parts) and len({said[r][1] for r in model}) == 1 for *_, model in said)
+    if not even or not whole:
         raise GroupError(
             "the groups of an mpu are no grid of parts of the model and data ranks",
-            fix="Its data-parallel groups must cover the world, each rank once, and the ranks of a model-parallel "
-            "group have the same place in theirs.",
+            fix="Its data-parallel groups must cover the world, each rank once, and a model-parallel group must have "
+            "one rank of each, all at the same place in theirs.",
             data_parallel_groups=parts,
             model_parallel_group=models,
         )

@@ -7,7 +7,7 @@ Nothing else of a Megatron job changes: it cuts batches, slices rotary embedding
 `RingCoreAttention` attends over the context-parallel group that Megatron gives it, or the one that a micro-batch
 brings. It is no layer and owns no weights (but the logits of learnable sinks), and it takes tokens where the batch says
 they are: in Megatron's layout, or in one of ours (`megatron_batch`). What Megatron may ask and this does not compute is
-refused: by `megatron_rules` when a layer is built, here where only a call shows it.
+refused by `megatron_rules`, when a layer is built or, where only a call shows it, then.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from seqpar_ring.attention import ring_attention
 from seqpar_ring.compat import Ring
 from seqpar_ring.compat.rings import ring_of
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import BatchError, GroupError, SeqparError, UnsupportedError, VersionError
+from seqpar_ring.errors import GroupError, SeqparError, UnsupportedError, VersionError
 from seqpar_ring.geometry import Mask
 from seqpar_ring.plan import Plan
 from seqpar_ring.transport import LockstepWorld
@@ -104,7 +104,7 @@ class RingCoreAttention(nn.Module):
     Raises:
         UnsupportedError, ConfigError: what `megatron_rules` refuses.
         VersionError: a megatron-core that is too old, or recomputes in an unknown way.
-        GroupError: hierarchical groups that are not nodes of consecutive ranks.
+        GroupError: hierarchical groups that are not nodes of consecutive ranks; a group whose size is not the config's.
     """
 
     def __init__(  # noqa: PLR0913 - Megatron's keywords
@@ -126,7 +126,7 @@ class RingCoreAttention(nn.Module):
         watch(RingCoreAttention)
         rules.check(config, attention_type, attn_mask_type.name, attention_dropout)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "hcp"])
-        shared = config.context_parallel_size > 1  # a layer may be exempt although there is a group
+        shared = _shares(config, groups)
         self.config, self.layer_number, self.attn_mask_type = config, max(1, layer_number), attn_mask_type
         self.takes_layouts = False  # `with_layouts` says so of a model in which nothing else needs Megatron's
         self._group: dist.ProcessGroup | None = groups.cp if shared else None
@@ -180,11 +180,13 @@ class RingCoreAttention(nn.Module):
         by_lengths = thd or isinstance(packed_seq_params, LayoutParams)
         ring = self._ring(packed_seq_params)
         try:
-            _expect_nothing_else(attention_bias, others)
+            rules.expect_nothing_else(attention_bias, others, VERSION)
+            if not by_lengths:
+                rules.expect_one_document(packed_seq_params)
             qkv = [x.unsqueeze(0) if x.dim() == 3 else x.transpose(0, 1) for x in (query, key, value)]
             held = self._held(ring, packed_seq_params if by_lengths else None, qkv[0], qkv[1])
             plan = held.documents.plan(self._mask(kind, by_lengths, max(held.documents.lengths)))
-            _expect_plain(attention_mask, kind, None if by_lengths else plan)
+            rules.expect_plain(attention_mask, kind, None if by_lengths else plan)
         except SeqparError as problem:
             # The other ranks are told here what they meet in ring_attention, where all agree before anything travels.
             ring.transport.agree("ring_attention", {}, problem)
@@ -285,6 +287,21 @@ class RingCoreAttention(nn.Module):
         return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets, **options)
 
 
+def _shares(config: Any, groups: Any) -> bool:
+    """Whether ranks share the sequence: the config says so, and that the group is there is no accident."""
+    size = config.context_parallel_size
+    ranks = dist.get_world_size(groups.cp) if getattr(groups, "cp", None) is not None else 1
+    if size != ranks:  # of one, attention would see this rank's tokens only, without a word
+        raise GroupError(
+            "the config has another context_parallel_size than the context-parallel group",
+            fix=f"Set context_parallel_size={ranks} in the TransformerConfig; a layer that sees whole sequences keeps "
+            "its own core_attention.",
+            context_parallel_size=size,
+            ranks=ranks,
+        )
+    return ranks > 1
+
+
 def _node(levels: Any, cp_group: dist.ProcessGroup) -> int | None:
     """How many ranks share a node, by hierarchical groups: those of the innermost, which are neighbours."""
     if not levels or len(levels) < 2:
@@ -300,51 +317,3 @@ def _node(levels: Any, cp_group: dist.ProcessGroup) -> int | None:
             levels=len(levels),
         )
     return len(inner) if 1 < len(inner) < len(ranks) else None
-
-
-def _expect_nothing_else(bias: Tensor | None, others: Mapping[str, Any]) -> None:
-    if bias is not None:
-        raise UnsupportedError(
-            "attention bias is not supported",
-            fix="Use rotary positions, or leave context parallelism off for this model.",
-            attention_bias=tuple(bias.shape),
-        )
-    asked = sorted(name for name, value in others.items() if value is not None)
-    if asked:
-        raise UnsupportedError(
-            "this attention is asked for more than dot-product attention",
-            fix="Leave the core_attention of such layers as it was.",
-            arguments=asked,
-            megatron_core=VERSION,
-        )
-
-
-def _expect_plain(mask: Tensor | None, kind: str, plan: Plan | None) -> None:
-    """Check that a mask says no more than its type does. Megatron makes causal ones by default; once each is enough."""
-    if mask is None or getattr(mask, "_seqpar_ring_plain", None) == (kind, mask._version):
-        return
-    if plan is None:
-        raise UnsupportedError(
-            "packed sequences with an attention_mask beside cu_seqlens",
-            fix="Give attention_mask=None: the lengths say all.",
-            attention_mask=tuple(mask.shape),
-        )
-    shape = (plan.local_tokens, plan.tokens)
-    if mask.dim() != 4 or tuple(mask.shape[2:]) != shape or mask.dtype != torch.bool:
-        raise BatchError(
-            "an attention_mask does not hold this rank's queries and the keys of all ranks",
-            fix="Give attention_mask=None, or cut it as Megatron does: bool (batch, 1, queries, keys).",
-            attention_mask=tuple(mask.shape),
-            dtype=mask.dtype,
-            expected=shape,
-        )
-    keys, queries = torch.arange(plan.tokens, device=mask.device), plan.position_ids[0].to(mask.device)
-    hidden = keys[None, :] > queries[:, None] if kind in rules.CAUSAL else torch.zeros_like(mask[0, 0])
-    if not bool((mask == hidden).all()):
-        raise UnsupportedError(
-            "arbitrary attention masks are not supported: this one is another than its type says",
-            fix='Give attention_mask=None; to keep documents apart pack them (qkv_format "thd" with cu_seqlens).',
-            attn_mask_type=kind,
-            attention_mask=tuple(mask.shape),
-        )
-    mask._seqpar_ring_plain = (kind, mask._version)  # type: ignore[attr-defined]

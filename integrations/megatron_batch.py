@@ -26,6 +26,9 @@ from seqpar_ring.sharding import TokenOrder
 
 from .megatron_layout import Packed
 
+PADDING = {"padding_mask": 1}
+"""What rows that fill up a rank hold, where that is not zero: True says padding there."""
+
 
 class LayoutParams(PackedSeqParams):  # type: ignore[misc] # Megatron is not typed
     """Where the rows of a micro-batch lie, as the `packed_seq_params` of a model that `with_layouts` has prepared.
@@ -101,8 +104,8 @@ def shard_batch(
 
     Args:
         batch: the same on all ranks of the group: tensors (B, T, ...), as tokens, labels (shifted, as Megatron's data
-            sets have them) and loss_mask; what is no tensor passes through. May be empty, as on the middle stages of a
-            pipeline.
+            sets have them) and loss_mask; what is no tensor passes through. May be empty on the middle stages of a
+            pipeline, which read none, where B is 1; else give any tensor (B, T) there.
         cp_group: the context-parallel ranks.
         lengths: tokens of each document, the same in all B rows, or of the one document; they sum to T.
         layout: "packed", "zigzag", "striped" or "contiguous".
@@ -112,7 +115,8 @@ def shard_batch(
 
     Returns:
         The batch with B x rows entries on every rank, and position_ids within each document in place of what was given.
-        Padding is zero everywhere, in loss_mask too, and stays out of the ring.
+        Padding is zero everywhere, in loss_mask too, but True in a padding_mask, by which Megatron's experts leave it
+        out of their losses; it stays out of the ring.
 
     Raises:
         BatchError: tensors that do not hold B x T entries, labels without a loss_mask.
@@ -126,7 +130,8 @@ def shard_batch(
     here = _rows(order, multiple, rows)
     mine = order.mine(device)
     params = LayoutParams(documents, layout, size, here, order.positions.to(device), cp_group)
-    cut = {key: _filled(x.index_select(1, mine.to(x.device)), 1, here) for key, x in tensors.items()}
+    held = {key: x.index_select(1, mine.to(x.device)) for key, x in tensors.items()}
+    cut = {key: _filled(x, 1, here, PADDING.get(key, 0)) for key, x in held.items()}
     return {**batch, **cut, "position_ids": params.positions.expand(size, here)}, params
 
 
@@ -140,7 +145,8 @@ def laid_out(ring: Ring, settings: Settings, params: LayoutParams, query_BSHD: T
     if shape != (params.batch, params.rows):
         raise BatchError(
             "attention got other rows than shard_batch has made",
-            fix="Give the model the batch that shard_batch returned together with these packed_seq_params.",
+            fix="Give the model the batch that shard_batch returned together with these packed_seq_params; where a "
+            "stage of a pipeline reads no batch, give shard_batch any tensor (B, T), or it takes B for 1.",
             batch_and_rows=shape,
             expected=(params.batch, params.rows),
         )
@@ -205,7 +211,7 @@ def _rows(order: TokenOrder, multiple: int, rows: int | None) -> int:
     return here
 
 
-def _filled(x: Tensor, dim: int, rows: int) -> Tensor:
-    """With zeros behind, so that it has so many rows along `dim`."""
+def _filled(x: Tensor, dim: int, rows: int, value: int = 0) -> Tensor:
+    """With this value behind, so that it has so many rows along `dim`."""
     missing = rows - x.shape[dim]
-    return torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim) if missing else x
+    return torch.cat([x, x.new_full((*x.shape[:dim], missing, *x.shape[dim + 1 :]), value)], dim) if missing else x

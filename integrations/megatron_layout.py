@@ -79,14 +79,22 @@ def packed(ring: Ring, settings: Settings, params: Any, local_tokens: int, devic
         UnsupportedError: keys of other lengths than queries.
     """
     tensors = (params.cu_seqlens_q, params.cu_seqlens_kv, params.cu_seqlens_q_padded, params.cu_seqlens_kv_padded)
-    key = (id(ring), settings, local_tokens, device, *((id(x), x._version) for x in tensors if x is not None))
-    kept = getattr(params, KEPT, None)
-    if kept is None or kept[0] != key:
-        lengths, padded = read(params)
-        kept = key, _packed(ring, settings, (lengths, padded), local_tokens, device)
+    if any(x is not None and x.is_inference() for x in tensors):  # these count no writes: each layer reads them
+        return _packed(ring, settings, read(params), local_tokens, device)
+    key = (settings, local_tokens, device, *(None if x is None else x._version for x in tensors))
+    kept: _Kept | None = getattr(params, KEPT, None)
+    if kept is None or kept.key != key or any(a is not b for a, b in zip(kept.of, (ring, *tensors), strict=True)):
+        kept = _Kept(key, (ring, *tensors), _packed(ring, settings, read(params), local_tokens, device))
         setattr(params, KEPT, kept)
-    found: Packed = kept[1]
-    return found
+    return kept.found
+
+
+class _Kept(NamedTuple):
+    """What was read, and of which very objects: held, so that no other takes the place of one in memory."""
+
+    key: tuple[object, ...]
+    of: tuple[object, ...]
+    found: Packed
 
 
 def read(params: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,9 +1,9 @@
 """What a Megatron config may ask of attention, to be computed exactly over a ring.
 
 Each rule returns, or raises an error which names the values and the fix, when a layer is built: before anything has
-been trained. What only a model shows (T5's bias) is refused by `megatron_bias`, and what only a forward pass shows (a
-bias or a mask of somebody's own) there, by `megatron`. Names and meanings were read from the sources of megatron-core
-0.15.0, 0.16.1 and 0.19.2; what a version does not have, it cannot ask for. Nothing here communicates.
+been trained; or in a forward pass, where only that shows it (a bias or a mask of somebody's own). What only a model
+shows (T5's bias) is refused by `megatron_bias`. Names and meanings were read from the sources of megatron-core 0.15.0,
+0.16.1 and 0.19.2; what a version does not have, it cannot ask for. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from seqpar_ring import kernels
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import ConfigError, UnsupportedError, VersionError, did_you_mean
+from seqpar_ring.errors import BatchError, ConfigError, UnsupportedError, VersionError, did_you_mean
+from seqpar_ring.plan import Plan
 from seqpar_ring.schedule import BUILDERS
 
 OLDEST = (0, 15)
@@ -245,3 +249,82 @@ RULES: tuple[Callable[[Any], None], ...] = (
     _has_known_sinks,
 )
 """What a config may say: each is called with it, and raises."""
+
+
+def expect_nothing_else(bias: Tensor | None, others: Mapping[str, Any], version: str) -> None:
+    """Refuse what a call of attention may bring beside queries, keys, values and lengths.
+
+    Raises:
+        UnsupportedError: a bias, or an argument that newer versions give to other kinds of attention.
+    """
+    if bias is not None:
+        raise UnsupportedError(
+            "attention bias is not supported",
+            fix="Use rotary positions, or leave context parallelism off for this model.",
+            attention_bias=tuple(bias.shape),
+        )
+    asked = sorted(name for name, value in others.items() if value is not None)
+    if asked:
+        raise UnsupportedError(
+            "this attention is asked for more than dot-product attention",
+            fix="Leave the core_attention of such layers as it was.",
+            arguments=asked,
+            megatron_core=version,
+        )
+
+
+def expect_plain(mask: Tensor | None, kind: str, plan: Plan | None) -> None:
+    """Check that a mask says no more than its type does. Megatron makes causal ones by default; once each is enough.
+
+    Raises:
+        UnsupportedError: it says more, or stands beside lengths (`plan` is None).
+        BatchError: it is not of this rank's queries and the keys of all ranks.
+    """
+    # Tensors made in inference mode count no writes, so each layer looks at them.
+    known = None if mask is None or mask.is_inference() else (kind, mask._version)
+    if mask is None or (known is not None and getattr(mask, "_seqpar_ring_plain", None) == known):
+        return
+    if plan is None:
+        raise UnsupportedError(
+            "packed sequences with an attention_mask beside cu_seqlens",
+            fix="Give attention_mask=None: the lengths say all.",
+            attention_mask=tuple(mask.shape),
+        )
+    shape = (plan.local_tokens, plan.tokens)
+    if mask.dim() != 4 or tuple(mask.shape[2:]) != shape or mask.dtype != torch.bool:
+        raise BatchError(
+            "an attention_mask does not hold this rank's queries and the keys of all ranks",
+            fix="Give attention_mask=None, or cut it as Megatron does: bool (batch, 1, queries, keys).",
+            attention_mask=tuple(mask.shape),
+            dtype=mask.dtype,
+            expected=shape,
+        )
+    keys, queries = torch.arange(plan.tokens, device=mask.device), plan.position_ids[0].to(mask.device)
+    hidden = keys[None, :] > queries[:, None] if kind in CAUSAL else torch.zeros_like(mask[0, 0])
+    if not bool((mask == hidden).all()):
+        raise UnsupportedError(
+            "arbitrary attention masks are not supported: this one is another than its type says",
+            fix='Give attention_mask=None; to keep documents apart pack them (qkv_format "thd" with cu_seqlens).',
+            attn_mask_type=kind,
+            attention_mask=tuple(mask.shape),
+        )
+    mask._seqpar_ring_plain = known  # type: ignore[attr-defined]
+
+
+def expect_one_document(params: Any) -> None:
+    """Refuse lengths of several documents that would be ignored: Megatron reads them with the format "thd" only.
+
+    One document's are two numbers, which say nothing new; Megatron's own hybrid context parallelism makes such.
+
+    Raises:
+        UnsupportedError: `params` are of another format, or of none, and bring the lengths of several documents.
+    """
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+    several = {name: x.numel() - 1 for name in names if (x := getattr(params, name, None)) is not None and len(x) > 2}
+    if several:
+        raise UnsupportedError(
+            "packed_seq_params bring lengths of several documents, which their format lets nobody read",
+            fix='Set qkv_format="thd" and give packed queries, keys and values (tokens, heads, width).',
+            qkv_format=getattr(params, "qkv_format", None),
+            documents=max(several.values()),
+        )

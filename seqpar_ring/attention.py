@@ -61,6 +61,7 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         TransportError: a rank died or did not arrive within the timeout. Not over NCCL, which does not tell who waits:
             there torch's watchdog ends the process once the timeout is over.
     """
+    _expect_types(plan, q_BSHD, k_BSGD, v_BSGE)
     problem: SeqparError | None = None
     try:
         _check(q_BSHD, k_BSGD, v_BSGE, plan)
@@ -79,6 +80,16 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         plan.sequence.agree("ring_attention", record, problem)
     out, lse = operator.attention(q_BSHD, k_BSGD, v_BSGE, sinks, alibi_slopes, plan.handle, scale, softcap)
     return (out, lse.detach()) if return_lse else out
+
+
+def _expect_types(plan: object, *tensors: object) -> None:
+    if not isinstance(plan, Plan):
+        fix = "Give sp.plan(lengths), or the plan that shard_batch put into the batch."
+        raise PlanError("ring_attention was given no plan", fix=fix, given=type(plan).__name__)
+    if not all(isinstance(x, Tensor) for x in tensors):
+        kinds = [type(x).__name__ for x in tensors]
+        error = PlanError("q, k and v are not torch tensors", fix="Make them some: torch.as_tensor(q).", given=kinds)
+        plan.sequence.agree("ring_attention", {}, error)  # raises it, here and on every other rank
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:

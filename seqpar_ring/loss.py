@@ -45,6 +45,8 @@ def token_mean(
         PlanError: logits and labels differ in shape; `accumulation` without `num_items`.
         BatchError: not one target on any rank; `num_items` below 1 or, seen where no GPU would have to be waited for,
             below this call's targets; raised on every rank.
+        DisagreementError: the ranks give different `num_items` or `accumulation`: each its own targets, say. Compared
+            in every call, on a GPU in the first only.
     """
     if logits_BSV.shape[:-1] != labels_BS.shape:
         raise PlanError(
@@ -80,6 +82,9 @@ def mean_of_sums(
         )
     if isinstance(num_items, bool):
         raise BatchError("num_items is a number", fix="Give what count_targets returns.", num_items=num_items)
+    if not labels_BS.is_cuda or everyone.agreed.first_time("weights of the loss"):  # on a GPU the host has to wait
+        given = None if num_items is None else int(num_items)
+        everyone.agree("the loss", {"num_items": given, "accumulation": accumulation})
     targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
     count = int(seen) if num_items is None else int(num_items)

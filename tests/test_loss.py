@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from seqpar_ring.errors import BatchError, PlanError
+from seqpar_ring.errors import BatchError, DisagreementError, PlanError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.testing import run_lockstep
 
@@ -155,3 +155,19 @@ def test_fewer_items_than_targets_and_a_flag_for_a_number_are_refused() -> None:
     for items, words in ((3, r"more targets .*targets=6, num_items=3"), (True, "is a number")):
         with pytest.raises(BatchError, match=words):
             run_lockstep(lambda sp, items=items: run(sp, items), 2)
+
+
+def test_ranks_that_count_only_their_own_targets_are_told_so_on_all_of_them() -> None:
+    """HuggingFace's idiom, a sum over one's own micro-batches: some raised, and others waited for them or went on."""
+
+    def run(sp: SequenceParallel, items: list[int | None]) -> str:
+        try:
+            sp.loss(torch.randn(1, 4, 7), torch.tensor([[1, 2, 3, -100]]), num_items=items[sp.rank])
+        except DisagreementError as error:
+            return str(error)
+        return "went on"
+
+    for items in ([50, 70], [3, 9], [None, 6]):
+        for said in run_lockstep(lambda sp, items=items: run(sp, items), 2):
+            assert "the ranks hold different values of 'num_items'" in said
+            assert all(str(one) in said for one in items)

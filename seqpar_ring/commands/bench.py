@@ -98,7 +98,12 @@ def bench(  # noqa: PLR0913 - options of a command line
     lengths = documents(packed, seq_len or ("" if packed else DEFAULT))
     row = Row(heads, kv_heads, head_dim, head_dim, DTYPES[dtype][1])
     case = Case(lengths, row, dtype, not full, repeats)
-    settings = Settings.parse({**pairs(setting or []), "size": ranks}, "the settings")
+    chosen = pairs(setting or [])
+    if "size" in chosen:
+        raise ConfigError("the size is the number of ranks here", fix="Give --ranks.", size=chosen["size"], ranks=ranks)
+    if fabric and not hardware:
+        raise ConfigError("a fabric alone predicts nothing", fix="Give --hardware too, or neither.", fabric=fabric)
+    settings = Settings.parse({**chosen, "size": ranks}, "the settings")
     compared = [Settings(size=1), settings] if ranks > 1 else [settings]
     prices = [_predicted(case, one, (hardware, fabric)) if hardware else None for one in compared]
     took = [_timed(case, one)._replace(predicted=price) for one, price in zip(compared, prices, strict=True)]

@@ -10,9 +10,13 @@ from typing import Annotated
 
 import typer
 
+from seqpar_ring.errors import ConfigError
 from seqpar_ring.planner.asked import Given, pairs
 from seqpar_ring.planner.data import names
 from seqpar_ring.planner.savefile import load, merged
+
+INSTEAD = {"hardware": "--hardware and --fabric", "tokens": "--seq-len or --documents"}
+"""Settings by which size="auto" is decided where a job starts; here options say the same."""
 
 
 def _devices(incomplete: str) -> list[str]:
@@ -46,7 +50,15 @@ Setting = Annotated[
 
 
 def question(written: Given, config: Path | None, setting: list[str] | None) -> Given:
-    """What was written on the command line, filled up from a config."""
-    fixed = written.fixed._replace(settings=pairs(setting or []))
+    """What was written on the command line, filled up from a config.
+
+    Raises:
+        ConfigError: a setting that would be ignored, as an option of its own says it.
+    """
+    settings = pairs(setting or [])
+    for name, option in INSTEAD.items():
+        if name in settings:
+            raise ConfigError(f"{name} is no setting of a plan", fix=f"Give {option}.", setting=settings[name])
+    fixed = written.fixed._replace(settings=settings)
     given = written._replace(fixed=fixed)
     return given if config is None else merged(given, load(config))

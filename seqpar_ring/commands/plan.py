@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from seqpar_ring.planner.asked import Asked, Given, asked
 from seqpar_ring.planner.remedy import Limit, fewest_devices, largest_sequences
 from seqpar_ring.planner.report import answer, as_data, asked_data, choice_data
 from seqpar_ring.planner.savefile import FORMAT, save
-from seqpar_ring.planner.search import Fixed, search
+from seqpar_ring.planner.search import Fixed, Found, search
 from seqpar_ring.planner.sections import Section, asked_section, limits_section, sections, sources_section
 
 NOWHERE = 3
@@ -84,7 +85,7 @@ def plan(  # noqa: PLR0913 - options of a command line
 
 def _search(what: Asked, top: int, as_json: bool, save_to: Path | None) -> int:
     """Search, print, save; returns the exit code."""
-    found = answer(what, search(what.workload, what.machine, what.gpus, what.fixed))
+    found = answer(what, _searched(what, quiet=as_json))
     if found.best is not None and save_to is not None:
         save(save_to, what, found.best)
     if as_json:
@@ -93,6 +94,16 @@ def _search(what: Asked, top: int, as_json: bool, save_to: Path | None) -> int:
         saved = [Section("Saved", ((f"{save_to}",),))] if save_to is not None and found.best else []
         _show([*sections(found, top), *saved])
     return 0 if found.best is not None else NOWHERE
+
+
+def _searched(what: Asked, quiet: bool) -> Found:
+    """What the search finds. On a terminal it says what it looks at: with a thousand devices that takes a while."""
+    if quiet or not sys.stderr.isatty():
+        return search(what.workload, what.machine, what.gpus, what.fixed)
+    from seqpar_ring.commands.terminal import console
+
+    with console(stderr=True).status("searching") as status:
+        return search(what.workload, what.machine, what.gpus, what.fixed, status.update)
 
 
 def _limits(what: Asked, largest: bool, as_json: bool) -> int:

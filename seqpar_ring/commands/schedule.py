@@ -46,6 +46,7 @@ def schedule(  # noqa: PLR0913 - options of a command line
     block_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens computed with at a time.  [default: a rank's block]")
     ] = None,
+    cut: Annotated[str, typer.Option(help="How blocks are cut into pieces: even or halves.")] = "even",
     full: Annotated[bool, typer.Option("--full", help="Every key of the document, instead of causal.")] = False,
     window: Annotated[int | None, typer.Option(metavar="N", help="Only the last N keys.")] = None,
     chunk: Annotated[int | None, typer.Option(metavar="N", help="Only keys of the same chunk of N positions.")] = None,
@@ -68,7 +69,7 @@ def schedule(  # noqa: PLR0913 - options of a command line
     values = {
         "lengths": lengths, "kv-lengths": kv_lengths, "size": size, "layout": layout, "schedule": schedule,
         "node": node, "block-tokens": block_tokens, "window": window, "chunk": chunk, "prefix": prefix, "calls": calls,
-        "width": width,
+        "cut": cut, "width": width,
     }  # fmt: skip
     flags = {"full": full, "backward": backward, "queries": queries, "check": check, "python": python}
     arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]

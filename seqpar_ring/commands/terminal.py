@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from shutil import get_terminal_size
 
 from rich import box
 from rich.console import Console
@@ -14,11 +15,17 @@ from seqpar_ring.planner.sections import Section
 PAGE = 132
 """Columns where nothing says how wide the terminal is: a file, a pipe."""
 
+LEGIBLE = 20
+"""Columns that the last of a table's needs, whose words go over several lines."""
+
 
 def console(stderr: bool = False) -> Console:
     """A console that prints text as it is."""
     out = Console(highlight=False, markup=False, emoji=False, stderr=stderr)
-    return out if out.is_terminal else Console(highlight=False, markup=False, emoji=False, stderr=stderr, width=PAGE)
+    if out.is_terminal:
+        return out
+    width = get_terminal_size((PAGE, 24)).columns  # COLUMNS, where somebody has said so
+    return Console(highlight=False, markup=False, emoji=False, stderr=stderr, width=width)
 
 
 def show(out: Console, sections: Iterable[Section]) -> None:
@@ -28,18 +35,27 @@ def show(out: Console, sections: Iterable[Section]) -> None:
             out.print()
         out.print(section.title, style="bold")
         if section.head:
-            out.print(Padding(_table(section), (0, 0, 0, 1), expand=False))
+            out.print(Padding(_table(section, out.width - 1), (0, 0, 0, 1), expand=False))
         else:
             for (line,) in section.rows:
                 out.print(Padding(line, (0, 0, 0, 2), expand=False))
 
 
-def _table(section: Section) -> Table:
+def _table(section: Section, room: int) -> Table:
+    """Words go over several lines where there is no room; numbers never, for one that is cut off looks like another."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
     last = len(section.head) - 1
-    for i, name in enumerate(section.head):
+    widths = [max(map(len, column)) for column in zip(section.head, *section.rows, strict=True)]
+    cramped = sum(widths[:last]) + 2 * last + min(widths[last], LEGIBLE) > room
+    for i, (name, width) in enumerate(zip(section.head, widths, strict=True)):
         number = i in section.numbers
-        table.add_column(name, justify="right" if number else "left", no_wrap=number or i < last, overflow="fold")
+        table.add_column(
+            name,
+            justify="right" if number else "left",
+            no_wrap=number or (i < last and not cramped),
+            min_width=width if number else None,
+            overflow="fold",
+        )
     for row in section.rows:
         table.add_row(*row)
     return table

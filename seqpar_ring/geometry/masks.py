@@ -122,8 +122,10 @@ class Mask:
         """The mask with lists as tuples, so that it hashes.
 
         Raises:
-            PlanError: options that do not go together.
+            PlanError: options that do not go together, or `causal` that is neither True nor False.
         """
+        if not isinstance(causal, bool):  # "no" would be causal
+            raise PlanError("causal is neither True nor False", fix="Give one of them.", causal=causal)
         mask = Mask(causal, *(_whole(n, x) for n, x in (("window", window), ("chunk", chunk), ("prefix", prefix))))
         mask._check()
         return mask

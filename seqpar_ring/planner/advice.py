@@ -26,7 +26,7 @@ def advice(found: Found, workload: Workload, machine: Machine) -> Iterator[str]:
     yield from overlap(best, workload, machine)
     plain = [o for o in found.options if o.choice.settings.head_degree == 1 and o.choice.settings.size > 1]
     yield from _against(best, _fastest(plain, "ring"), "a plain ring")
-    yield from _against(best, _fastest(plain, "all_gather"), "an all-gather of keys and values")
+    yield from _against(best, _fastest(plain, "all_gather"), "an all-gather of all heads' keys and values")
     chosen = best.choice.settings
     if chosen.size > 1 and chosen.heads == chosen.size:
         yield "Head sharding alone is the fastest here: no ring runs, since the heads suffice for all ranks."

@@ -184,3 +184,6 @@ def _check_fixed(fixed: Fixed, gpus: int) -> None:
     if fixed.offload_parameters and fixed.zero not in (None, 3):
         fix = "Give zero 3, or leave the weights on the device."
         raise ConfigError("weights are offloaded with ZeRO 3 only", fix=fix, zero=fixed.zero)
+    if fixed.offload_optimizer and fixed.zero == 0:
+        fix = "Give zero 1, 2 or 3, or leave the optimizer on the device."
+        raise ConfigError("the optimizer is offloaded with ZeRO 1 to 3 only", fix=fix, zero=fixed.zero)

@@ -129,7 +129,7 @@ def _choice(asked: Asked, way: Way, gpus: int) -> Choice | None:
         if mine is not None and name in way.choice and way.choice[name] != mine:
             return None
         choice[name] = way.choice.get(name, choice[name]) if mine is None else mine
-    if choice["offload_parameters"] and choice["zero"] != 3:
+    if (choice["offload_parameters"] and choice["zero"] != 3) or (choice["offload_optimizer"] and not choice["zero"]):
         return None
     if any(settings.get(name, value) != value for name, value in way.settings.items()):
         return None

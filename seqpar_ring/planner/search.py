@@ -68,10 +68,11 @@ class Option(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What was not taken, and why."""
+    """What was not taken, and why; `too_large` where it is for want of memory."""
 
     what: str
     why: str
+    too_large: bool = False
 
 
 class Found(NamedTuple):
@@ -185,7 +186,7 @@ class _Search:
             why = f"needs {smallest.peak / 2**30:.1f} GiB at least ({smallest.at}); there are {limit / 2**30:.1f}"
             if smallest.peak <= limit:
                 why = f"needs {smallest.host / 2**30:.1f} GiB of the host's memory for each device"
-            self._refuse(_named(settings), why)
+            self._refused.append(Refused(_named(settings), why, too_large=True))
         return []
 
     def _ways(self, settings: Settings) -> Iterator[Choice]:
@@ -204,8 +205,8 @@ class _Search:
         for (checkpointing, remat, mlp, offload), optimizer, weights, zero in product(
             modes, optimizers, parameters, zeros
         ):
-            if (weights and zero != 3) or (offload and remat == "none"):
-                continue  # only ZeRO-3 moves weights away, and what is not kept cannot be moved
+            if (weights and zero != 3) or (optimizer and zero == 0) or (offload and remat == "none"):
+                continue  # ZeRO 3 alone moves weights away, 1 to 3 the optimizer; what is not kept cannot be moved
             update = {"remat": remat, "mlp": asked.get("mlp", mlp), "offload": offload}
             chosen = settings.model_copy(update=update)
             yield Choice(self._gpus, chosen, checkpointing, zero, optimizer, weights)

@@ -216,12 +216,18 @@ def _optimizer(workload: Workload, choice: Choice, machine: Machine) -> float:
 
 
 def _collectives(workload: Workload, choice: Choice, machine: Machine) -> float:
-    """Seconds of ZeRO's traffic: each byte is gathered or reduced over all ranks, so crosses the slowest link."""
+    """Seconds of ZeRO's traffic: each byte is gathered or reduced over all ranks, by all links of a node together.
+
+    Rings through all ranks, one for each link between nodes, as NCCL lays them: each rank sends each byte once within
+    its node, and each node once to the next.
+    """
     gpus, model = choice.gpus, workload.model
     if gpus == 1:
         return 0.0
-    link = machine.inner if gpus <= machine.node else machine.outer
-    bandwidth = link.bandwidth / min(link.shared_by, machine.node)
+    bandwidth = machine.inner.bandwidth / min(machine.inner.shared_by, machine.node)
+    if gpus > machine.node:
+        outer = machine.outer
+        bandwidth = min(bandwidth, machine.node * outer.bandwidth / min(outer.shared_by, machine.node))
     weights, gradients = model.parameters * workload.itemsize, _trained(workload) * workload.itemsize
     # All-reduce is a reduction and a gather; stage 3 gathers weights for forward and for backward instead.
     sent = 2 * weights + gradients if choice.zero == 3 else 2 * gradients

@@ -78,6 +78,8 @@ def test_every_key_of_its_json_is_in_the_documentation(
         (["--dtype", "fp8"], "unknown dtype"),
         (["--heads", "8", "--kv-heads", "3"], "key heads must divide heads"),
         (["--setting", "layuot=zigzag"], 'Did you mean "layout"?'),
+        (["--setting", "size=4"], "the size is the number of ranks here"),
+        (["--fabric", "nvlink"], "a fabric alone predicts nothing"),
         (["--hardware", "cpu"], "nothing says what joins the devices"),
         (["--seq-len", "0"], "--seq-len is no number of tokens"),
     ],

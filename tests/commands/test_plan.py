@@ -186,6 +186,8 @@ def test_the_fewest_devices_hold_the_sequence(capsys: pytest.CaptureFixture[str]
         (["--setting", "schedule=rng"], 'Did you mean "ring"?'),
         (["--setting", "heads=3"], "does not divide the sequence group"),
         (["--setting", "layout"], "--setting has no value"),
+        (["--setting", "hardware=h200"], "hardware is no setting of a plan [setting='h200']. Fix: Give --hardware"),
+        (["--setting", "tokens=5"], "Give --seq-len"),
         (["--config", "/no/such.yaml"], "there is no such config file"),
         (["--largest", "--fewest"], "two questions"),
         (["--largest", "--save", "x.yaml"], "nothing that could be saved"),
@@ -220,6 +222,7 @@ def test_what_is_missing_is_named(option: str, capsys: pytest.CaptureFixture[str
         ("format: 2\nring: {size: 2}\n", "has another format"),
         ("ring: {size: 2, laoyut: zigzag}\n", 'Did you mean "layout"?'),
         ("zero_optimization: {stage: high}\n", "wrong zero_optimization.stage"),
+        ("zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}\n", "offloaded with ZeRO 1 to 3 only"),
         ("format: 1\nring: {size: 2}\nmade_for: {models: x}\n", 'Did you mean "model"?'),
     ],
 )

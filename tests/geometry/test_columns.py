@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seqpar_ring.errors import PlanError
 from seqpar_ring.geometry import (
     INF,
     Band,
@@ -126,6 +130,12 @@ def test_regions_hold_the_pairs_of_the_definition_and_none_twice(length: int, ma
         seen += inside * ((ahead >= r.lo) & (ahead <= r.hi))
     assert (seen == visible(mask, 0, ahead).long()).all()
     assert mask.regions([length]).pairs() == sum(map(region_area, regions)) == int(seen.sum())
+
+
+@pytest.mark.parametrize("causal", ["no", 0, None])
+def test_causal_that_is_no_yes_or_no_is_refused(causal: Any) -> None:
+    with pytest.raises(PlanError, match="neither True nor False"):
+        Mask.make(causal)
 
 
 def test_a_mask_says_what_it_is() -> None:

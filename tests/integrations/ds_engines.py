@@ -99,6 +99,22 @@ def refusal(sp: SequenceParallel, configs: list[Any], kwargs: dict[str, Any]) ->
     return "none", ""
 
 
+def split_by_deepspeed(sp: SequenceParallel) -> tuple[str, str]:
+    """The same of a model that DeepSpeed was told to split, without a word in the config."""
+    deepspeed = quietly_import_deepspeed(sp)
+    from deepspeed.runtime.tensor_parallel import init_utils
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    made = deepspeed.tp_model_init(model(), tp_size=2, dtype=torch.float32)
+    try:
+        initialize(model=made, config={"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 1})
+    except SeqparError as error:
+        return type(error).__name__, str(error)
+    finally:
+        init_utils._TP_MODEL_INIT_ARGS = None  # DeepSpeed keeps them for the process
+    return "none", ""
+
+
 def decided_block(sp: SequenceParallel, hardware: str, tokens: int) -> dict[str, Any]:
     """The settings of an engine whose block leaves the size to the planner, and a step with it."""
     quietly_import_deepspeed(sp)

@@ -5,6 +5,7 @@ Training itself, and the one process that all is compared with, are those of `ds
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,12 +54,25 @@ def saved_after(sp: SequenceParallel, folder: str, run: Run, cut_off: bool = Fal
     return losses
 
 
-def gone_on(sp: SequenceParallel, folder: str, run: Run, first: int) -> tuple[list[float], dict[str, Any]]:
+def saved_under(sp: SequenceParallel, folder: str, run: Run, tags: tuple[str, ...], by_engine: bool = False) -> None:
+    """After `run.steps` steps, checkpoints under these tags; if so asked by DeepSpeed's own method."""
+    engine = engine_of(sp, run)
+    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
+
+    train_steps(engine, range(run.steps))
+    for tag in tags:
+        engine.save_checkpoint(folder, tag=tag) if by_engine else checkpoints.save(engine, folder, tag)
+    engine.destroy()
+
+
+def gone_on(
+    sp: SequenceParallel, folder: str, run: Run, first: int, tag: str | None = None
+) -> tuple[list[float], dict[str, Any]]:
     """Losses from step `first` on, after loading the checkpoint; and what was saved with it."""
     engine = engine_of(sp, run)
     from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
 
-    state = checkpoints.load(engine, folder)
+    state = checkpoints.load(engine, folder, tag)
     losses = train_steps(engine, range(first, run.steps))
     engine.destroy()
     return losses, state
@@ -68,7 +82,7 @@ def not_loaded(sp: SequenceParallel, folder: str, run: Run, what: str) -> str:
     """The message with which a checkpoint is refused."""
     from seqpar_ring.errors import SeqparError
 
-    engine = engine_of(sp, run)
+    engine = engine_of(sp, replace(run, stage=3) if what == "stage" else run)
     from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
 
     try:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from mcore_models import HEADS, Case, Dense, batch_of, config_of, model_of, mpu, parallel, spec_of
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -20,7 +21,7 @@ from torch import Tensor
 from seqpar_ring.compat import own_lanes
 from seqpar_ring.errors import SeqparError
 from seqpar_ring.groups import Groups
-from seqpar_ring.testing import relative_error
+from seqpar_ring.testing import dense_attention, relative_error
 
 G, D = 2, 8
 
@@ -152,6 +153,34 @@ def plain_masks(_: Groups) -> list[float]:
     return [worst(case, layer, group, attention_mask=one) for one in (None, mask, mask)]
 
 
+def without_counting_writes(_: Groups) -> list[float]:
+    """Under torch.inference_mode: a causal mask, and lengths of documents; errors against dense, of the output."""
+    found = []
+    for case in (Case(), Case(lengths=(20, 28))):
+        layer, group = built(case), mpu.get_context_parallel_group()
+        with torch.inference_mode():
+            params = batch_of(case)[1]
+            whole = torch.ones(case.tokens, case.tokens, dtype=torch.bool).triu(1)[None, None]
+            cut = {} if params is not None else {"attention_mask": whole}
+            mask = batch_on_this_rank(cut, group)["attention_mask"] if cut else None
+            q, k, v = (torch.randn(1, case.tokens, heads, D) for heads in (HEADS, G, G))
+            q, k, v = (dist_same(x) for x in (q, k, v))
+            mine = [batch_on_this_rank({"x": x}, group, params)["x"] for x in (q, k, v)]
+            here = [x[0] if params is not None else x.transpose(0, 1) for x in mine]
+            out = layer(*here, mask, packed_seq_params=params)
+            lengths = case.lengths or (case.tokens,)
+            dense = dense_attention(q, k, v, lengths)[0].flatten(2)
+            expected = batch_on_this_rank({"x": dense}, group, params)["x"]
+            found.append(relative_error(out.reshape(expected.shape), expected))
+    return found
+
+
+def dist_same(x: Tensor) -> Tensor:
+    """That of the first rank, on all."""
+    dist.broadcast(x, 0)
+    return x
+
+
 def full(_: Groups) -> float:
     """Without a causal mask: the mean over all keys of all ranks, where all scores are equal."""
     case = Case(lengths=(21, 5), padded=(24, 8))
@@ -241,6 +270,25 @@ def lengths_of(real: tuple[int, ...], padded: tuple[int, ...], **changes: Any) -
     return params
 
 
+def ignored_lengths(qkv_format: str | None) -> Callable[[], object]:
+    """Lengths that Megatron would not read: documents would see each other."""
+    lengths = torch.tensor([0, 20, 48], dtype=torch.int32)
+    params = PackedSeqParams(qkv_format=qkv_format, cu_seqlens_q=lengths, cu_seqlens_kv=lengths)
+
+    def ask() -> object:
+        layer = built(Case())
+        q, k = torch.randn(24, 1, HEADS, D), torch.randn(24, 1, G, D)
+        return layer(q, k, k, None, packed_seq_params=params)
+
+    return ask
+
+
+def another_size(size: int) -> object:
+    """A layer of a config with this context_parallel_size, in groups of two."""
+    parallel(1, 2)
+    return built(Case(), config=config_of(Case(), size))
+
+
 def with_other_attention() -> object:
     class Sparse:
         """No plain attention."""
@@ -259,6 +307,10 @@ def masked(change: Callable[[Tensor], None]) -> object:
 
 
 REFUSALS: dict[str, Callable[[], object]] = {
+    "lengths without a format": ignored_lengths(None),
+    "lengths of a batch": ignored_lengths("sbhd"),
+    "config without the group": lambda: another_size(1),
+    "config with another group": lambda: another_size(4),
     "dropout": with_options(attention_dropout=0.1),
     "dropout of the layer": lambda: built(Case(), attention_dropout=0.2),
     "fp8 dot product": changed("fp8_dot_product_attention", True),

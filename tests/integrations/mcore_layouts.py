@@ -56,6 +56,16 @@ def kept(_: Groups) -> tuple[int, int]:
     return met, names
 
 
+def told_by_any_tensor(_: Groups) -> tuple[int, list[bool]]:
+    """Of a stage that reads no batch: B that another tensor tells, and what a padding_mask says of each row."""
+    marks = torch.zeros(3, sum(ODD), dtype=torch.bool)
+    here, params = shard_batch({"padding_mask": marks}, group_of(2), ODD)
+    layer = with_layouts(built(Case()))
+    q, k = torch.randn(params.rows, 3, HEADS, D), torch.randn(params.rows, 3, G, D)
+    layer(q, k, k, packed_seq_params=params)
+    return params.tokens, here["padding_mask"][1].tolist()
+
+
 # ---------------------------------------------------------------------------------------------------- refusals
 
 
@@ -78,9 +88,10 @@ def sharded(lengths: Any = ODD, layout: str = "packed", rows: int | None = None,
     shard_batch({**batch, **changes}, group_of(2), lengths, layout, 4, rows)
 
 
-def other_rows() -> None:
+def other_rows(size: int = 1) -> None:
     layer, params = with_layouts(built(Case())), shard_batch({}, group_of(2), ODD)[1]
-    q, k = torch.randn(20, 1, HEADS, D), torch.randn(20, 1, G, D)
+    rows = 20 if size == 1 else params.rows
+    q, k = torch.randn(rows, size, HEADS, D), torch.randn(rows, size, G, D)
     layer(q, k, k, packed_seq_params=params)
 
 
@@ -123,6 +134,7 @@ REFUSALS: tuple[tuple[Callable[[], object], tuple[str, ...]], ...] = (
     (lambda: sharded(rows=32), ("PlanError", "rows=32", "multiple of 4")),
     (lambda: sharded(loss_mask=None), ("BatchError", "labels without a loss_mask", "labels=(1, 65)")),
     (lambda: sharded(attention_mask=torch.ones(1, 1, 65, 65)), ("UnsupportedError", "attention_mask=(1, 1, 65, 65)")),
+    (lambda: other_rows(2), ("BatchError", "batch_and_rows=(2, 34)", "expected=(1, 34)", "any tensor (B, T)")),
     (other_rows, ("BatchError", "batch_and_rows=(1, 20)", "expected=(1, 34)")),
 )
 """What has no exact answer in a layout of ours, and what is said of it."""

@@ -187,6 +187,11 @@ def refused(sp: SequenceParallel, what: str) -> str:
         mpu.get_sequence_parallel_world_size = lambda: 2
     elif what == "pipeline":
         mpu.get_pipe_parallel_world_size = lambda: 2
+    elif what == "context":
+        mpu.get_context_parallel_world_size = lambda: 2
+    elif what == "others in between":  # as context parallelism by another name: ranks that are averaged with nobody
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        mpu.get_model_parallel_group = lambda: alone[dist.get_rank()]
     elif what == "size":
         size = 4
     elif what == "crossed":

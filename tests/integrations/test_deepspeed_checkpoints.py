@@ -57,9 +57,42 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(pool2: RankPool, tmp_path:
         assert losses == pytest.approx(expected, rel=NEAR)
 
 
+@pytest.mark.slow
+def test_a_tag_that_is_written_again_by_fewer_ranks_holds_what_was_written_last(
+    pool1: RankPool, pool2: RankPool, tmp_path: Path
+) -> None:
+    """Files of the ranks that are no more, and the conversion of what was there before, are gone."""
+    folder, two, one = str(tmp_path), Run(1, 2, "adamw", 1), Run(1, 1, "adamw", BEFORE)
+    pool2.run(ds_resume.saved_under, folder, two, ("best", "other"))
+    pool1.run(ds_resume.gone_on, folder, Run(1, 1, "adamw", 1), 1, "best")
+    assert (tmp_path / "best_universal").exists()
+    pool1.run(ds_resume.saved_under, folder, one, ("best",))
+    assert not (tmp_path / "best_universal").exists()
+    expected = ds_cases.one_process(Run(1, 1, "adamw", STEPS))[0][BEFORE * ACCUMULATION :]
+    for pool, size in ((pool1, 1), (pool2, 2)):
+        for losses, _ in pool.run(ds_resume.gone_on, folder, Run(1, size, "adamw", STEPS), BEFORE, "best"):
+            assert losses == pytest.approx(expected, rel=NEAR)
+
+
+@pytest.mark.slow
+def test_states_that_are_newer_than_their_conversion_are_converted_again(
+    pool1: RankPool, pool2: RankPool, tmp_path: Path
+) -> None:
+    """`engine.save_checkpoint` knows nothing of conversions."""
+    folder = str(tmp_path)
+    pool2.run(ds_resume.saved_under, folder, Run(1, 2, "adamw", 1), ("best", "other"))
+    pool1.run(ds_resume.gone_on, folder, Run(1, 1, "adamw", 1), 1, "best")
+    pool2.run(ds_resume.saved_under, folder, Run(1, 2, "adamw", BEFORE), ("best",), True)
+    assert (tmp_path / "best_universal").exists()
+    expected = ds_cases.one_process(Run(1, 1, "adamw", STEPS))[0][BEFORE * ACCUMULATION :]
+    for losses, _ in pool1.run(ds_resume.gone_on, folder, Run(1, 1, "adamw", STEPS), BEFORE, "best"):
+        assert losses == pytest.approx(expected, rel=NEAR)
+
+
 @pytest.mark.parametrize(
     ("what", "texts"),
     [
+        ("stage", ("whose files this one cannot load", "saved_in_stage=1", "stage=3", '"stage": 1')),
         ("vocabulary", ("another vocabulary", "checkpoint=97", "model=100")),
         ("tag", ("no such checkpoint", "global_step99", f"global_step{BEFORE}")),
         ("overwritten", ("would be overwritten", "Give another tag")),

@@ -112,9 +112,12 @@ def test_the_block_is_found_wherever_deepspeed_takes_a_config_from(pool2: RankPo
     block = {"seqpar_ring": {"size": 2, "kernle": "cpu"}}
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(block))
+    commented = tmp_path / "commented.json"  # DeepSpeed reads such files, so they must not switch the ring off
+    commented.write_text('{\n  // long contexts\n  "seqpar_ring": {"size": 2, "kernle": "cpu",},\n}')
     coded = base64.urlsafe_b64encode(json.dumps(block).encode()).decode()
     places: list[tuple[Any, dict[str, Any]]] = [
         (str(file), {}),
+        (str(commented), {}),
         (coded, {}),
         (None, {"config_params": block}),
         (None, {"args": SimpleNamespace(deepspeed_config=str(file))}),
@@ -135,3 +138,10 @@ def test_a_deepspeed_with_other_arguments_is_refused_with_its_version(pool2: Ran
         assert kind == "VersionError"
         assert "deepspeed='0." in message
         assert "mpu" in message
+
+
+def test_a_model_that_deepspeed_was_told_to_split_is_refused(pool2: RankPool) -> None:
+    """By `tp_model_init`, of which the config knows nothing: ranks would add up activations of different tokens."""
+    for kind, message in pool2.run(ds_engines.split_by_deepspeed):
+        assert kind == "UnsupportedError"
+        assert "deepspeed.tp_model_init cannot be combined" in message

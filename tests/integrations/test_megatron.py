@@ -272,6 +272,11 @@ def test_a_causal_attention_mask_says_nothing_new(pool2: RankPool) -> None:
         assert max(found) <= 2e-6
 
 
+def test_tensors_of_inference_mode_are_read_like_others(pool2: RankPool) -> None:
+    for found in pool2.run_groups(in_worker("mcore_attention", "without_counting_writes")):
+        assert max(found) <= 2e-6
+
+
 def test_without_a_causal_mask_padding_is_seen_by_nobody(pool2: RankPool) -> None:
     for away in pool2.run_groups(in_worker("mcore_attention", "full")):
         assert away <= 1e-6
@@ -327,6 +332,11 @@ def test_every_token_is_on_one_rank_and_the_rest_is_padding(pool2: RankPool, lay
     positions = [i for n in ODD["lengths"] for i in range(n)]
     assert sorted(found[0][0] + found[1][0]) == [[i, at] for i, at in enumerate(positions)]
     assert found[0][1] == found[1][1] == (34 if multiple == 1 else 40)
+
+
+def test_rows_that_fill_up_a_rank_are_padding_and_any_tensor_tells_the_batch(pool2: RankPool) -> None:
+    for tokens, marked in pool2.run_groups(in_worker("mcore_layouts", "told_by_any_tensor")):
+        assert marked == [False] * tokens + [True] * (34 - tokens)
 
 
 def test_a_prepared_model_keeps_its_names_and_megatrons_angles(pool2: RankPool) -> None:

@@ -42,6 +42,10 @@ REFUSED = {
     "descending": ("PlanError", "does not ascend", "cu_seqlens_q=[0, 30, 24]"),
     "other keys": ("UnsupportedError", "keys of other lengths", "cu_seqlens_kv=[0, 12, 48]"),
     "no group": ("GroupError", "local_cp_size=2"),
+    "lengths without a format": ("UnsupportedError", "lengths of several documents", "qkv_format=None, documents=2"),
+    "lengths of a batch": ("UnsupportedError", "lengths of several documents", "qkv_format='sbhd', documents=2"),
+    "config without the group": ("GroupError", "context_parallel_size=1, ranks=2", "Set context_parallel_size=2"),
+    "config with another group": ("GroupError", "context_parallel_size=4, ranks=2"),
 }
 
 

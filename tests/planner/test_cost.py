@@ -14,7 +14,7 @@ from seqpar_ring.planner.hardware import BACKWARD, Machine, Pace, machine
 from seqpar_ring.planner.job import Choice, Workload
 from seqpar_ring.planner.loads import Loads
 from seqpar_ring.planner.model import Model, Span, load_model
-from seqpar_ring.planner.step import Prices, Step, mask_of, model_flop, step
+from seqpar_ring.planner.step import Prices, Step, _collectives, mask_of, model_flop, step
 from seqpar_ring.schedule import Row
 
 ROW = Row(32, 8, 128, 128, 2)
@@ -170,6 +170,18 @@ def test_more_sequence_groups_train_on_more_tokens() -> None:
     one, eight = priced(131072, 8, size=8), priced(131072, 64, size=8)
     assert eight.tokens == 8 * one.tokens
     assert eight.seconds == pytest.approx(one.seconds, rel=0.05)
+
+
+def test_gradients_of_many_nodes_go_over_all_links_of_a_node_at_once() -> None:
+    """Rings through all ranks, one for each network card: as NCCL's bus bandwidth of many nodes, which is that of a
+    node's cards together, and no more than one device's links within the node."""
+    model = load_model("llama-3.1-8b")
+    of_a_card, of_all = (machine("h100", f"nvlink4+{name}").outer.bandwidth for name in ("ndr", "100gbe"))
+    for gpus, fabric, attained in ((8, "ndr", 360e9), (64, "ndr", 8 * of_a_card), (64, "100gbe", of_all)):
+        choice = Choice(gpus, Settings(size=1), checkpointing=True, zero=3)
+        sent = 3 * 2 * model.parameters * (gpus - 1) / gpus
+        found = _collectives(Workload(model, (8192,)), choice, machine("h100", f"nvlink4+{fabric}"))
+        assert found == pytest.approx(sent / attained)
 
 
 def test_an_optimizer_on_the_host_takes_longer() -> None:

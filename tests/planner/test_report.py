@@ -134,6 +134,15 @@ def test_where_nothing_fits_the_remedies_stand_there(nowhere: Answer) -> None:
     assert as_data(nowhere)["would_fit"] == list(nowhere.remedies)
 
 
+def test_what_memory_does_not_forbid_is_not_called_too_large() -> None:
+    """A double ring within one node: its own refusal says why, and fewer tokens would be no remedy."""
+    what = asked(JOB._replace(seq_len="64K", gpus=8, fixed=Fixed(settings={"schedule": "double_ring", "size": 8})))
+    refused = answer(what, search(what.workload, what.machine, what.gpus, what.fixed))
+    titles = [section.title for section in sections(refused)]
+    assert titles[1:3] == ["Nothing is possible", "Refused"]
+    assert "What would make it fit" not in titles
+
+
 # ------------------------------------------------------------------------------------------------ limits
 
 

@@ -109,6 +109,14 @@ def test_what_cannot_be_is_an_error_at_once(gpus: int, fixed: dict[str, Any], wo
         found(gpus=gpus, **fixed)
 
 
+def test_without_zero_the_optimizer_stays_on_the_device() -> None:
+    """Eight billion parameters with their states do not fit there, so nothing does."""
+    for zero, there in ((0, False), (1, True)):
+        options = found(gpus=8, zero=zero).options
+        assert not any(o.choice.offload_optimizer and o.choice.zero == 0 for o in options)
+        assert bool(options) is there
+
+
 def test_all_ranks_would_find_the_same() -> None:
     assert found().options == found().options
 
