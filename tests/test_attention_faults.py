@@ -229,6 +229,20 @@ def test_bad_arguments_are_refused_on_every_rank(change: dict[str, Any], error: 
         assert words in message
 
 
+def test_what_is_no_plan_and_no_tensor_is_named() -> None:
+    x = torch.randn(1, 8, 2, 4)
+
+    def run(sp: SequenceParallel, plan: Any, rank: int) -> None:
+        queries: Any = x.numpy() if sp.rank == rank else x
+        ring_attention(queries, x, x, sp if plan == "sp" else plan and sp.plan(16))
+
+    for plan in (None, "sp"):
+        with pytest.raises(PlanError, match="was given no plan"):
+            run_lockstep(lambda sp, plan=plan: run(sp, plan, 0), 2)
+    with pytest.raises(PlanError, match=r"not torch tensors \[given=\['ndarray', 'Tensor', 'Tensor'\]\]"):
+        run_lockstep(lambda sp: run(sp, True, 1), 2)
+
+
 def test_ranks_with_other_lengths_all_raise_and_name_the_field() -> None:
     def other_lengths(sp: SequenceParallel) -> str:
         plan = sp.plan([12, 4] if sp.rank == 1 else [12, 5])

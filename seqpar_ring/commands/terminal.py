@@ -15,6 +15,9 @@ from seqpar_ring.planner.sections import Section
 PAGE = 132
 """Columns where nothing says how wide the terminal is: a file, a pipe."""
 
+GAP = 3
+"""Columns between two of a table."""
+
 LEGIBLE = 20
 """Columns that the last of a table's needs, whose words go over several lines."""
 
@@ -42,12 +45,16 @@ def show(out: Console, sections: Iterable[Section]) -> None:
 
 
 def _table(section: Section, room: int) -> Table:
-    """Words go over several lines where there is no room; numbers never, for one that is cut off looks like another."""
+    """Where there is no room, rows and columns change places, or else words go over several lines.
+
+    Numbers never do: one that is cut off looks like another.
+    """
+    cramped = _needs(section) > room
+    if cramped and _needs(_turned(section)) <= room:
+        section, cramped = _turned(section), False
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
     last = len(section.head) - 1
-    widths = [max(map(len, column)) for column in zip(section.head, *section.rows, strict=True)]
-    cramped = sum(widths[:last]) + 2 * last + min(widths[last], LEGIBLE) > room
-    for i, (name, width) in enumerate(zip(section.head, widths, strict=True)):
+    for i, (name, width) in enumerate(zip(section.head, _widths(section), strict=True)):
         number = i in section.numbers
         table.add_column(
             name,
@@ -59,3 +66,21 @@ def _table(section: Section, room: int) -> Table:
     for row in section.rows:
         table.add_row(*row)
     return table
+
+
+def _widths(section: Section) -> list[int]:
+    return [max(map(len, column)) for column in zip(section.head, *section.rows, strict=True)]
+
+
+def _needs(section: Section) -> int:
+    """Columns of the page that a table takes if only the words of its last column go over several lines."""
+    *widths, last = _widths(section)
+    words = len(section.head) - 1 not in section.numbers
+    return sum(widths) + GAP * len(widths) + (min(last, LEGIBLE) if words else last)
+
+
+def _turned(section: Section) -> Section:
+    """The same with a column for each row, under what stood in front of it."""
+    first, *others = zip(*section.rows, strict=True)
+    rows = tuple((name, *values) for name, values in zip(section.head[1:], others, strict=True))
+    return Section(section.title, rows, (section.head[0], *first), tuple(range(1, len(first) + 1)))

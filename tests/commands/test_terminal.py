@@ -21,15 +21,21 @@ def drawn(section: Section, width: int) -> list[str]:
     return out.file.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("width", [72, 80, 100, 132])
-def test_a_narrow_terminal_breaks_words_and_no_numbers(width: int) -> None:
-    lines = drawn(TABLE, width)
+@pytest.mark.parametrize(("width", "options"), [(30, 1), (72, 4), (80, 4), (100, 5), (132, 5)])
+def test_however_narrow_a_terminal_is_numbers_are_whole(width: int, options: int) -> None:
+    """Where an option does not fit into a line it has a column, and so do words then."""
+    lines = drawn(TABLE._replace(rows=(OPTION,) * options), width)
     assert max(map(len, lines)) <= width
-    row = next(line for line in lines if "117.44" in line)
-    for number in TABLE.numbers:
-        assert OPTION[number] in row.split()
-    words = "".join("".join(line.split()) for line in lines[3:])
-    assert "zigzag" in words or width < 100
+    said = " ".join(lines).split()
+    for value in OPTION[1:]:
+        assert said.count(value) >= options, value
+
+
+def test_where_nothing_else_helps_words_are_broken_and_no_numbers() -> None:
+    said = " ".join(drawn(TABLE._replace(rows=(OPTION,) * 9), 80)).split()
+    for number in TABLE.numbers[1:]:
+        assert said.count(OPTION[number]) >= 9
+    assert "double_ring" not in said
 
 
 def test_where_there_is_room_each_option_is_one_line() -> None:
