@@ -204,6 +204,8 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
         "data_parallel_size": config.get("data_parallel_size"),
         "tensor_parallel.autotp_size": (config.get("tensor_parallel") or {}).get("autotp_size") or None,
         "expert_parallel": config.get("expert_parallel"),
+        # It deals out states by the number of data ranks, of which the ranks of a sequence are one.
+        "checkpoint.writer": (config.get("checkpoint") or {}).get("writer"),
         "a pipeline model": True if pipeline and isinstance(model, pipeline) else None,
         "DeepSpeed's expert layers": True if experts else None,
     }

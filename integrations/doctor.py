@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, VersionError
 from seqpar_ring.parallel import SequenceParallel
@@ -113,7 +114,7 @@ def check(case: Case) -> None:
     """Refuse what cannot be compared, before any model is loaded.
 
     Raises:
-        ConfigError: no such model, more ranks than tokens, an unknown dtype, wrong settings.
+        ConfigError: no such model, more ranks than tokens, an unknown dtype, wrong settings, an unknown layout.
     """
     if not (Path(case.path) / "config.json").exists():
         raise ConfigError("no model there", fix="Give the folder of a model: it holds a config.json.", path=case.path)
@@ -122,7 +123,11 @@ def check(case: Case) -> None:
     if min(case.lengths, default=0) < 1 or sum(case.lengths) < 2 * case.ranks:
         fix = "Give documents of at least one token each, and two tokens a rank or more."
         raise ConfigError("too few tokens", fix=fix, documents=case.lengths, ranks=case.ranks)
-    Settings.parse({"size": case.ranks, **case.settings})
+    if "size" in case.settings:
+        size = case.settings["size"]
+        raise ConfigError("the size is the number of ranks here", fix="Give --ranks.", size=size, ranks=case.ranks)
+    settings = Settings.parse({"size": case.ranks, **case.settings}, "the settings")
+    layouts.make(settings.layout, case.lengths, case.ranks)
 
 
 def parity(case: Case, say: Callable[[str], None] = lambda _: None) -> Parity:

@@ -49,15 +49,16 @@ def doctor(  # noqa: PLR0913 - options of a command line
     from rich.console import Console
 
     out = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
+    asked = (_lengths(documents) or (tokens,), ranks, layers, dtype, pairs(setting or []))
+    case = None if model is None else _case(model, asked)
     found = [*_findings(), _link()]
     report: dict[str, Any] = {"environment": [one._asdict() for one in found]}
     wrong = any(one.level == "problem" for one in found)
     if not as_json:
         for one in found:
             out.print(_line(one))
-    if model is not None:
-        lengths = _lengths(documents) or (tokens,)
-        result = _parity(out, model, (lengths, ranks, layers, dtype, pairs(setting or [])))
+    if case is not None:
+        result = _parity(out, case)
         report["model"] = result
         wrong = wrong or not result["good"]
     if as_json:
@@ -71,16 +72,23 @@ def _findings() -> Iterator[Finding]:
     return findings()
 
 
-def _parity(out: Console, model: Path, asked: tuple[Any, ...]) -> dict[str, Any]:
+def _case(model: Path, asked: tuple[Any, ...]) -> Any:
+    """What is to be compared, looked at before anything is started."""
+    checks = import_module("seqpar_ring.integrations.doctor")
+    case = checks.Case(str(model), *asked)
+    checks.check(case)
+    return case
+
+
+def _parity(out: Console, case: Any) -> dict[str, Any]:
     """Compare, and print what was found; returns it as plain data."""
     checks = import_module("seqpar_ring.integrations.doctor")
-    lengths, ranks, layers, dtype, settings = asked
-    case = checks.Case(str(model), lengths, ranks, layers, dtype, settings)
-    checks.check(case)
-    cut = "" if layers is None else f", its first {layers} layers"
+    lengths, dtype = case.lengths, case.dtype
+    cut = "" if case.layers is None else f", at most its first {case.layers} layers"
     kind = "" if case.weights else ", random weights (the folder holds none)"
     documents = f"{len(lengths)} document" + "s" * (len(lengths) > 1)
-    out.print(f"\n{model}{cut}{kind}: {documents}, {sum(lengths)} tokens, {dtype}, one process against {ranks} ranks")
+    asked = f"{documents}, {sum(lengths)} tokens, {dtype}, one process against {case.ranks} ranks"
+    out.print(f"\n{case.path}{cut}{kind}: {asked}")
     found = checks.parity(case, lambda text: out.print(f"  {text} ..."))
     both = f"loss {found.alone:.6f} alone, {found.over:.6f} over the ring"
     out.print(f"  {both}: relative difference {found.loss_error:.1e}")

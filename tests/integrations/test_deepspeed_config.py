@@ -51,6 +51,7 @@ def test_deepspeeds_own_loader_gives_the_ranks_of_a_sequence_the_same_samples(po
         ({"seqpar_ring": {"size": "auto", "tokens": 64, "hardware": "cpux"}}, {}, "ConfigError", 'Did you mean "cpu"?'),
         ({"seqpar_ring": {"size": 2}, "sequence_parallel_size": 2}, {}, "UnsupportedError", "sequence_parallel_size"),
         ({"seqpar_ring": {"size": 2}, "expert_parallel": {}}, {}, "UnsupportedError", "Leave out expert_parallel"),
+        ({"seqpar_ring": {"size": 2}, "checkpoint": {"writer": {}}}, {}, "UnsupportedError", "checkpoint.writer"),
         ({"seqpar-ring": {"size": 2}}, {}, "ConfigError", 'Did you mean "seqpar_ring"?'),
         ({"seqpar_ring": {"size": 2}}, {"mpu": "mine"}, "UnsupportedError", "mpu='mine'"),
         ({"seqpar_ring": {"size": 2}}, {"mesh_param": (1, 2)}, "UnsupportedError", "mesh_param"),

@@ -84,3 +84,20 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         doctor.parity(Case(str(tmp_path), (40,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--setting", "layout=pakced"], 'Did you mean "packed"?'),
+        (["--setting", "size=4"], "the size is the number of ranks here"),
+        (["--model", "nowhere"], "no model there"),
+        (["--documents", "1,x"], "no list of lengths"),
+    ],
+)
+def test_wrong_input_is_said_before_anything_is_started(
+    saved: dict[str, str], options: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(command, "_findings", lambda: pytest.fail("the machine was looked at first"))
+    assert cli.main(["doctor", "--model", saved["Mistral"], *options]) == 2
+    assert words in capsys.readouterr().err
