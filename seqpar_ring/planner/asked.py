@@ -26,6 +26,9 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 MOST_DOCUMENTS = 100_000
 
+MOST_DEVICES = 4096
+"""What is looked at grows with the square of the ranks of a sequence: with more, no answer would come."""
+
 
 class Given(NamedTuple):
     """What a user wrote; empty or None: nothing.
@@ -86,6 +89,9 @@ def asked(given: Given) -> Asked:
     for name, value in (("gpus", given.gpus), ("node", given.node), ("batch", given.batch)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} is below 1", fix="Give 1 or more.", **{name: value})
+    if given.gpus > MOST_DEVICES:
+        fix = "Plan for fewer, of which the others repeat the sequence groups: they only average gradients with them."
+        raise ConfigError("too many devices to plan for", fix=fix, gpus=given.gpus, most=MOST_DEVICES)
     dtype = given.dtype or "bf16"
     if dtype not in ITEMSIZE:
         raise ConfigError("unknown dtype", fix=did_you_mean(dtype, ITEMSIZE), dtype=dtype)

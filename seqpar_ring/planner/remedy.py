@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import SeqparError
-from seqpar_ring.planner.asked import Asked, decided
+from seqpar_ring.planner.asked import MOST_DEVICES, Asked, decided
 from seqpar_ring.planner.job import Choice
 from seqpar_ring.planner.memory import largest, memory
 from seqpar_ring.planner.search import MLP_TILE, Fixed
-
-MOST = 4096
-"""Devices that are tried at most."""
 
 
 class Limit(NamedTuple):
@@ -103,13 +100,13 @@ def _enough(asked: Asked, given: str) -> Iterator[str]:
         if limit is not None:
             yield f"{given}{limit.gpus:,} devices hold this sequence ({limit.way}, ZeRO {limit.choice.zero})."
     if not needed:
-        yield f"{given or 'As decided, '}no number of devices up to {MOST:,} holds this sequence."
+        yield f"{given or 'As decided, '}no number of devices up to {MOST_DEVICES:,} holds this sequence."
 
 
 def _fewest(asked: Asked, way: Way) -> Limit | None:
     """The fewest devices with which this way does; None where it contradicts what the user decided."""
     device, choice, gpus = asked.machine.device, None, 1
-    while gpus <= MOST:
+    while gpus <= MOST_DEVICES:
         here = _choice(asked, way, gpus)  # none where so many devices cannot be shared out as decided
         if here is not None:
             choice = here

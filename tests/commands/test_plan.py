@@ -171,6 +171,7 @@ def test_the_fewest_devices_hold_the_sequence(capsys: pytest.CaptureFixture[str]
         (["--fabric", ""], "nothing says what joins the devices"),
         (["--gpus", "-8"], "--gpus is below 1 [gpus=-8]"),
         (["--gpus", "12"], "the devices do not fill whole nodes [gpus=12, node=8]"),
+        (["--gpus", "100000"], "too many devices to plan for [gpus=100000, most=4096]"),
         (["--node", "0"], "--node is below 1"),
         (["--batch", "0"], "--batch is below 1"),
         (["--seq-len", "-1"], "--seq-len is no number of tokens"),
