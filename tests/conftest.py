@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Fills torch.empty with NaN, so that memory nobody wrote shows in the results.
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # workers have it, and reports would be so wide
     if not torch.cuda.is_available():  # DeepSpeed looks for devices as it is imported, and CUDA survives no fork
         multiprocessing.set_forkserver_preload(list(IMPORTED_ONCE))
     # How long an example takes is no property of the code where several workers share the cores.
