@@ -59,7 +59,7 @@ class Answer(NamedTuple):
 def answer(asked: Asked, found: Found) -> Answer:
     """The answer to a question, from what the search found."""
     said = tuple(advice(found, asked.workload, asked.machine))
-    return Answer(asked, found, reasons(found, asked), said, () if found.options else tuple(remedies(asked)))
+    return Answer(asked, found, reasons(found, asked), said, tuple(remedies(asked)) if found.too_large else ())
 
 
 def as_data(answer: Answer, top: int = 10) -> dict[str, Any]:

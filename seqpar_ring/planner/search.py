@@ -82,6 +82,11 @@ class Found(NamedTuple):
     refused: tuple[Refused, ...]
     looked_at: int
 
+    @property
+    def too_large(self) -> bool:
+        """Whether there is no option for want of memory, and not because of what was decided."""
+        return not self.options and (not self.refused or any(refused.too_large for refused in self.refused))
+
 
 Progress = Callable[[str], None]
 

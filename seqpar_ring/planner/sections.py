@@ -45,7 +45,7 @@ def sections(answer: Answer, top: int = 5) -> Iterator[Section]:
     """The report, part by part."""
     yield asked_section(answer.asked)
     best = answer.best
-    if best is None and answer.found.refused and not any(refused.too_large for refused in answer.found.refused):
+    if best is None and not answer.found.too_large:
         yield Section("Nothing is possible", (("Memory is not the reason: what was decided rules out every choice.",),))
     elif best is None:
         yield Section("Nothing fits", (("No choice fits into the memory of these devices.",),))

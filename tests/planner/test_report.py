@@ -141,6 +141,7 @@ def test_what_memory_does_not_forbid_is_not_called_too_large() -> None:
     titles = [section.title for section in sections(refused)]
     assert titles[1:3] == ["Nothing is possible", "Refused"]
     assert "What would make it fit" not in titles
+    assert as_data(refused)["would_fit"] == []
 
 
 # ------------------------------------------------------------------------------------------------ limits
