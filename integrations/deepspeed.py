@@ -198,12 +198,15 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
     experts = any(type(module).__module__.startswith("deepspeed.moe") for module in modules)
     if given.get("mpu") is not None:
         check(given["mpu"])
+    # One rank a sequence, and a block that is switched off, which it is by default, ask for nothing.
+    degree, block = config.get("sequence_parallel_size"), config.get("expert_parallel")
+    idle = isinstance(block, Mapping) and not block.get("enabled")
     reasons = {
         "mesh_param": given.get("mesh_param"),
-        "sequence_parallel_size": config.get("sequence_parallel_size"),
+        "sequence_parallel_size": None if degree == 1 else degree,
         "data_parallel_size": config.get("data_parallel_size"),
         "tensor_parallel.autotp_size": (config.get("tensor_parallel") or {}).get("autotp_size") or None,
-        "expert_parallel": config.get("expert_parallel"),
+        "expert_parallel": None if idle else block,
         # It deals out states by the number of data ranks, of which the ranks of a sequence are one.
         "checkpoint.writer": (config.get("checkpoint") or {}).get("writer"),
         "a pipeline model": True if pipeline and isinstance(model, pipeline) else None,

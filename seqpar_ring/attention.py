@@ -8,7 +8,7 @@ holds no schedule and no kernel.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -119,6 +119,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise UnsupportedError("ring attention has no forward-mode derivative", fix="Use torch.autograd.grad.")
 
 
+def _is_positive(value: object) -> bool:
+    """Whether this is one positive finite number, of Python, numpy or torch."""
+    try:
+        return not isinstance(value, (bool, str)) and 0 < float(cast(float, value)) < torch.inf
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def _check_logits(
     q: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None
 ) -> None:
@@ -127,9 +135,9 @@ def _check_logits(
     for name, value in numbers.items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise UnsupportedError(f"{name} has no gradient here", fix=f"Detach it; a learned {name} is not supported.")
-        if value is not None and not value > 0:
-            fix = "Give a positive number, or None for the usual one."
-            raise PlanError(f"{name} must be positive", fix=fix, **{name: float(value)})
+        if value is not None and not _is_positive(value):
+            fix = "Give a positive finite number, or None for the usual one."
+            raise PlanError(f"{name} must be a positive number", fix=fix, **{name: value})
     if sinks is not None and (tuple(sinks.shape) != (H,) or not sinks.is_floating_point() or sinks.device != q.device):
         raise PlanError(
             "sinks are not one number for each query head, on q's device",

@@ -399,8 +399,8 @@ def test_what_has_no_gradient_here_is_refused_and_not_dropped() -> None:
     for name in ("scale", "softcap"):
         with pytest.raises(UnsupportedError, match=f"{name} has no gradient here"):
             run_lockstep(with_(**{name: torch.tensor(0.5, requires_grad=True)}), 2)
-        for value in (0.0, -1.0, float("nan")):
-            with pytest.raises(PlanError, match=f"{name} must be positive"):
+        for value in (0.0, -1.0, float("nan"), float("inf"), "1", True, [1.0], torch.ones(2)):
+            with pytest.raises(PlanError, match=f"{name} must be a positive number"):
                 run_lockstep(with_(**{name: value}), 2)
 
 

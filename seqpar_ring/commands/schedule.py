@@ -23,15 +23,13 @@ Examples:
 Exit codes: 0 fine; 2 it is impossible.
 """
 
-Tokens = Annotated[int | None, typer.Option(metavar="N")]
-
 
 def _schedules(incomplete: str) -> list[str]:
     return [name for name in sorted(BUILDERS) if name.startswith(incomplete)]
 
 
 def schedule(  # noqa: PLR0913 - options of a command line
-    lengths: Annotated[str, typer.Option(metavar="N[,N..]", help="Tokens of each document.")] = "4096",
+    lengths: Annotated[str, typer.Option(metavar="N[,N..]", help="Tokens of each document: 64K, 16x8K,300.")] = "4096",
     kv_lengths: Annotated[
         str | None, typer.Option(metavar="N[,N..]", help="Keys of each document: cross-attention (with --full).")
     ] = None,
@@ -44,13 +42,13 @@ def schedule(  # noqa: PLR0913 - options of a command line
         int | None, typer.Option(metavar="N", help="Ranks of a node, for double_ring.  [default: all]")
     ] = None,
     block_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens computed with at a time.  [default: a rank's block]")
+        str | None, typer.Option(metavar="N", help="Tokens computed with at a time.  [default: a rank's block]")
     ] = None,
     cut: Annotated[str, typer.Option(help="How blocks are cut into pieces: even or halves.")] = "even",
     full: Annotated[bool, typer.Option("--full", help="Every key of the document, instead of causal.")] = False,
-    window: Annotated[int | None, typer.Option(metavar="N", help="Only the last N keys.")] = None,
-    chunk: Annotated[int | None, typer.Option(metavar="N", help="Only keys of the same chunk of N positions.")] = None,
-    prefix: Annotated[int | None, typer.Option(metavar="N", help="The first N keys are seen by all queries.")] = None,
+    window: Annotated[str | None, typer.Option(metavar="N", help="Only the last N keys.")] = None,
+    chunk: Annotated[str | None, typer.Option(metavar="N", help="Only keys of the same chunk of N positions.")] = None,
+    prefix: Annotated[str | None, typer.Option(metavar="N", help="The first N keys are seen by all queries.")] = None,
     backward: Annotated[
         bool, typer.Option("--backward", help="Backward: keys travel, their gradients return.")
     ] = False,

@@ -7,7 +7,6 @@ It answers nothing.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle, takewhile
 from typing import Any, NamedTuple
@@ -15,16 +14,12 @@ from typing import Any, NamedTuple
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, did_you_mean
 from seqpar_ring.layout import LAYOUTS
+from seqpar_ring.lengths import MOST_DOCUMENTS, tokens, tokens_of_each
 from seqpar_ring.planner.hardware import Machine, machine
 from seqpar_ring.planner.job import ITEMSIZE, Workload
 from seqpar_ring.planner.model import load_model
 from seqpar_ring.planner.search import Fixed
 from seqpar_ring.schedule import BUILDERS
-
-UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
-"""Lengths are counted in powers of two, as context lengths are: 128K is 131,072 tokens, 1M is 1,048,576."""
-
-MOST_DOCUMENTS = 100_000
 
 MOST_DEVICES = 4096
 """What is looked at grows with the square of the ranks of a sequence: with more, no answer would come."""
@@ -107,20 +102,6 @@ def asked(given: Given) -> Asked:
     return Asked(workload, on, given.gpus, given.fixed, given)
 
 
-def tokens(text: str, option: str = "--seq-len") -> int:
-    """A number of tokens from "1M", "128K", "1.5M", "1_000_000" or "131072".
-
-    Raises:
-        ConfigError: it is none, or not a positive whole number.
-    """
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kmg]?)", text.strip().lower())
-    number = float(found[1].replace("_", "").replace(",", "")) * UNITS[found[2]] if found else 0.0
-    if number < 1 or number != int(number):
-        fix = "Write e.g. 1M (1,048,576), 128K (131,072) or 1_000_000."
-        raise ConfigError(f"{option} is no number of tokens", fix=fix, value=text)
-    return int(number)
-
-
 def documents(text: str, seq_len: str) -> tuple[int, ...]:
     """Lengths of documents from "8K,300" or "16x8K,300"; with the length of a sequence they repeat until it is full.
 
@@ -131,14 +112,7 @@ def documents(text: str, seq_len: str) -> tuple[int, ...]:
         if not seq_len:
             raise ConfigError("nothing says how long a sequence is", fix="Give --seq-len 1M, or --documents 8K,300.")
         return (tokens(seq_len),)
-    each: list[int] = []
-    for part in text.split(","):
-        times, cross, length = part.partition("x")
-        count = int(times) if cross and times.strip().isdecimal() else 0 if cross else 1
-        if not 1 <= count <= MOST_DOCUMENTS:
-            fix = "Write lengths with commas between them, and times before an x: 5000,300 or 16x8K,300."
-            raise ConfigError("--documents is no list of lengths", fix=fix, documents=text)
-        each += [tokens(length if cross else times, "--documents")] * count
+    each = tokens_of_each(text)
     if not seq_len:
         return tuple(each)
     whole = tokens(seq_len)

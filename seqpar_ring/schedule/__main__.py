@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, SeqparError, did_you_mean
 from seqpar_ring.geometry import INF, Mask, area
+from seqpar_ring.lengths import tokens, tokens_of_each
 from seqpar_ring.packing import Balance
 from seqpar_ring.schedule import (
     BUILDERS,
@@ -30,6 +31,8 @@ from seqpar_ring.schedule import (
 )
 from seqpar_ring.schedule import check as prove
 from seqpar_ring.schedule.render import render
+
+T = TypeVar("T")
 
 EXAMPLE = """example:
   python -m seqpar_ring.schedule --lengths 5000,300,12001 --size 4 --layout packed --schedule direct --check
@@ -60,18 +63,18 @@ def _parser(called: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--lengths", type=_numbers, default=[4096], metavar="N[,N..]", help="tokens of each document (4096)")
-    add("--kv-lengths", type=_numbers, metavar="N[,N..]", help="keys of each document: cross-attention (with --full)")
+    add("--lengths", type=_lengths, default=[4096], metavar="N[,N..]", help="tokens of each document: 16x8K,300 (4096)")
+    add("--kv-lengths", type=_lengths, metavar="N[,N..]", help="keys of each document: cross-attention (with --full)")
     add("--size", type=int, default=4, metavar="W", help="ranks that share the sequence (4)")
     add("--layout", default="zigzag", help=f"{', '.join(sorted(layouts.LAYOUTS))} (zigzag)")
     add("--schedule", default="ring", help=f"{', '.join(sorted(BUILDERS))} (ring)")
     add("--node", type=int, metavar="N", help="ranks of a node, for double_ring (all)")
-    add("--block-tokens", type=int, metavar="N", help="tokens computed with at a time (a rank's block)")
+    add("--block-tokens", type=_tokens, metavar="N", help="tokens computed with at a time (a rank's block)")
     add("--cut", default="even", help=f"how blocks are cut into pieces: {', '.join(CUTS)} (even)")
     add("--full", action="store_true", help="every key of the document, instead of causal")
-    add("--window", type=int, metavar="N", help="only the last N keys")
-    add("--chunk", type=int, metavar="N", help="only keys of the same chunk of N positions")
-    add("--prefix", type=int, metavar="N", help="the first N keys of a document are seen by all its queries")
+    add("--window", type=_tokens, metavar="N", help="only the last N keys")
+    add("--chunk", type=_tokens, metavar="N", help="only keys of the same chunk of N positions")
+    add("--prefix", type=_tokens, metavar="N", help="the first N keys of a document are seen by all its queries")
     add("--backward", action="store_true", help="the backward pass: keys travel, their gradients return")
     add("--queries", action="store_true", help="the backward pass in which queries travel, and dq returns")
     add("--calls", type=int, metavar="RANK", help="list this rank's kernel calls")
@@ -81,11 +84,20 @@ def _parser(called: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(text: str) -> list[int]:
+def _lengths(text: str) -> list[int]:
+    return _read(tokens_of_each, text)
+
+
+def _tokens(text: str) -> int:
+    return _read(tokens, text)
+
+
+def _read(reader: Callable[[str, str, int], T], text: str) -> T:
+    """What is too small is refused later, by those who know why."""
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them") from None
+        return reader(text, "this", 0)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Planned(NamedTuple):

@@ -33,7 +33,7 @@ def test_it_prints_what_the_module_prints(arguments: list[str], capsys: pytest.C
     ("arguments", "text"),
     [
         (["--schedule", "rng"], 'Did you mean "ring"?'),
-        (["--lengths", "3,x"], "is not whole numbers"),
+        (["--lengths", "3,y"], "this is no number of tokens"),
         (["--size", "0"], "size"),
         (["--size", "2", "--calls", "5"], "no such rank"),
         (["--size", "32", "--png", "x.png"], "cannot be drawn legibly"),

@@ -50,7 +50,7 @@ def test_deepspeeds_own_loader_gives_the_ranks_of_a_sequence_the_same_samples(po
         ({"seqpar_ring": {"size": "auto", "tokens": 64}}, {}, "ConfigError", 'Give "hardware"'),
         ({"seqpar_ring": {"size": "auto", "tokens": 64, "hardware": "cpux"}}, {}, "ConfigError", 'Did you mean "cpu"?'),
         ({"seqpar_ring": {"size": 2}, "sequence_parallel_size": 2}, {}, "UnsupportedError", "sequence_parallel_size"),
-        ({"seqpar_ring": {"size": 2}, "expert_parallel": {}}, {}, "UnsupportedError", "Leave out expert_parallel"),
+        ({"seqpar_ring": {"size": 2}, "expert_parallel": {"enabled": True}}, {}, "UnsupportedError", "expert_parallel"),
         ({"seqpar_ring": {"size": 2}, "checkpoint": {"writer": {}}}, {}, "UnsupportedError", "checkpoint.writer"),
         ({"seqpar-ring": {"size": 2}}, {}, "ConfigError", 'Did you mean "seqpar_ring"?'),
         ({"seqpar_ring": {"size": 2}}, {"mpu": "mine"}, "UnsupportedError", "mpu='mine'"),
@@ -80,6 +80,12 @@ def test_a_wrong_config_is_refused_on_every_rank(
     for found, message in pool2.run(ds_engines.refusal, [config], kwargs):
         assert found == kind
         assert words in message
+
+
+def test_what_asks_for_no_split_is_not_refused(pool2: RankPool) -> None:
+    idle = {"sequence_parallel_size": 1, "expert_parallel": {"enabled": False, "autoep_size": 2}, "checkpoint": {}}
+    config = {"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 1, **idle}
+    assert pool2.run(ds_engines.refusal, [config], {}) == [("none", "")] * 2
 
 
 def test_a_size_that_is_left_open_is_the_one_that_fits(pool2: RankPool, tmp_path: Path) -> None:

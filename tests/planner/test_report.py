@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from seqpar_ring.errors import ConfigError
-from seqpar_ring.planner.asked import Asked, Given, asked, documents, pairs, tokens
+from seqpar_ring.planner.asked import Asked, Given, asked, documents, pairs
 from seqpar_ring.planner.memory import memory
 from seqpar_ring.planner.reasons import reasons
 from seqpar_ring.planner.remedy import fewest_devices, largest_sequences, remedies
@@ -33,20 +33,6 @@ def nowhere() -> Answer:
 
 
 # ------------------------------------------------------------------------------------------------ the question
-
-
-@pytest.mark.parametrize(
-    ("written", "number"),
-    [("1M", 2**20), ("128K", 131072), ("128k", 131072), ("1.5M", 3 * 2**19), ("1_000_000", 10**6), ("7", 7)],
-)
-def test_lengths_count_in_powers_of_two(written: str, number: int) -> None:
-    assert tokens(written) == number
-
-
-@pytest.mark.parametrize("written", ["", "-1", "0", "1.3", "K", "1KB", "1e6", "one"])
-def test_what_is_no_length_is_refused(written: str) -> None:
-    with pytest.raises(ConfigError, match="is no number of tokens"):
-        tokens(written)
 
 
 def test_documents_are_listed_repeated_and_cut() -> None:

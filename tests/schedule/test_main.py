@@ -78,11 +78,16 @@ def test_bad_input_ends_with_the_fix(
     assert words in capsys.readouterr().err
 
 
+def test_lengths_are_read_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = printed(capsys, "--lengths", "1024,1024,300", "--window", "1024", "--block-tokens", "2048")
+    assert printed(capsys, "--lengths", "2x1K,300", "--window", "1K", "--block-tokens", "2K") == plain
+
+
 def test_what_is_no_number_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["--lengths", "4,x"])
+        main(["--lengths", "4,y"])
     assert end.value.code == 2
-    assert "argument --lengths: '4,x' is not whole numbers" in capsys.readouterr().err
+    assert "argument --lengths: this is no number of tokens [value='y']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("travels", [(), ("--queries",)])

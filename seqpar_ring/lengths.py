@@ -1,0 +1,53 @@
+"""Lengths as people write them: "128K" tokens, and documents of "8K,300" or "16x8K,300". No torch."""
+
+from __future__ import annotations
+
+import re
+
+from seqpar_ring.errors import ConfigError
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+"""Lengths are counted in powers of two, as context lengths are: 128K is 131,072 tokens, 1M is 1,048,576."""
+
+MOST_DOCUMENTS = 100_000
+
+
+def tokens(text: str, option: str = "--seq-len", least: int = 1) -> int:
+    """A number of tokens from "1M", "128K", "1.5M", "1_000_000" or "131072".
+
+    Args:
+        text: as written.
+        option: what it was written for, for the message.
+        least: the smallest number that may be.
+
+    Raises:
+        ConfigError: it is none, no whole number, or too small.
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kmg]?)", text.strip().lower())
+    number = float(found[1].replace("_", "").replace(",", "")) * UNITS[found[2]] if found else -1.0
+    if number < least or number != int(number):
+        fix = "Write e.g. 1M (1,048,576), 128K (131,072) or 1_000_000."
+        raise ConfigError(f"{option} is no number of tokens", fix=fix, value=text)
+    return int(number)
+
+
+def tokens_of_each(text: str, option: str = "--documents", least: int = 1) -> list[int]:
+    """Lengths of documents from "8K,300", or "16x8K,300" for sixteen of 8,192 tokens and one of 300.
+
+    Args:
+        text: as written.
+        option: what it was written for, for the message.
+        least: tokens of the shortest.
+
+    Raises:
+        ConfigError: it is no list of lengths, or an unreasonably long one.
+    """
+    each: list[int] = []
+    for part in text.split(","):
+        times, cross, length = part.partition("x")
+        count = int(times) if cross and times.strip().isdecimal() else 0 if cross else 1
+        if not 1 <= count <= MOST_DOCUMENTS:
+            fix = "Write lengths with commas between them, and times before an x: 5000,300 or 16x8K,300."
+            raise ConfigError(f"{option} is no list of lengths", fix=fix, value=text)
+        each += [tokens(length if cross else times, option, least)] * count
+    return each
