@@ -41,6 +41,9 @@ FOLLOWED_MASKS = (
 """Functions of transformers' masking_utils whose masks are followed; packed rows are told from positions, which is of
 no matter here."""
 
+CACHES = ("past_key_values", "cache")
+"""Under what name a model takes its KV cache: until transformers 5.23, and since 5.24."""
+
 OWN_LOSS = (
     "Shard with sp.shard_batch(batch), call the model without labels and shift_labels, "
     "and compute the loss as sp.loss(outputs.logits, labels, plan)."
@@ -84,11 +87,12 @@ def refuse_decoding(batch: Mapping[str, Any]) -> None:
     """Refuse a step of generate(), on this rank alone: generation is often tried on one rank, which must not wait.
 
     Raises:
-        UnsupportedError: past_key_values or logits_to_keep among the arguments.
+        UnsupportedError: a KV cache or logits_to_keep among the arguments.
     """
-    keep, cache = batch.get("logits_to_keep", 0), batch.get("past_key_values")
-    if cache is not None:
-        raise _cached(past_key_values=type(cache).__name__, use_cache=batch.get("use_cache"))
+    keep = batch.get("logits_to_keep", 0)
+    for name in CACHES:
+        if batch.get(name) is not None:
+            raise _cached(**{name: type(batch[name]).__name__}, use_cache=batch.get("use_cache"))
     if isinstance(keep, Tensor) or keep:
         raise UnsupportedError(
             "logits_to_keep, which generate() sets, counts from the end of a rank's tokens, not of the sequence",
@@ -298,7 +302,7 @@ def _unknown(mask: Any) -> str | None:
 def _cached(**values: object) -> UnsupportedError:
     return UnsupportedError(
         "the KV cache is in use, and a sharded sequence has none",
-        fix=f"Leave out past_key_values, and use_cache or give use_cache=False. {DECODE}",
+        fix=f"Leave out the cache, and use_cache or give use_cache=False. {DECODE}",
         **values,
     )
 

@@ -122,9 +122,9 @@ def test_a_mask_added_to_the_causal_one_is_refused() -> None:
 
     def act(sp: SequenceParallel) -> object:
         config = parallelize(copy.deepcopy(base), sp).config
-        everything = {"attention_mask": None, "past_key_values": None, "position_ids": None}
+        # attention_mask, and the cache, whose name is another since transformers 5.24
         return create_causal_mask(
-            config, torch.zeros(1, 9, 48), **everything, or_mask_function=lambda batch, head, q, k: q < 3
+            config, torch.zeros(1, 9, 48), None, None, or_mask_function=lambda batch, head, q, k: q < 3
         )
 
     assert_refused(errors(act), UnsupportedError, "adds a mask of its own to the causal one")

@@ -25,6 +25,7 @@ WHOLE = packed([21])
 CALLS: dict[str, tuple[Batch | dict[str, Any], type[SeqparError], tuple[str, ...]]] = {
     "use_cache": ({**WHOLE, "use_cache": True}, UnsupportedError, ("KV cache", "use_cache=True", "use_cache=False")),
     "past_key_values": ({**WHOLE, "past_key_values": ()}, UnsupportedError, ("KV cache", "past_key_values='tuple'")),
+    "cache": ({**WHOLE, "cache": ()}, UnsupportedError, ("KV cache", "cache='tuple'")),
     "logits_to_keep": ({**WHOLE, "logits_to_keep": 1}, UnsupportedError, ("logits_to_keep=1", "save_pretrained")),
     "attention weights": ({**WHOLE, "output_attentions": True}, UnsupportedError, ("attention weights",)),
     "router logits": ({**WHOLE, "output_router_logits": True}, UnsupportedError, ("no sum over tokens",)),
