@@ -20,9 +20,12 @@ PEERS := benchmarks/.peers
 # Which megatron-core `make test-megatron` tests against, in a folder of its own, which only that command looks into.
 MCORE  ?= 0.19.2
 MCORE_AT := $(VENV)/megatron-core/$(MCORE)
+# The same of transformers, for `make test-transformers`.
+TRANSFORMERS    ?= 5.24.0
+TRANSFORMERS_AT := $(VENV)/transformers/$(TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-megatron bench picture clean
+.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-megatron test-transformers bench picture clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -46,6 +49,12 @@ pytest: $(DEV)  ## all tests that need no GPU
 
 test-megatron: $(DEV) $(MCORE_AT)/.stamp  ## the tests of Megatron against another version of it: MCORE=0.15.0
 	PYTHONPATH="$(abspath $(MCORE_AT))$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest tests/integrations/test_megatron*.py
+
+test-transformers: $(DEV) $(TRANSFORMERS_AT)/.stamp  ## every model class and the tests of HuggingFace with another version: TRANSFORMERS=5.23.0
+	export PYTHONPATH="$(abspath $(TRANSFORMERS_AT))$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	$(BIN)/python tests/integrations/every_model.py && \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/integrations/test_transformers*.py \
+	  tests/integrations/test_model*.py tests/integrations/test_every_model.py tests/integrations/test_trainer.py
 
 bench: $(DEV) $(PEERS)/.stamp  ## every benchmark that this machine can run; BENCH="--quick" takes 3 minutes
 	$(BIN)/python benchmarks $(BENCH)
@@ -92,6 +101,12 @@ $(MCORE_AT)/.stamp: | $(DEV)
 	@rm -rf $(MCORE_AT)
 	@$(PIP) --no-deps --target $(MCORE_AT) --ignore-requires-python --python-version 3.12 --only-binary :all: \
 	  megatron-core==$(MCORE)
+	@touch $@
+
+$(TRANSFORMERS_AT)/.stamp: | $(DEV)
+	@echo "Installing transformers $(TRANSFORMERS) into $(TRANSFORMERS_AT) ..."
+	@rm -rf $(TRANSFORMERS_AT)
+	@$(PIP) --no-deps --target $(TRANSFORMERS_AT) transformers==$(TRANSFORMERS)
 	@touch $@
 
 # Whom benchmarks compare with, in a folder of their own: nothing else finds them. Without them, benchmarks say so.

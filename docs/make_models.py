@@ -24,6 +24,10 @@ INTRODUCTION = """# Model families
 Made by `python docs/make_models.py`, with transformers {transformers} and torch {torch}; the same comparison runs in
 the tests (`tests/integrations/test_model_families.py`).
 
+Beside these, `tests/integrations/every_model.py` looks at every language model class of transformers with as small a
+model as its config can be asked for: of the 185 of 5.24, 93 are exact over 2 ranks, 61 are refused by name, none is
+accepted and wrong, and 31 cannot be made small without knowing more of them (11 of those would be too large).
+
 A tiny model of each family, with random weights, takes one training step in one process of plain transformers and over
 2 and 3 ranks: once with one document of {one} tokens, once with four packed documents of {packed} tokens. The figure is
 the largest relative L2 error of any parameter's gradient; the bound is 1e-5 in fp32 and 1e-12 in fp64. A gradient that

@@ -70,7 +70,7 @@ def ring(trainer: T, size: int | None = None, **settings: Any) -> T:
     if missing or not isinstance(trainer, type):
         raise VersionError(
             "the class lacks methods of transformers' Trainer that are needed here",
-            fix="Give Trainer or SFTTrainer; this was tested with transformers 5.23 and TRL 1.16.",
+            fix="Give Trainer or SFTTrainer; this was tested with transformers 5.24 and TRL 1.16.",
             given=getattr(trainer, "__name__", trainer),
             missing=missing,
             transformers=transformers.__version__,

@@ -21,7 +21,7 @@ from seqpar_ring import kernels
 from seqpar_ring.kernels import Request, lacks, registered
 
 TESTED = {
-    "transformers": ("5.23", "models of HuggingFace"),
+    "transformers": ("5.24", "models of HuggingFace"),
     "deepspeed": ("0.19", 'the "seqpar_ring" block'),
     "accelerate": ("1.15", "Trainer"),
     "trl": ("1.16", "SFTTrainer"),

@@ -276,7 +276,7 @@ REFUSED = {
         {"is_decoder": True, "pad_token_id": 1, **STILL},
         ("not from 0", "RobertaEmbeddings"),
     ),
-    "Falcon, GPT-J, XGLM and others with attention of their own": Refused(
+    "Falcon, XGLM and others with attention of their own (until transformers 5.23 GPT-J and CodeGen too)": Refused(
         INTERFACE,
         "Falcon",
         {"num_kv_heads": 3, "new_decoder_architecture": True},
