@@ -49,7 +49,8 @@ FEW = {
     **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6},
     **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "hidden_dropout", "layerdrop"), 0.0),
     **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout_prob"), 0.0),
-    **dict.fromkeys(("activation_dropout", "embedding_dropout", "router_jitter_noise", "input_jitter_noise"), 0.0),
+    **dict.fromkeys(("activation_dropout", "embedding_dropout", "residual_dropout"), 0.0),
+    **dict.fromkeys(("router_jitter_noise", "input_jitter_noise"), 0.0),
 }
 """What makes a model small and leaves nothing to chance, by the names that configs have for it."""
 
@@ -66,8 +67,6 @@ class Outcome(NamedTuple):
 
 def main(names: Sequence[str]) -> int:
     """Print a line for each class, and how many there are of each kind. Returns the exit code."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
     print(f"transformers {transformers.__version__}")
     kinds: Counter[str] = Counter()
     for name in names or sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())):
@@ -140,4 +139,6 @@ def _known(config: type) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
     sys.exit(main(sys.argv[1:]))
