@@ -28,7 +28,7 @@ TRANSFORMERS_AT := $(VENV)/transformers/$(TRANSFORMERS)
 .PHONY: FORCE help quickstart verify install install-dev test lint pytest test-megatron test-transformers bench picture clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(RUN)  ## fine-tune SmolLM2-135M on long text over RANKS=2 processes of this machine, no GPU needed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/finetune.py --config $(CONFIG)

@@ -17,6 +17,7 @@ CASES = [
     ["--lengths", "64", "--size", "4", "--window", "9", "--block-tokens", "8", "--queries", "--width", "90"],
     ["--lengths", "64", "--size", "2", "--chunk", "16", "--python"],
     ["--lengths", "64", "--size", "2", "--prefix", "16"],
+    ["--lengths", "2x1K,300", "--size", "2", "--window", "1K", "--block-tokens", "512"],
     ["--lengths", "64", "--size", "4", "--block-tokens", "4", "--cut", "halves"],
 ]
 

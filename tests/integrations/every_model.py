@@ -15,7 +15,7 @@ import inspect
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from seqpar_ring.integrations.transformers import parallelize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from seqpar_ring import SequenceParallel
-from seqpar_ring.errors import SeqparError, UnsupportedError
+from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.testing import run_lockstep
 
 LENGTHS = [43], [13, 1, 20, 7]
@@ -80,10 +80,13 @@ def main(names: Sequence[str]) -> int:
 def tried(name: str) -> Outcome:
     """Make a model of this class, in the first way that works, and compare."""
     words = ""
-    for model in _made(name):
-        if not isinstance(model, str):
+    for changes in TRIED:
+        try:
+            model = _small(name, changes)
+        except Exception as error:  # of a class that is not meant to be made like this
+            words = words or _said(error)
+        else:
             return compared(model)
-        words = words or model
     return Outcome("not made", words)
 
 
@@ -101,33 +104,30 @@ def compared(model: Any) -> Outcome:
             errors += [worst(found, alone) for found in run_lockstep(run, 2)]
         except UnsupportedError as error:
             return Outcome("refused", str(error).partition(" [")[0])
-        except SeqparError as error:
-            return Outcome("failed", f"{type(error).__name__}: {error}")
         except Exception as error:  # whatever it is, it is to be told of this class, and the next one looked at
-            return Outcome("failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return Outcome("failed", _said(error))
     loss, gradient = max(error[0] for error in errors), max(error[1] for error in errors)
     words = f"loss {loss:.1e}, gradients {gradient:.1e}"
     return Outcome("exact" if loss <= LOSS and gradient <= GRAD else "WRONG", words)
 
 
-def _made(name: str) -> Iterator[Any]:
-    """Models that take a step in one process, or why there is none."""
-    for changes in TRIED:
-        try:
-            kind = getattr(transformers, name)
-            arguments = {**_known(kind.config_class), **changes}
-            with torch.device("meta"):
-                size = sum(p.numel() for p in kind(kind.config_class(**{**SHAPE, **arguments})).parameters())
-            if size > LARGE:
-                yield f"{size:,} parameters"
-                continue
-            model = build(name, suffix="", config=kind.config_class.__name__, **arguments)
-            _, gradients = one_process(model, packed(LENGTHS[0]))
-            for parameter, found in model.named_parameters():
-                found.requires_grad_(gradients.get(parameter) is not None)  # else it is of another modality
-            yield model
-        except Exception as error:  # of a class that is not meant to be made like this
-            yield f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+def _small(name: str, changes: Mapping[str, Any]) -> Any:
+    """A model of this class that takes a step in one process."""
+    kind = getattr(transformers, name)
+    arguments = {**_known(kind.config_class), **changes}
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(kind.config_class(**{**SHAPE, **arguments})).parameters())
+    if size > LARGE:
+        raise ValueError(f"{size:,} parameters")
+    model = build(name, suffix="", config=kind.config_class.__name__, **arguments)
+    _, gradients = one_process(model, packed(LENGTHS[0]))
+    for parameter, found in model.named_parameters():
+        found.requires_grad_(gradients.get(parameter) is not None)  # else it is of another modality
+    return model
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def _known(config: type) -> dict[str, Any]:
