@@ -8,10 +8,11 @@ what another waits for. It is not a way to be fast, and starts no threads itself
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Condition, Lock, Semaphore
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,13 @@ class _Box:
     waiting: dict[int, Any] = field(default_factory=dict)
 
 
+def _set_alarm() -> Lock:
+    """A lock on which a rank sleeps until another one releases it."""
+    alarm = Lock()
+    alarm.acquire()
+    return alarm
+
+
 class Link(NamedTuple):
     """How fast a rank sends: its messages share `bandwidth` bytes a second, and each arrives `latency` s later."""
 
@@ -48,15 +56,20 @@ class Link(NamedTuple):
 
 
 class _Hub:
-    """All mailboxes of one world, and what became of its ranks."""
+    """All mailboxes of one world, whose turn it is, and what became of its ranks.
+
+    A rank that waits sleeps on a lock of its own, and is woken once: when it can go on and has been given a turn.
+    Threads that wake up only to look whether they may run take the interpreter's lock from the one that does.
+    """
 
     def __init__(self, timeout: float, at_once: int, link: Link | None) -> None:
         self.timeout, self.link = timeout, link
-        self.turns = Semaphore(at_once)
+        self._turns = at_once  # that nobody has
         self._free: dict[int, float] = {}  # when each rank's link has sent all that was posted
         self._lock = Lock()
-        self._news: dict[int, Condition] = {}  # one for each rank, so that a message wakes nobody but its receiver
         self._boxes: dict[_Address, _Box] = {}
+        self._asleep: dict[tuple[_Address, int], Lock] = {}  # by the message that a rank waits for
+        self._ready: deque[Lock] = deque()  # of ranks that only wait for a turn, the first come first
         self._failed: dict[int, BaseException] = {}
         self._finished: set[int] = set()
 
@@ -66,7 +79,7 @@ class _Hub:
             box = self._boxes.setdefault(address, _Box())
             box.waiting[box.sent] = message
             box.sent += 1
-            self._news_for(address.target).notify_all()
+            self._wake((address, box.sent - 1))
 
     def arrival(self, source: int, nbytes: int) -> float:
         """When a message that is posted now will have arrived, on the clock of `time.monotonic`."""
@@ -81,11 +94,11 @@ class _Hub:
         """Wait for a moment, and let another rank have its turn meanwhile."""
         seconds = moment - time.monotonic()
         if seconds > 0:
-            self.turns.release()
+            self.give_turn()
             try:
                 time.sleep(seconds)
             finally:
-                self.turns.acquire()
+                self.take_turn()
 
     def ticket(self, address: _Address) -> int:
         with self._lock:
@@ -111,36 +124,57 @@ class _Hub:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise self._gave_up(address, f"which did not come within {self.timeout:g} s")
-                self._give_way(address.target, left)
+                self._sleep((address, ticket), left)
 
     def fail(self, rank: int, error: BaseException) -> None:
         with self._lock:
             self._failed.setdefault(rank, error)
-            self._wake_all()
+            self._wake(*self._asleep)
 
     def finish(self, rank: int) -> None:
         with self._lock:
             self._finished.add(rank)
-            self._wake_all()
+            self._wake(*(message for message in self._asleep if message[0].source == rank))
 
-    def _give_way(self, rank: int, seconds: float) -> None:
-        """Wait for news, and let another rank have its turn meanwhile. The lock is held before and after."""
-        self.turns.release()
-        try:
-            self._news_for(rank).wait(seconds)
-        finally:
+    def take_turn(self) -> None:
+        """Wait until it is this rank's turn to run."""
+        alarm = _set_alarm()
+        with self._lock:
+            self._ready.append(alarm)
+            self._hand_out_turns()
+        alarm.acquire()
+
+    def give_turn(self) -> None:
+        """Let another rank run."""
+        with self._lock:
+            self._turns += 1
+            self._hand_out_turns()
+
+    def _sleep(self, message: tuple[_Address, int], seconds: float) -> None:
+        """Let another rank run until something is known of this message. The lock is held before and after."""
+        self._asleep[message] = alarm = _set_alarm()
+        self._turns += 1
+        self._hand_out_turns()
+        self._lock.release()
+        in_time = alarm.acquire(timeout=seconds)
+        self._lock.acquire()
+        if not in_time:
+            self._wake(message)
             self._lock.release()  # whoever has the turn may need the lock to go on
-            self.turns.acquire()
+            alarm.acquire()
             self._lock.acquire()
 
-    def _news_for(self, rank: int) -> Condition:
-        if rank not in self._news:  # not by setdefault, which would make one each time
-            self._news[rank] = Condition(self._lock)
-        return self._news[rank]
+    def _wake(self, *messages: tuple[_Address, int]) -> None:
+        """Whoever waits for one of these messages now waits for a turn."""
+        for message in messages:
+            if message in self._asleep:
+                self._ready.append(self._asleep.pop(message))
+        self._hand_out_turns()
 
-    def _wake_all(self) -> None:
-        for news in self._news.values():
-            news.notify_all()
+    def _hand_out_turns(self) -> None:
+        while self._turns > 0 and self._ready:
+            self._turns -= 1
+            self._ready.popleft().release()
 
     def _stop_if_a_rank_failed(self, rank: int) -> None:
         for dead, error in self._failed.items():
@@ -189,8 +223,11 @@ class LockstepWorld:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """A rank's turn to run; it is given up during every wait for a message."""
-        with self._hub.turns:
+        self._hub.take_turn()
+        try:
             yield
+        finally:
+            self._hub.give_turn()
 
     def fail(self, rank: int, error: BaseException) -> None:
         """Note that a rank died: all others raise `TransportError`, those that wait now and any that call later."""
