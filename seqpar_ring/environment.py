@@ -33,7 +33,9 @@ TESTED = {
 }
 """Packages, the version each was tested with, and what for."""
 
-OLDEST_TORCH, TESTED_TORCH = (2, 6), "2.13"
+OLDEST_TORCH, TESTED_TORCH = (2, 6), ((2, 13), (2, 15))
+"""The first that may work, and the first and last that tests were run with."""
+
 PROBE_BYTES = 2**24
 
 
@@ -70,8 +72,9 @@ def _torch() -> Finding:
         return Finding("problem", "torch", found, f"Install torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer.")
     if not dist.is_available():
         return Finding("problem", "torch", f"{found}, built without distributed", "Install a build that has it.")
-    if not found.startswith(TESTED_TORCH):
-        return Finding("note", "torch", found, f"Tested with {TESTED_TORCH}.")
+    first, last = TESTED_TORCH
+    if not first <= numbers <= last:
+        return Finding("note", "torch", found, f"Tested with {first[0]}.{first[1]} to {last[0]}.{last[1]}.")
     return Finding("ok", "torch", found)
 
 

@@ -61,7 +61,8 @@ def test_a_problem_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "level"), [("2.5.1", "problem"), ("2.9.0", "note"), ("2.13.0+cpu", "ok"), ("3.0.0", "note")]
+    ("version", "level"),
+    [("2.5.1", "problem"), ("2.9.0", "note"), ("2.13.0+cpu", "ok"), ("2.15.1+cu132", "ok"), ("2.16.0", "note")],
 )
 def test_versions_of_torch_are_judged(monkeypatch: pytest.MonkeyPatch, version: str, level: str) -> None:
     monkeypatch.setattr(torch, "__version__", version)
