@@ -140,21 +140,18 @@ def test_ranks_take_turns_and_give_them_up_while_they_wait() -> None:
     run_lockstep_groups(pass_on, 4)
 
 
-def test_a_rank_that_waited_in_vain_says_so_when_it_is_its_turn_again() -> None:
+def test_a_rank_that_waited_in_vain_goes_on_when_it_is_its_turn_again() -> None:
     """Its time is up while another rank runs, and runs on."""
     running: list[int] = []
 
     def late(groups: Groups) -> str:
         if groups.rank == 0:
-            with pytest.raises(TransportError, match=r"did not come within 0.05 s"):
+            with pytest.raises(TransportError, match="rank 0 waited for a message from rank 1"):
                 groups.ring.exchange([], [Recv(1, torch.zeros(1))]).wait()
-            found = f"next to {running}"
-            groups.ring.exchange([Send(1, torch.zeros(1))], [])
-            return found
+            return f"next to {running}"
         running.append(groups.rank)
         time.sleep(0.3)
         running.remove(groups.rank)
-        groups.ring.exchange([], [Recv(0, torch.zeros(1))]).wait()
         return "ran"
 
     assert run_lockstep_groups(late, 2, timeout=0.05) == ["next to []", "ran"]
