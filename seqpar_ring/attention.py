@@ -165,10 +165,7 @@ def _record(
     """What the ranks must agree on: everything but the number of tokens, which the plan's lengths stand for."""
     q, k, v = qkv
     return {
-        "lengths": plan.lengths,
-        "kv_lengths": plan.documents.kv_lengths,
-        "mask": plan.mask,
-        "settings": plan.documents.settings.model_dump(exclude={"timeout"}),
+        **plan.agreed,
         "batch, heads, kv heads, key width, value width": (*q.shape[::2], *k.shape[2:], *v.shape[3:]),
         "dtype": str(q.dtype),
         "gradients": torch.is_grad_enabled() and any(x.requires_grad for x in qkv),

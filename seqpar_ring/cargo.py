@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.geometry import Rows
+from seqpar_ring.views import rows_of
 
 Fields = tuple[Tensor, ...]
 """The tensors of some rows: (B, rows, ...) each."""
@@ -35,14 +36,20 @@ class Store:
     """Memory for so many rows, not written yet. Any range of rows lies together, so it can be a message."""
 
     def __init__(self, kinds: Sequence[Kind], rows: int, device: torch.device) -> None:
-        self._kinds = kinds
-        self._flat = [torch.empty(rows * _numbers(kind), dtype=kind.dtype, device=device) for kind in kinds]
+        # Rows of a batch of one lie together as they are. Of a larger one they would not, so there the memory is flat.
+        self._kinds, self._flat = kinds, any(kind.batch != 1 for kind in kinds)
+        shapes = [(rows * _numbers(kind),) if self._flat else (1, rows, *kind.rest) for kind in kinds]
+        self._memory = [
+            torch.empty(shape, dtype=kind.dtype, device=device) for shape, kind in zip(shapes, kinds, strict=True)
+        ]
 
     def at(self, first: int, rows: int) -> Fields:
         """So many rows of it, from this one on."""
+        if not self._flat:
+            return tuple([rows_of(x, first, first + rows) for x in self._memory])
         return tuple(
             flat[first * _numbers(kind) : (first + rows) * _numbers(kind)].view(kind.batch, rows, *kind.rest)
-            for kind, flat in zip(self._kinds, self._flat, strict=True)
+            for kind, flat in zip(self._kinds, self._memory, strict=True)
         )
 
 
@@ -134,8 +141,8 @@ class Coded:
 
 
 def part(fields: Fields, a: int, b: int) -> Fields:
-    """Rows `a` to `b`, as views."""
-    return tuple(x[:, a:b] for x in fields)
+    """Rows `a` to `b`, as views; the tensors themselves where those are all."""
+    return tuple([rows_of(x, a, b) for x in fields])
 
 
 def within(rows: Rows, first: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -152,4 +159,4 @@ def add_rows(totals: Fields, rows: Rows, parts: Fields) -> None:
     """Add parts, one row for each of these rows, to the tensors that the rows are of."""
     for a, b, at in within(rows, 0, parts[0].shape[1]):
         for total, x in zip(totals, parts, strict=True):
-            total[:, a:b].add_(x[:, at : at + b - a])
+            rows_of(total, a, b).add_(rows_of(x, at, at + b - a))

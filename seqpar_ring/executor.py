@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqpar_ring.cargo import Cargo, Fields
+from seqpar_ring.cargo import Cargo, Fields, part
 from seqpar_ring.kernels import Kept, Kernel, Scores
 from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
 from seqpar_ring.plan import Plan
 from seqpar_ring.run import Run, Sum
 from seqpar_ring.schedule import Call, Work
+from seqpar_ring.views import rows_of
 
 Pair = tuple[Tensor, Tensor]
 
@@ -30,9 +31,9 @@ def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scor
         keys, values = view
         placed = _placed(scores, plan, work, plan.schedule.travels)
         for call in work.calls:
-            rows, cols = slice(call.q0, call.q1), slice(call.k0, call.k1)
-            part = kernel.forward(q[:, rows], keys[:, cols], values[:, cols], call, _at(placed, call))
-            partial.take(Part(call.q0, *part))
+            k0, k1 = call.k0, call.k1
+            mine, theirs = rows_of(q, call.q0, call.q1), (rows_of(keys, k0, k1), rows_of(values, k0, k1))
+            partial.take(Part(call.q0, *kernel.forward(mine, *theirs, call, _at(placed, call))))
         partial.merge()
 
     Run(plan, plan.forward_pass, (k, v)).go(compute)
@@ -57,17 +58,21 @@ def _keys_travel(
     assert out is not None
     assert delta is not None
     dq = _Home(Cargo((q,), lse.dtype), q.shape[1])
+    mine: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by rows: most calls of a pass take the same few
     run = Run(plan, plan.backward_pass, (k, v), lse.dtype)
 
     def compute(work: Work, view: Fields) -> None:
         keys, values = view
         placed, total = _placed(scores, plan, work, "kv"), run.gradient_of(work)
         for call in work.calls:
-            rows, cols = slice(call.q0, call.q1), slice(call.k0, call.k1)
-            part = Kept(q[:, rows], keys[:, cols], values[:, cols], out[:, rows], lse[:, :, rows], delta[:, :, rows])
-            dq_part, *dkv = kernel.backward(dout[:, rows], part, call, _at(placed, call))
-            dq.add(call.q0, call.q1, (dq_part,))
-            total.add(call.k0, call.k1, tuple(dkv))
+            rows, k0, k1 = (call.q0, call.q1), call.k0, call.k1
+            if rows not in mine:
+                mine[rows] = *part((q, dout, out), *rows), *(rows_of(x, *rows, dim=2) for x in (lse, delta))
+            q_rows, dout_rows, out_rows, *of_rows = mine[rows]
+            kept = Kept(q_rows, rows_of(keys, k0, k1), rows_of(values, k0, k1), out_rows, *of_rows)
+            dq_part, *dkv = kernel.backward(dout_rows, kept, call, _at(placed, call))
+            dq.add(*rows, (dq_part,))
+            total.add(k0, k1, tuple(dkv))
         run.keep(work, total)
 
     run.go(compute)
@@ -89,11 +94,12 @@ def _queries_travel(
         lse, delta = lse.transpose(1, 2), delta.transpose(1, 2)
         placed, total = _placed(scores, plan, work, "q"), run.gradient_of(work)
         for call in work.calls:
-            rows, cols = slice(call.q0, call.q1), slice(call.k0, call.k1)
-            part = Kept(q[:, rows], k[:, cols], v[:, cols], None, lse[:, :, rows], delta[:, :, rows])
-            dq_part, *dkv_part = kernel.backward(dout[:, rows], part, call, _at(placed, call))
-            total.add(call.q0, call.q1, (dq_part,))
-            dkv.add(call.k0, call.k1, tuple(dkv_part))
+            rows, cols = (call.q0, call.q1), (call.k0, call.k1)
+            of_rows = (rows_of(x, *rows, dim=2) for x in (lse, delta))
+            kept = Kept(rows_of(q, *rows), rows_of(k, *cols), rows_of(v, *cols), None, *of_rows)
+            dq_part, *dkv_part = kernel.backward(rows_of(dout, *rows), kept, call, _at(placed, call))
+            total.add(*rows, (dq_part,))
+            dkv.add(*cols, tuple(dkv_part))
         run.keep(work, total)
 
     run.go(compute)

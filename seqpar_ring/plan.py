@@ -7,6 +7,7 @@ plan is also interned under a number (`handles`). A plan computes nothing itself
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,22 +21,11 @@ from seqpar_ring.geometry import Mask
 from seqpar_ring.handles import find, intern
 from seqpar_ring.kernels import Choice, Request, refuse_impossible, select
 from seqpar_ring.packing import Balance
-from seqpar_ring.schedule import (
-    Block,
-    Buffers,
-    Route,
-    Row,
-    Sides,
-    Stage,
-    Traffic,
-    Work,
-    buffers,
-    program,
-    view_runs,
-    work,
-)
+from seqpar_ring.passes import Pass, pass_of
+from seqpar_ring.schedule import Block, Route, Row, Sides, Traffic, Work, view_runs
 from seqpar_ring.sharding import TokenOrder, gather_tokens, row_positions, shard_tokens
 from seqpar_ring.transport import Messenger, Subgroup, Transport
+from seqpar_ring.transport.agreement import Shown
 
 TRAVELS = {"q": "queries travel", "kv": "keys and values travel"}
 """What may travel in backward."""
@@ -108,15 +98,6 @@ class Documents:
         if mask not in self._plans:
             self._plans[mask] = Plan(self, mask)
         return self._plans[mask]
-
-
-class Pass(NamedTuple):
-    """One pass as one rank runs it: the group's traffic, this rank's stages, its work by step and its memory."""
-
-    traffic: Traffic
-    stages: tuple[Stage, ...]
-    work: dict[int, Work]
-    buffers: Buffers
 
 
 class Plan:
@@ -231,6 +212,18 @@ class Plan:
             return 0
         return min(self.documents.kv_lengths or self.lengths)
 
+    @cached_property
+    def agreed(self) -> Mapping[str, object]:
+        """What all ranks must have planned alike, as text: written once, since every layer compares it."""
+        documents = self.documents
+        record = {
+            "lengths": documents.lengths,
+            "kv_lengths": documents.kv_lengths,
+            "mask": self.mask,
+            "settings": documents.settings.model_dump(exclude={"timeout"}),
+        }
+        return {name: Shown(repr(value)) for name, value in record.items()}
+
     def explain(self) -> str:
         """The choices of the plan with their reasons, a line each."""
         documents = f"{len(self.lengths)} document" + "s" * (len(self.lengths) > 1)
@@ -308,9 +301,7 @@ class Plan:
         return f"Plan(lengths={shown}, {self.mask}, rank {self.sequence.rank} of {self.sequence.world})"
 
     def _pass(self, traffic: Traffic, known: dict[int, Work] | None = None) -> Pass:
-        rank = self.documents.ring.rank
-        found = work(traffic, rank, self.sides) if known is None else known
-        return Pass(traffic, program(traffic, rank), found, buffers(traffic, rank, found))
+        return pass_of(traffic, self.documents.ring, self.sides, self.fabric.node, known)
 
     def _reasons(self, why: str) -> tuple[Reason, ...]:
         settings, sizes = self.documents.settings, self.documents.sizes

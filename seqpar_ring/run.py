@@ -14,9 +14,11 @@ import torch
 
 from seqpar_ring.cargo import Cargo, Coded, Fields, Form, add_rows, part, within
 from seqpar_ring.geometry import count
-from seqpar_ring.plan import Pass, Plan
-from seqpar_ring.schedule import Block, Move, Places, Stage, Work
+from seqpar_ring.passes import Pass
+from seqpar_ring.plan import Plan
+from seqpar_ring.schedule import Block, Move, Places, Posting, Work
 from seqpar_ring.transport import Handle, Messenger, Recv, Send
+from seqpar_ring.views import rows_of
 
 SILENT: AbstractContextManager[None] = nullcontext()
 """Where nobody records."""
@@ -39,7 +41,7 @@ class Sum:
             self._begun = True
         for total, x in zip(self._fields, parts, strict=True):
             if self._begun:
-                total[:, a:b].add_(x)
+                rows_of(total, a, b).add_(x)
             else:
                 total.copy_(x)
         self._begun = True
@@ -57,11 +59,14 @@ class Held:
 
     def __init__(self, form: Form, places: Places) -> None:
         self._places, self._store = places, form.store(places.rows)
+        self._known: dict[Move | Block, Fields] = {}
 
     def of(self, thing: Move | Block) -> Fields:
         """The memory of a block, or of what a transfer brings or takes."""
-        block = thing.block if isinstance(thing, Move) else thing
-        return self._store.at(self._places.of[thing], count(block.rows))
+        found = self._known.get(thing)
+        if found is None:
+            found = self._known[thing] = self._store.at(*self._places.of[thing])
+        return found
 
 
 class Run:
@@ -81,12 +86,12 @@ class Run:
         self._ring: Messenger = plan.documents.ring
         self._recorder = plan.sequence.recorder
         self._label = "forward" if gradient_dtype is None else BACKWARD[what.traffic.travels]
-        self._pass, self._node, self._own = what, plan.fabric.node, own
+        self._pass, self._own = what, own
         keys_travel, settings = what.traffic.travels == "kv", plan.documents.settings
         self._form: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else Cargo(own)
         self._arrived: dict[Block, Fields] = {}
         self._written: set[Block] = set()
-        self._under_way: dict[tuple[str, Move], tuple[Handle, Fields]] = {}
+        self._under_way: dict[int, list[tuple[Posting, Handle, list[Fields]]]] = {}  # by the stage when they are due
         planned = what.buffers
         self._copies = self._must_copy()
         self._rows = Held(self._form, planned.rows_and_copies if self._copies else planned.rows)
@@ -102,9 +107,7 @@ class Run:
 
     def _must_copy(self) -> bool:
         """Whether own rows must be copied to be sent, also those that lie together."""
-        moves = (move for stage in self._pass.stages for move in stage.post_kv if move.src == self._ring.rank)
-        sent = [move.block.rows for move in moves if move.block.owner == self._ring.rank]
-        return not all(self._form.ready(part(self._own, *rows[0])) for rows in sent if len(rows) == 1)
+        return not all(self._form.ready(part(self._own, a, b)) for a, b in self._pass.in_place)
 
     def go(self, compute: Callable[[Work, Fields], None]) -> None:
         """Every stage in turn: wait for what is due, post what is to be posted, compute what is to be used."""
@@ -112,10 +115,12 @@ class Run:
             self._recorder.start(self._label)
         for step, stage in enumerate(self._pass.stages):
             with self._noted("wait", step):
-                self._settle(stage)
+                for posting, handle, messages in self._under_way.pop(step, ()):
+                    handle.wait()
+                    self._take(posting, messages)
             with self._noted("post", step):
-                self._post("kv", stage.post_kv)
-                self._post("dkv", stage.post_dkv)
+                for posting in stage.posts:
+                    self._post(posting)
             if stage.uses:
                 work = self._pass.work[step]
                 with self._noted("compute", step):
@@ -178,20 +183,13 @@ class Run:
             at += end - first
         return view
 
-    def _settle(self, stage: Stage) -> None:
-        for move in stage.due_kv:
-            landed = self._finish("kv", move)
-            if move.dst == self._ring.rank:
-                self._arrived[move.block] = landed
-        for move in stage.due_dkv:
-            landed = self._finish("dkv", move)
-            if move.dst == self._ring.rank:
+    def _take(self, posting: Posting, messages: list[Fields]) -> None:
+        """What has arrived of a posting: rows to compute with, or gradients to add."""
+        for move, landed in zip(posting.moves, messages, strict=True):
+            if move.dst == self._ring.rank and posting.gradients:
                 self._take_gradient(move.block, landed)
-
-    def _finish(self, kind: str, move: Move) -> Fields:
-        handle, message = self._under_way.pop((kind, move))
-        handle.wait()
-        return message
+            elif move.dst == self._ring.rank:
+                self._arrived[move.block] = landed
 
     def _take_gradient(self, block: Block, landed: Fields) -> None:
         if block.owner == self._ring.rank:
@@ -200,28 +198,21 @@ class Run:
             for total, x in zip(self._sums.of(block), landed, strict=True):
                 total.add_(x)
 
-    def _post(self, kind: str, moves: tuple[Move, ...]) -> None:
-        """All transfers of one stage and lane that are due together, with one handle; those due first go first."""
-        groups: dict[tuple[int, str], list[Move]] = {}
-        for move in moves:
-            groups.setdefault((move.due, self._lane(kind, move)), []).append(move)
-        for (_, lane), together in sorted(groups.items()):
-            sends, recvs, messages = [], [], []
-            for move in together:
-                if move.src == self._ring.rank:
-                    messages.append(self._gradient_out(move) if kind == "dkv" else self._rows_out(move))
-                    sends += [Send(move.dst, tensor) for tensor in messages[-1]]
-                else:
-                    messages.append((self._rows if kind == "kv" else self._on_their_way).of(move))
-                    recvs += [Recv(move.src, tensor) for tensor in messages[-1]]
-            handle = self._ring.exchange(sends, recvs, lane)
-            for move, message in zip(together, messages, strict=True):
-                self._under_way[kind, move] = handle, message
-
-    def _lane(self, kind: str, move: Move) -> str:
-        """What goes between nodes has lanes of its own, where the transport made them."""
-        far = move.src // self._node != move.dst // self._node and f"{kind}_far" in self._ring.lanes
-        return f"{kind}_far" if far else kind
+    def _post(self, posting: Posting) -> None:
+        """Send and expect what a posting says; its tensors are held until it is due."""
+        sends: list[Send] = []
+        recvs: list[Recv] = []
+        messages: list[Fields] = []
+        for move in posting.moves:
+            if move.src == self._ring.rank:
+                message = self._gradient_out(move) if posting.gradients else self._rows_out(move)
+                sends += [Send(move.dst, tensor) for tensor in message]
+            else:
+                message = (self._on_their_way if posting.gradients else self._rows).of(move)
+                recvs += [Recv(move.src, tensor) for tensor in message]
+            messages.append(message)
+        handle = self._ring.exchange(sends, recvs, posting.lane)
+        self._under_way.setdefault(posting.due, []).append((posting, handle, messages))
 
     def _rows_out(self, move: Move) -> Fields:
         """The message of a block: passed on as it came, or own rows from where they lie, or a copy of them."""

@@ -187,6 +187,25 @@ def test_a_step_that_waits_is_seen() -> None:
         assert all(seen.of(WAITS) for seen in found)
 
 
+def test_a_computation_costs_the_host_few_operators_of_torch() -> None:
+    """Each takes it some microseconds whatever its size: at 2,000 tokens a rank that adds up to the kernels' time."""
+
+    def counted(sp: SequenceParallel) -> tuple[int, int, int]:
+        plan, kernel, scores = sp.plan([8 * 64]), Quiet(), Scores(0.1)
+        q, k, v, dout = (torch.randn(1, plan.local_tokens, heads, 16).to(torch.bfloat16) for heads in (4, 2, 2, 4))
+        for _ in range(2):
+            with Seen() as there:
+                out, lse = executor.forward(plan, (q, k, v), kernel, scores)
+            with Seen() as back:
+                executor.backward(plan, dout, Kept(q, k, v, out, lse, None), kernel, scores)
+        return len(there.names), len(back.names), len(plan.forward_pass.work)
+
+    for there, back, computations in run_lockstep(counted, 8):
+        assert computations == 8
+        assert there <= 8 * 28
+        assert back <= 8 * 44
+
+
 def exchanges(sp: SequenceParallel) -> int:
     """How often a forward pass posts to the ring."""
     plan, count, ring = sp.plan([700]), 0, sp.groups.ring

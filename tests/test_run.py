@@ -96,7 +96,7 @@ def all_in_one_place(plan: Any) -> None:
     for name in ("forward_pass", "backward_pass"):
         a_pass = getattr(plan, name)
         spoilt = {
-            kind: Places(found.rows, dict.fromkeys(found.of, 0))
+            kind: Places(found.rows, {thing: place._replace(first=0) for thing, place in found.of.items()})
             for kind, found in a_pass.buffers._asdict().items()
             if isinstance(found, Places)
         }

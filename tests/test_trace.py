@@ -8,7 +8,7 @@ import torch
 
 from seqpar_ring import SequenceParallel, ring_attention
 from seqpar_ring.errors import ConfigError
-from seqpar_ring.plan import Pass
+from seqpar_ring.passes import Pass
 from seqpar_ring.testing import RankPool, run_lockstep
 from seqpar_ring.trace import KINDS, Ranges, Recorder, Span, Trace, gather, load, merge, own, ranges, recording, save
 

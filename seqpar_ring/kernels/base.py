@@ -10,6 +10,7 @@ declares its limits as data; what it lacks for a request can be listed before an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -208,7 +209,7 @@ def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, sc
             k=tuple(k.shape),
             v=tuple(v.shape),
         )
-    missing = lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
+    missing = _lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
     if not q.dtype == k.dtype == v.dtype:
         missing += (f"q, k, v of different dtypes {_listed((q.dtype, k.dtype, v.dtype))}",)
     if missing:
@@ -216,6 +217,9 @@ def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, sc
             f'kernel "{kernel.name}" cannot compute this call: it lacks {"; ".join(missing)}',
             fix='Let select(request, "auto") choose the kernel.',
         )
+
+
+_lacks = lru_cache(256)(lacks)  # the calls of a model ask for the same, a thousand times a second
 
 
 def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Scores) -> Request:

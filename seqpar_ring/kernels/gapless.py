@@ -6,9 +6,8 @@ answer those wrongly or crash (flash-attention issues 1537, 2421, 2562). For suc
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from seqpar_ring.kernels.regrouped import Part, Regrouped, part
+from seqpar_ring.kernels.remembered import remembered
 from seqpar_ring.schedule import Call
 
 
@@ -17,12 +16,14 @@ class Gapless(Regrouped):
 
     def cut(self, call: Call) -> tuple[Part, ...]:
         """See `Regrouped.cut`."""
-        return without_gaps(call)
+        return _without_gaps(call)
 
 
-@lru_cache(maxsize=1024)  # of some plans; pure
 def without_gaps(call: Call) -> tuple[Part, ...]:
     """The call on the rows of the segments that have both queries and keys; nothing where there are none."""
     segments = zip(call.cu_q, call.cu_q[1:], call.cu_k, call.cu_k[1:], strict=False)
     some = [(a, b, c, d) for a, b, c, d in segments if a < b and c < d]
     return (part(some, call.left, call.right),) if some else ()
+
+
+_without_gaps = remembered(without_gaps)

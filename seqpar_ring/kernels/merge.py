@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqpar_ring.views import in_dtype, rows_of
+
 LOG = logging.getLogger(__name__)
 """Says at WARNING, once, why parts are not merged by the kernel that is made for it."""
 
@@ -44,11 +46,12 @@ def merge_(out_BSHE: Tensor, lse_BHS: Tensor, part_out_BSHE: Tensor, part_lse_BH
         part_out_BSHE: the part, any float dtype, finite (0 where it saw nothing).
         part_lse_BHS: its log-sum-exp, -inf where it saw nothing. The part is not changed.
     """
-    part_out, part_lse = part_out_BSHE.to(out_BSHE.dtype), part_lse_BHS.to(lse_BHS.dtype)
-    # Two rows that saw nothing differ by inf - inf = nan; a part that saw nothing weighs 0. Other nan stay visible.
-    weight_BHS = torch.sigmoid(part_lse - lse_BHS).masked_fill_(part_lse == -torch.inf, 0.0)
+    part_out, part_lse = in_dtype(part_out_BSHE, out_BSHE.dtype), in_dtype(part_lse_BHS, lse_BHS.dtype)
+    # Two rows that saw nothing would differ by inf - inf = nan; so the accumulator's lse counts as finite here, and the
+    # part's, -inf, makes its weight 0. Other nan stay visible.
+    weight_BHS = (part_lse - lse_BHS.clamp(min=torch.finfo(lse_BHS.dtype).min)).sigmoid_()
     out_BSHE.lerp_(part_out, weight_BHS.transpose(1, 2).unsqueeze(-1))
-    lse_BHS.copy_(torch.logaddexp(lse_BHS, part_lse))
+    torch.logaddexp(lse_BHS, part_lse, out=lse_BHS)
 
 
 def at_once(out_BSHE: Tensor) -> int:
@@ -68,8 +71,8 @@ def merge_parts_(out_BSHE: Tensor, lse_BHS: Tensor, parts: Sequence[Part]) -> No
         import_module("seqpar_ring.kernels.merge_triton").merge_parts_(out_BSHE, lse_BHS, parts)
         return
     for q0, out, lse in parts:
-        rows = slice(q0, q0 + lse.shape[2])
-        merge_(out_BSHE[:, rows], lse_BHS[:, :, rows], out, lse)
+        q1 = q0 + lse.shape[2]
+        merge_(rows_of(out_BSHE, q0, q1), rows_of(lse_BHS, q0, q1, dim=2), out, lse)
 
 
 @cache

@@ -9,11 +9,11 @@ of contiguous and zigzag layouts are of one kind already.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 from seqpar_ring import geometry
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels.regrouped import Part, Regrouped, part
+from seqpar_ring.kernels.remembered import remembered
 from seqpar_ring.schedule import Call
 
 PADDED = 8
@@ -26,10 +26,9 @@ class Squares(Regrouped):
 
     def cut(self, call: Call) -> tuple[Part, ...]:
         """See `Regrouped.cut`."""
-        return in_squares(call, self.capabilities.varlen)
+        return _in_squares(call, self.capabilities.varlen)
 
 
-@lru_cache(maxsize=1024)  # of some plans; pure
 def in_squares(call: Call, varlen: bool) -> tuple[Part, ...]:
     """A call without a window as calls of full blocks and of causal squares."""
     blocks: list[geometry.Part] = []
@@ -42,6 +41,9 @@ def in_squares(call: Call, varlen: bool) -> tuple[Part, ...]:
         for group in _groups([p for p in blocks if (p.kind == "causal") == (right == 0)], varlen)
         for some in _of_like_lengths(group)
     )
+
+
+_in_squares = remembered(in_squares)
 
 
 def _groups(blocks: list[geometry.Part], varlen: bool) -> Iterator[list[geometry.Part]]:

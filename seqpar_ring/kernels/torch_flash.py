@@ -8,6 +8,7 @@ of packed rows was padded: the trial passes it over there.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,8 +60,7 @@ class TorchFlashKernel(VarlenKernel):
 
     def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
         """See `VarlenKernel.differentiate`."""
-        at, device = bounds(packed), rows.q.device
-        seed = torch.zeros(2, dtype=torch.uint64, device=device)  # of a dropout that there is none of
+        at = bounds(packed)
         found: Iterable[Tensor] = self._library.function(BACKWARD)(
             results.dout,
             *rows,
@@ -72,13 +72,18 @@ class TorchFlashKernel(VarlenKernel):
             at.max_k,
             0.0,
             packed.causal,
-            seed,
-            torch.empty(0, device=device),
+            *_no_dropout(rows.q.device),
             scale=scores.scale,
             window_size_left=_side(at.left),
             window_size_right=_side(at.right),
         )
         return found
+
+
+@lru_cache(maxsize=64)
+def _no_dropout(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The seed and the offset of a dropout that there is none of."""
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 def _side(side: int) -> int | None:

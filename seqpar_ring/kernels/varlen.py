@@ -8,9 +8,9 @@ be nan). Cumulative lengths go to the device once for each call of a plan, so a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
@@ -21,7 +21,9 @@ from seqpar_ring.geometry import INF
 from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
 from seqpar_ring.kernels.delta import stand_in
 from seqpar_ring.kernels.library import Library
+from seqpar_ring.kernels.remembered import remembered
 from seqpar_ring.schedule import Call
+from seqpar_ring.views import columns_of, in_dtype
 
 ALIGNED = 8
 """Head widths are multiples of it (16 bytes of a 16-bit number)."""
@@ -40,6 +42,7 @@ class Packed(NamedTuple):
         cu_q, cu_k: int32 cumulative lengths on the device, one more than segments.
         max_q, max_k: the longest segment of each side.
         left, right: the window, aligned bottom right; `UNBOUNDED` where it cuts nothing.
+        blind: whether there is a query that sees nothing.
     """
 
     cu_q: Tensor
@@ -48,6 +51,7 @@ class Packed(NamedTuple):
     max_k: int
     left: int
     right: int
+    blind: bool = True
 
     @property
     def causal(self) -> bool:
@@ -71,18 +75,20 @@ class Results(NamedTuple):
     lse: Tensor
 
 
-def pack(cu_q: tuple[int, ...], cu_k: tuple[int, ...], batch: int, window: tuple[int, int], device: str) -> Packed:
+def pack(call: Call, batch: int, device: torch.device) -> Packed:
     """The segments of a call, once for each row of the batch."""
-    left, right = (UNBOUNDED if side >= INF else side for side in window)
-    longest_q, longest_k = (max((b - a for a, b in pairwise(cu)), default=0) for cu in (cu_q, cu_k))
-    starts_q, starts_k = (_repeated(cu, batch, device) for cu in (cu_q, cu_k))
-    return Packed(starts_q, starts_k, longest_q, longest_k, left, right)
+    left, right = (UNBOUNDED if side >= INF else side for side in (call.left, call.right))
+    lengths_q, lengths_k = ([b - a for a, b in pairwise(cu)] for cu in (call.cu_q, call.cu_k))
+    starts_q, starts_k = (_repeated(cu, batch, device) for cu in (call.cu_q, call.cu_k))
+    # The first query of a segment sees the fewest keys: those up to number n - m + right, if there is one.
+    blind = any(m and (not n or n - m + call.right < 0) for m, n in zip(lengths_q, lengths_k, strict=True))
+    return Packed(starts_q, starts_k, max(lengths_q, default=0), max(lengths_k, default=0), left, right, blind)
 
 
-def _repeated(cu: tuple[int, ...], batch: int, device: str) -> Tensor:
+def _repeated(cu: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
     rows = [b * cu[-1] + x for b in range(batch) for x in cu[:-1]] + [batch * cu[-1]]
     starts = torch.tensor(rows, dtype=torch.int32, device="cpu")  # whatever the default device is
-    return starts if device == "cpu" else starts.pin_memory().to(device, non_blocking=True)
+    return starts if device.type == "cpu" else starts.pin_memory().to(device, non_blocking=True)
 
 
 class VarlenKernel:
@@ -99,8 +105,7 @@ class VarlenKernel:
 
     def __init__(self, library: Library, devices: tuple[str, ...] = ("cuda",), cached: int = 1024) -> None:
         self._library, self._devices = library, devices
-        self._pack: Callable[[tuple[int, ...], tuple[int, ...], int, tuple[int, int], str], Packed]
-        self._pack = lru_cache(cached)(pack)
+        self._pack = remembered(pack, cached)
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -128,10 +133,12 @@ class VarlenKernel:
         (B, S, H, _), E = q_BSHD.shape, v_BSGE.shape[3]
         if not q_BSHD.numel() or not k_BSGD.numel():  # nothing to see: libraries differ in what they do with no rows
             return q_BSHD.new_zeros((B, S, H, E)), q_BSHD.new_full((B, H, S), -torch.inf, dtype=wide(q_BSHD.dtype))
-        rows = self._rows(q_BSHD, k_BSGD, v_BSGE)
-        out, lse_HT = self.attend(rows, self._packed(call, q_BSHD), scores)
+        rows, packed = self._rows(q_BSHD, k_BSGD, v_BSGE), self._packed(call, q_BSHD)
+        out, lse_HT = self.attend(rows, packed, scores)
         lse_BHS = lse_HT.view(H, B, S).transpose(0, 1)
-        return out.view(B, S, H, -1)[..., :E], lse_BHS.masked_fill(lse_BHS == torch.inf, -torch.inf)
+        if packed.blind:
+            lse_BHS = lse_BHS.masked_fill(lse_BHS == torch.inf, -torch.inf)
+        return columns_of(out.view(B, S, H, -1), E), lse_BHS
 
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`. Gradients come in the inputs' dtype, as these kernels write them."""
@@ -142,19 +149,22 @@ class VarlenKernel:
         (B, S, H, D), E = kept.q.shape, kept.v.shape[3]
         dtype, width = kept.q.dtype, self.widths(D, E)[1]
         out = stand_in(dout_BSHE.to(wide(dtype)), kept.delta) if kept.out is None else kept.out
-        dout, out = (_flat(padded(x.to(dtype), width)) for x in (dout_BSHE, out))
-        lse_HT = kept.lse.transpose(0, 1).reshape(H, B * S).to(wide(dtype))
-        results = Results(dout, out, lse_HT.masked_fill(lse_HT == -torch.inf, torch.inf))
-        rows = self._rows(*kept[:3])
-        dq, dk, dv = self.differentiate(rows, results, self._packed(call, kept.q), scores)
+        dout, out = (_flat(padded(in_dtype(x, dtype), width)) for x in (dout_BSHE, out))
+        lse_HT = kept.lse[0] if B == 1 else kept.lse.transpose(0, 1).reshape(H, B * S)
+        lse_HT = in_dtype(lse_HT, wide(dtype)).contiguous()
+        packed = self._packed(call, kept.q)
+        if packed.blind:  # else every row sees a key in this call, and its lse over all of them is finite
+            lse_HT = lse_HT.masked_fill(lse_HT == -torch.inf, torch.inf)
+        rows, results = self._rows(*kept[:3]), Results(dout, out, lse_HT)
+        dq, dk, dv = self.differentiate(rows, results, packed, scores)
         return (
-            dq.view(B, S, H, -1)[..., :D],
-            dk.view(*kept.k.shape[:3], -1)[..., :D],
-            dv.view(*kept.v.shape[:3], -1)[..., :E],
+            columns_of(dq.view(B, S, H, -1), D),
+            columns_of(dk.view(*kept.k.shape[:3], -1), D),
+            columns_of(dv.view(*kept.v.shape[:3], -1), E),
         )
 
     def _packed(self, call: Call, like: Tensor) -> Packed:
-        return self._pack(call.cu_q, call.cu_k, like.shape[0], (call.left, call.right), str(like.device))
+        return self._pack(call, like.shape[0], like.device)
 
     def _rows(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> Rows:
         head, value = self.widths(q_BSHD.shape[3], v_BSGE.shape[3])

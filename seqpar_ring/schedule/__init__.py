@@ -8,7 +8,7 @@ from seqpar_ring.schedule.flows import Flows, MoveColumns, UseColumns, flows, re
 from seqpar_ring.schedule.freight import Row
 from seqpar_ring.schedule.needs import Needs
 from seqpar_ring.schedule.pieces import CUTS, Pieces
-from seqpar_ring.schedule.program import Stage, lives, peak, program
+from seqpar_ring.schedule.program import Posting, Stage, lives, peak, program
 from seqpar_ring.schedule.route import Route
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
 from seqpar_ring.schedule.transpose import transpose
@@ -30,6 +30,7 @@ __all__ = [
     "Needs",
     "Pieces",
     "Places",
+    "Posting",
     "Route",
     "Row",
     "Sides",

@@ -30,11 +30,18 @@ class Life(NamedTuple):
     thing: Thing
 
 
+class Place(NamedTuple):
+    """The row at which a thing begins, and how many it has."""
+
+    first: int
+    rows: int
+
+
 class Places(NamedTuple):
-    """Memory of so many rows, and the row of it at which each thing begins."""
+    """Memory of so many rows, and where in it each thing lies."""
 
     rows: int
-    of: Mapping[Thing, int]
+    of: Mapping[Thing, Place]
 
 
 class Buffers(NamedTuple):
@@ -97,11 +104,15 @@ def places(things: Iterable[Life]) -> Places:
     things = list(things)
     largest = max((life.rows for life in things), default=0)
     of_one_size = [life._replace(rows=largest) for life in things]
-    return min(_as_they_come(things), _as_they_come(of_one_size), key=lambda found: found.rows)
+    end, first = min(_as_they_come(things), _as_they_come(of_one_size), key=lambda found: found[0])
+    return Places(end, {life.thing: Place(first[life.thing], life.rows) for life in things})
 
 
-def _as_they_come(things: Iterable[Life]) -> Places:
-    """In order of their first steps each gets the smallest gap that holds it, the lowest of equal ones."""
+def _as_they_come(things: Iterable[Life]) -> tuple[int, dict[Thing, int]]:
+    """In order of their first steps each gets the smallest gap that holds it, the lowest of equal ones.
+
+    Returns: how many rows that takes, and the first of each.
+    """
     end = 0
     of: dict[Thing, int] = {}
     gaps: list[tuple[int, int]] = []  # (first row, end row), ascending, none next to another
@@ -121,7 +132,7 @@ def _as_they_come(things: Iterable[Life]) -> Places:
             end = start + rows
         of[thing] = start
         insort(held, (last, start, rows))
-    return Places(end, of)
+    return end, of
 
 
 def _with_gap(gaps: list[tuple[int, int]], a: int, b: int) -> list[tuple[int, int]]:

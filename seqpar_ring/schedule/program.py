@@ -12,40 +12,65 @@ from typing import NamedTuple
 from seqpar_ring.schedule.traffic import Block, Move, Traffic
 
 
-class Stage(NamedTuple):
-    """One step of one rank, in this order: wait for what is due, post what is to be posted, compute."""
+class Posting(NamedTuple):
+    """Transfers of one stage that go in one lane and are due together, so they have one handle.
 
-    due_kv: tuple[Move, ...]
-    due_dkv: tuple[Move, ...]
-    post_kv: tuple[Move, ...]
-    post_dkv: tuple[Move, ...]
+    Attributes:
+        due: the stage at whose start they have arrived; from then on the memory of what was sent may be used anew.
+        lane: "kv" or "dkv"; what goes between nodes has lanes of its own where the transport made them.
+        gradients: whether they carry gradients.
+        moves: in the traffic's order.
+    """
+
+    due: int
+    lane: str
+    gradients: bool
+    moves: tuple[Move, ...]
+
+
+class Stage(NamedTuple):
+    """One step of one rank, in this order: wait for what is due, post what is to be posted, compute.
+
+    Attributes:
+        posts: what is to be posted; of keys before gradients, and what is due first goes first.
+        uses: the blocks that are computed with.
+        drop: the received blocks that nobody needs after the stage.
+    """
+
+    posts: tuple[Posting, ...]
     uses: tuple[Block, ...]
     drop: tuple[Block, ...]
 
 
-def program(traffic: Traffic, rank: int) -> tuple[Stage, ...]:
+def program(traffic: Traffic, rank: int, node: int | None = None) -> tuple[Stage, ...]:
     """The stages of one rank: `traffic.steps + 1` of them, the last for what is due at the end.
 
-    `due_*` holds the rank's own sends too (their buffers may be reused from then on); `drop` the received blocks that
-    nobody needs after the stage.
+    Args:
+        traffic: of the whole group.
+        rank: whose.
+        node: ranks a node, where what goes between nodes has lanes of its own.
     """
-    kinds = ("due_kv", "due_dkv", "post_kv", "post_dkv")
-    moves: list[dict[str, list[Move]]] = [{kind: [] for kind in kinds} for _ in range(traffic.steps + 1)]
-    uses: list[list[Block]] = [[] for _ in moves]
-    drop: list[list[Block]] = [[] for _ in moves]
+    posts: list[dict[tuple[bool, int, str], list[Move]]] = [{} for _ in range(traffic.steps + 1)]
+    uses: list[list[Block]] = [[] for _ in posts]
+    drop: list[list[Block]] = [[] for _ in posts]
     for lane, of_lane in (("kv", traffic.kv), ("dkv", traffic.dkv)):
         for move in of_lane:
             if rank in (move.src, move.dst):
-                moves[move.post][f"post_{lane}"].append(move)
-                moves[move.due][f"due_{lane}"].append(move)
+                far = node is not None and move.src // node != move.dst // node
+                key = lane == "dkv", move.due, f"{lane}_far" if far else lane
+                posts[move.post].setdefault(key, []).append(move)
     for use in traffic.uses:
         if use.rank == rank:
             uses[use.step].append(use.block)
     for _, last, block in lives(traffic, rank)["kv"]:
         drop[last].append(block)
     return tuple(
-        Stage(uses=tuple(use), drop=tuple(gone), **{kind: tuple(of_step[kind]) for kind in kinds})
-        for of_step, use, gone in zip(moves, uses, drop, strict=True)
+        Stage(
+            tuple(Posting(due, lane, back, tuple(found[back, due, lane])) for back, due, lane in sorted(found)),
+            tuple(use),
+            tuple(gone),
+        )
+        for found, use, gone in zip(posts, uses, drop, strict=True)
     )
 
 

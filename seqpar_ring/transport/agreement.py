@@ -31,7 +31,7 @@ class Claim(NamedTuple):
     failure: Failure | None
 
 
-class _Shown(str):
+class Shown(str):
     """A value that is text already: shown in messages without another pair of quotes."""
 
     def __repr__(self) -> str:
@@ -83,12 +83,12 @@ def _same(name: str, values: Mapping[int, str], what: str, also: list[str]) -> N
         holders.setdefault(value, []).append(rank)
     if len(holders) == 1:
         return
-    by_rank = {f"rank {', '.join(map(str, ranks))}": _Shown(value) for value, ranks in holders.items()}
+    by_rank = {f"rank {', '.join(map(str, ranks))}": Shown(value) for value, ranks in holders.items()}
     raise DisagreementError(
         f"{what}: the ranks hold different values of {name!r}",
         fix=f"Give every rank of the group the same {name}.",
         **by_rank,
-        **({"also different": _Shown(", ".join(also))} if also else {}),
+        **({"also different": Shown(", ".join(also))} if also else {}),
     )
 
 

@@ -248,7 +248,7 @@ class BaseTransport(ABC):
                     shape=tuple(tensor.shape),
                     stride=tensor.stride(),
                 )
+        sends, recvs = [m for m in sends if m.tensor.numel()], [m for m in recvs if m.tensor.numel()]
         for message in sends:
-            if message.tensor.numel():
-                self.stats.count(lane, message.tensor.nbytes)
-        return [m for m in sends if m.tensor.numel()], [m for m in recvs if m.tensor.numel()]
+            self.stats.count(lane, message.tensor.nbytes)
+        return sends, recvs

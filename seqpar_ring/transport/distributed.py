@@ -55,15 +55,12 @@ class DistributedTransport(BaseTransport):
         group = self._lanes[lane]
         # Receives first: gloo tells a sender that its message may come over the connection on which our own would be
         # under way already, so between two ranks that send first one direction waits for the other.
-        ops = [dist.P2POp(dist.irecv, m.tensor.detach(), self._global_ranks[m.peer], group) for m in recvs]
-        ops += [dist.P2POp(dist.isend, m.tensor.detach(), self._global_ranks[m.peer], group) for m in sends]
-        who = [f"a message from rank {m.peer}" for m in recvs] + [f"rank {m.peer} to take a message" for m in sends]
-        started = time.perf_counter()
-        try:
-            works = dist.batch_isend_irecv(ops) if ops else []
-        except (RuntimeError, ValueError) as error:
-            raise self._gave_up(" and ".join(who), f"lane {lane}", started, error) from error
-        return _Works(self, works, ops, who, lane)
+        ops = [dist.P2POp(dist.irecv, _detached(m.tensor), self._global_ranks[m.peer], group) for m in recvs]
+        ops += [dist.P2POp(dist.isend, _detached(m.tensor), self._global_ranks[m.peer], group) for m in sends]
+        under_way = _Works(self, ops, (recvs, sends), lane)
+        if ops:
+            under_way.start()
+        return under_way
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """See `Transport.all_gather`."""
@@ -121,26 +118,47 @@ class DistributedTransport(BaseTransport):
         )
 
 
+def _detached(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
+
+
 class _Works:
     """An exchange under way; holds its tensors until then."""
 
     def __init__(
-        self, transport: DistributedTransport, works: list[dist.Work], ops: list[dist.P2POp], who: list[str], lane: str
+        self,
+        transport: DistributedTransport,
+        ops: list[dist.P2POp],
+        messages: tuple[Sequence[Recv], Sequence[Send]],
+        lane: str,
     ) -> None:
-        self._transport, self._works, self._ops, self._lane = transport, works, ops, lane
-        # NCCL returns one piece of work for the whole batch, gloo one for each message.
-        self._who = who if len(works) == len(who) else [" and ".join(who)] * len(works)
+        self._transport, self._ops, self._messages, self._lane = transport, ops, messages, lane
+        self._works: list[dist.Work] = []
+
+    def start(self) -> None:
+        """Post it."""
+        started = time.perf_counter()
+        try:
+            self._works = dist.batch_isend_irecv(self._ops)
+        except (RuntimeError, ValueError) as error:
+            raise self._gave_up(None, started, error) from error
 
     def wait(self) -> None:
         """See `Handle.wait`."""
-        works, self._works = self._works, []
         started = time.perf_counter()
         try:
-            for work, whom in zip(works, self._who, strict=False):
+            for i, work in enumerate(self._works):
                 try:
                     work.wait()
                 except RuntimeError as error:
-                    raise self._transport._gave_up(whom, f"lane {self._lane}", started, error) from error
+                    raise self._gave_up(i, started, error) from error
         finally:
             self._transport.stats.seconds_waited += time.perf_counter() - started
-            self._ops = []
+            self._works, self._ops, self._messages = [], [], ((), ())
+
+    def _gave_up(self, i: int | None, started: float, error: Exception) -> TransportError:
+        """Of the work with this number; NCCL returns one for the whole batch, gloo one for each message."""
+        recvs, sends = self._messages
+        who = [f"a message from rank {m.peer}" for m in recvs] + [f"rank {m.peer} to take a message" for m in sends]
+        whom = " and ".join(who) if i is None or len(self._works) != len(who) else who[i]
+        return self._transport._gave_up(whom, f"lane {self._lane}", started, error)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4, StandIn
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from seqpar_ring.kernels import (
     flash2,
     library,
     torch_flash,
+    varlen,
 )
 from seqpar_ring.kernels.library import NO_GPU, Library
 from seqpar_ring.kernels.squares import Squares
@@ -154,10 +157,33 @@ def test_flash_attention_2_answers_wrongly_without_our_bounds_and_rightly_with_t
     assert not off(answers(made(name)[0], tensors, call, scores), want) < 1e-2
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=4),
+    st.sampled_from([INF, 0, 2]),
+    st.sampled_from([INF, 0, 1, 3]),
+)
+def test_a_call_is_blind_where_a_query_sees_nothing(segments: list[tuple[int, int]], left: int, right: int) -> None:
+    cu_q, cu_k = (tuple(itertools.accumulate(lengths, initial=0)) for lengths in zip(*segments, strict=True))
+    blind = any(
+        not any(-left <= j - i - (n - m) <= right for j in range(n)) for m, n in segments for i in range(m)
+    )
+    assert pack(Call(0, 0, left, right, cu_q, cu_k), 1, torch.device("cpu")).blind == blind
+
+
+@pytest.mark.parametrize("name", ["flash2", "torch_flash"])  # whose lse of such a row is +inf
+def test_a_call_that_is_taken_to_see_all_is_answered_wrongly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, scores = Call(0, 0, INF, 0, (0, 9), (0, 4)), Scores(0.2)
+    tensors = inputs(9, 4)
+    want = answers(ReferenceKernel(), tensors, call, scores)
+    assert off(answers(made(name)[0], tensors, call, scores), want) < 1e-2
+    monkeypatch.setattr(varlen, "pack", lambda *some: pack(*some)._replace(blind=False))
+    assert not off(answers(made(name)[0], tensors, call, scores), want) < 1e-2
+
+
 def test_a_window_is_written_as_each_library_reads_it() -> None:
-    packed = pack((0, 9), (0, 9), 1, (4, 0), "cpu")
+    packed = pack(Call(0, 0, 4, 0, (0, 9), (0, 9)), 1, torch.device("cpu"))
     assert (packed.left, packed.right, packed.causal) == (4, 0, False)
-    packed = pack((0, 9), (0, 9), 1, (INF, 0), "cpu")
+    packed = pack(Call(0, 0, INF, 0, (0, 9), (0, 9)), 1, torch.device("cpu"))
     assert (packed.left, packed.right, packed.causal) == (-1, 0, True)
     kernel, there = made("flash4")
     q, k, v, _ = inputs(9, 9)

@@ -33,7 +33,7 @@ def at_once(things: list[Life]) -> int:
 def shared(things: list[Life], found: Places) -> list[tuple[Life, Life]]:
     """Pairs that are held in one step and lie in one row."""
     def clash(x: Life, y: Life) -> bool:
-        a, b = found.of[x.thing], found.of[y.thing]
+        a, b = found.of[x.thing].first, found.of[y.thing].first
         together = x.first <= y.last and y.first <= x.last and x.rows > 0 and y.rows > 0
         return together and a < b + y.rows and b < a + x.rows
 
@@ -44,7 +44,7 @@ def shared(things: list[Life], found: Places) -> list[tuple[Life, Life]]:
 def test_no_two_things_that_are_held_at_once_share_a_row(things: list[Life]) -> None:
     found = places(things)
     assert shared(things, found) == []
-    assert all(found.of[x.thing] + x.rows <= found.rows for x in things)
+    assert all(found.of[x.thing].first + x.rows <= found.rows for x in things)
     assert found.rows >= at_once(things)
 
 

@@ -1,0 +1,42 @@
+"""What is made of a call, kept for the next time: calls are those of plans, and every layer and step makes them again.
+
+A call is told by its identity and not by its numbers, since those of a thousand documents would take the host longer to
+hash (40 us) than the GPU to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Concatenate, ParamSpec, TypeVar
+
+from seqpar_ring.schedule import Call
+
+Made = TypeVar("Made")
+Rest = ParamSpec("Rest")
+
+
+def remembered(
+    make: Callable[Concatenate[Call, Rest], Made], size: int = 1024
+) -> Callable[Concatenate[Call, Rest], Made]:
+    """The function, which makes nothing twice: what it made of the last `size` calls is kept, and with it the calls.
+
+    Args:
+        make: a pure function of a call and of hashable things.
+        size: how much is kept: some plans' calls.
+    """
+    known: dict[tuple[Hashable, ...], tuple[Call, Made]] = {}
+    changing = Lock()
+
+    def found(call: Call, /, *rest: Rest.args, **named: Rest.kwargs) -> Made:
+        key = id(call), *rest, *named.items()  # nothing else has this id, as long as the call is held here
+        entry = known.get(key)
+        if entry is None:
+            entry = call, make(call, *rest, **named)
+            with changing:
+                known[key] = entry
+                if len(known) > size:
+                    del known[next(iter(known))]
+        return entry[1]
+
+    return found
