@@ -96,6 +96,12 @@ PARTS: dict[str, Part] = {
     "memory": _attention("memory", "blocks of keys and values alive at once"),
     "peers": _attention("peers", "against other packages, on one block kernel, in fp32"),
     "peers16": _attention("peers16", "the same in bf16"),
+    "host": Part(
+        "what a layer costs the host, beside other packages' loops",
+        (str(HERE / "host.py"),),
+        (str(HERE / "host.py"), "--quick"),
+        "host.json",
+    ),
     "overlap": _shaped(
         "overlap.py",
         "transfers under computation, on shaped links",

@@ -65,6 +65,17 @@ SHOWN: dict[str, Shown] = {
     "memory": Shown(("block_tokens",), {"blocks": "blocks"}, ("blocks",)),
     "peers": PEERS,
     "peers16": PEERS,
+    "host": Shown(
+        ("way", "version"),
+        {
+            "forward_us": "us",
+            "backward_us": "us",
+            "over_ours": "x",
+            "forward_launches": "operators",
+            "backward_launches": "operators",
+        },
+        ("forward_us", "backward_us", "over_ours"),
+    ),
     "overlap": Shown(
         ("tokens", "schedule", "block_tokens", "cut", "kv_dtype", "dkv_dtype", "transfer_over_computation"),
         {"both": "s", "over_the_larger": "x"},

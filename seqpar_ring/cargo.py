@@ -1,11 +1,11 @@
 """Cargo: the tensors that travel of each row.
 
 In forward a row is its key and value; where queries travel in backward it is query, dout, lse and delta; gradients
-are cargo too. All tensors hold rows along dim 1, and each travels as a message of its own: so rows that lie together
-are sent from where they are and used where they land, without a copy. Rows may travel in another form than the one
-they are computed with (`Form`): keys and values as one byte a number, gradients as bf16, where the user trades
-exactness for a slow link. Memory is taken for many rows at once and parts of it handed out (`Store`). It knows shapes
-and rows, not what they mean.
+are cargo too. All tensors hold rows along dim 1. What a rank sends of its own rows lies where the caller put it, so
+each tensor is a message of its own, and needs no copy; what it passes on, or has made, lies together and is one message
+for each dtype. Rows may travel in another form than the one they are computed with (`Form`): keys and values as one
+byte a number, gradients as bf16, where the user trades exactness for a slow link. Memory is taken for many rows at once
+and parts of it handed out (`Store`). It knows shapes and rows, not what they mean.
 """
 
 from __future__ import annotations
@@ -32,29 +32,43 @@ class Kind(NamedTuple):
     dtype: torch.dtype
 
 
+class Laid(NamedTuple):
+    """Fields that lie in a store, and the memory that holds them and nothing else: one piece for each dtype."""
+
+    fields: Fields
+    pieces: Fields
+
+
 class Store:
-    """Memory for so many rows, not written yet. Any range of rows lies together, so it can be a message."""
+    """Memory for so many rows, not written yet. The fields of a range of rows lie one after the other, so what has one
+    dtype can be one message."""
 
     def __init__(self, kinds: Sequence[Kind], rows: int, device: torch.device) -> None:
-        # Rows of a batch of one lie together as they are. Of a larger one they would not, so there the memory is flat.
-        self._kinds, self._flat = kinds, any(kind.batch != 1 for kind in kinds)
-        shapes = [(rows * _numbers(kind),) if self._flat else (1, rows, *kind.rest) for kind in kinds]
-        self._memory = [
-            torch.empty(shape, dtype=kind.dtype, device=device) for shape, kind in zip(shapes, kinds, strict=True)
-        ]
+        a_row: dict[torch.dtype, int] = {}  # numbers
+        self._views: list[tuple[Kind, int, tuple[int, ...]]] = []  # numbers that lie before it of each row; strides
+        for kind in kinds:
+            strides = tuple(prod(kind.rest[i:]) for i in range(len(kind.rest) + 1))
+            before = a_row.get(kind.dtype, 0)
+            self._views.append((kind, before, strides))
+            a_row[kind.dtype] = before + kind.batch * strides[0]
+        self._memory = {
+            dtype: (torch.empty(rows * n, dtype=dtype, device=device), n) for dtype, n in a_row.items()
+        }
 
     def at(self, first: int, rows: int) -> Fields:
-        """So many rows of it, from this one on."""
-        if not self._flat:
-            return tuple([rows_of(x, first, first + rows) for x in self._memory])
-        return tuple(
-            flat[first * _numbers(kind) : (first + rows) * _numbers(kind)].view(kind.batch, rows, *kind.rest)
-            for kind, flat in zip(self._kinds, self._memory, strict=True)
-        )
+        """So many rows of it, from this one on. Ranges that are read as others than they were written as make no
+        sense: where a field lies depends on the range."""
+        found = []
+        for kind, before, strides in self._views:
+            flat, a_row = self._memory[kind.dtype]
+            shape = (kind.batch, rows, *kind.rest)
+            found.append(flat.as_strided(shape, (rows * strides[0], *strides), first * a_row + rows * before))
+        return tuple(found)
 
-
-def _numbers(kind: Kind) -> int:
-    return kind.batch * prod(kind.rest)
+    def laid(self, first: int, rows: int) -> Laid:
+        """The same, and the memory."""
+        pieces = [flat[first * n : (first + rows) * n] for flat, n in self._memory.values()]
+        return Laid(self.at(first, rows), tuple(pieces))
 
 
 class Form(Protocol):
@@ -91,6 +105,12 @@ class Cargo:
     def store(self, rows: int) -> Store:
         """See `Form.store`."""
         return Store(self.kinds, rows, self.device)
+
+    def apart(self, rows: int) -> Fields:
+        """Memory for so many rows, of its own for each tensor: for results, which others hold one without another."""
+        return tuple(
+            torch.empty((kind.batch, rows, *kind.rest), dtype=kind.dtype, device=self.device) for kind in self.kinds
+        )
 
     def ready(self, fields: Fields) -> bool:
         """See `Form.ready`: in the cargo's dtypes, and together."""

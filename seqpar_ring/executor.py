@@ -17,7 +17,7 @@ from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
 from seqpar_ring.plan import Plan
 from seqpar_ring.run import Run, Sum
 from seqpar_ring.schedule import Call, Work
-from seqpar_ring.views import rows_of
+from seqpar_ring.views import in_dtype, rows_of
 
 Pair = tuple[Tensor, Tensor]
 
@@ -131,38 +131,39 @@ class _Partial:
     def __init__(self, q: Tensor, value_dim: int) -> None:
         self._q, self._value_dim = q, value_dim
         self._dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-        self._out: Tensor | None = None
-        self._lse: Tensor | None = None
+        self._sum: Pair | None = None
+        self._at_once = 1  # parts that are worth waiting for
         self._waiting: list[Part] = []
 
     def take(self, part: Part) -> None:
         """A part of these rows' answer. It is merged at once, or on a GPU with others of the same step."""
-        if self._out is None and part.lse.shape[2] == self._q.shape[1]:
-            _, self._out, self._lse = part  # nothing to merge with yet; with W = 1 this is the answer
+        if self._sum is None and part.lse.shape[2] == self._q.shape[1]:
+            self._sum = part.out, part.lse  # nothing to merge with yet; with W = 1 this is the answer
             return
+        if not self._waiting:
+            self._sum = self._accumulators()
+            self._at_once = at_once(self._sum[0])
         self._waiting.append(part)
-        if len(self._waiting) == at_once(self._accumulators()[0]):
+        if len(self._waiting) == self._at_once:
             self.merge()
 
     def merge(self) -> None:
         """Merge what waits."""
-        if self._waiting:
-            merge_parts_(*self._accumulators(), self._waiting)
+        if self._waiting and self._sum is not None:
+            merge_parts_(*self._sum, self._waiting)
             self._waiting = []
 
     def result(self) -> Pair:
-        return self._accumulators() if self._out is None or self._lse is None else (self._out, self._lse)
+        return self._accumulators() if self._sum is None else self._sum
 
     def _accumulators(self) -> Pair:
-        B, S, H, _ = self._q.shape
-        if self._out is None or self._lse is None:
-            self._out = self._q.new_zeros((B, S, H, self._value_dim), dtype=self._dtype)
-            self._lse = self._q.new_full((B, H, S), -torch.inf, dtype=self._dtype)
-        elif self._out.dtype is not self._dtype:
-            self._out = self._out.to(self._dtype)
-        if self._q.is_cuda:  # as the kernel that merges there reads them
-            self._out, self._lse = self._out.contiguous(), self._lse.contiguous()
-        return self._out, self._lse
+        """The sum so far, or nothing yet, where parts can be merged into it."""
+        if self._sum is None:
+            B, S, H, _ = self._q.shape
+            out = self._q.new_zeros((B, S, H, self._value_dim), dtype=self._dtype)
+            return out, self._q.new_full((B, H, S), -torch.inf, dtype=self._dtype)
+        out, lse = in_dtype(self._sum[0], self._dtype), self._sum[1]
+        return (out.contiguous(), lse.contiguous()) if out.is_cuda else (out, lse)  # as the kernel there reads them
 
 
 class _Home:
@@ -178,10 +179,10 @@ class _Home:
         elif b - a == self._rows and [x.dtype for x in parts] == [kind.dtype for kind in self._cargo.kinds]:
             self._sum = Sum(parts, begun=True)
         else:
-            self._sum = Sum(self._cargo.store(self._rows).at(0, self._rows))
+            self._sum = Sum(self._cargo.apart(self._rows))
             self._sum.add(a, b, parts)
 
     def result(self) -> Fields:
         if self._sum is None:
-            self._sum = Sum(self._cargo.store(self._rows).at(0, self._rows))
+            self._sum = Sum(self._cargo.apart(self._rows))
         return self._sum.result()

@@ -7,21 +7,17 @@ knows stages, blocks and messages; what is computed with them is its caller's. W
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 
 import torch
 
-from seqpar_ring.cargo import Cargo, Coded, Fields, Form, add_rows, part, within
+from seqpar_ring.cargo import Cargo, Coded, Fields, Form, Laid, add_rows, part, within
 from seqpar_ring.geometry import count
 from seqpar_ring.passes import Pass
 from seqpar_ring.plan import Plan
-from seqpar_ring.schedule import Block, Move, Places, Posting, Work
+from seqpar_ring.schedule import Block, Move, Place, Places, Posting, Work
 from seqpar_ring.transport import Handle, Messenger, Recv, Send
 from seqpar_ring.views import rows_of
-
-SILENT: AbstractContextManager[None] = nullcontext()
-"""Where nobody records."""
 
 BACKWARD = {"kv": "backward", "q": "backward, queries travel"}
 """Names of the pass, by what travels, for who records."""
@@ -59,13 +55,14 @@ class Held:
 
     def __init__(self, form: Form, places: Places) -> None:
         self._places, self._store = places, form.store(places.rows)
-        self._known: dict[Move | Block, Fields] = {}
+        self._known: dict[Place, Laid] = {}  # several things have the same place, one after the other
 
-    def of(self, thing: Move | Block) -> Fields:
+    def of(self, thing: Move | Block) -> Laid:
         """The memory of a block, or of what a transfer brings or takes."""
-        found = self._known.get(thing)
+        place = self._places.of[thing]
+        found = self._known.get(place)
         if found is None:
-            found = self._known[thing] = self._store.at(*self._places.of[thing])
+            found = self._known[place] = self._store.laid(*place)
         return found
 
 
@@ -89,9 +86,9 @@ class Run:
         self._pass, self._own = what, own
         keys_travel, settings = what.traffic.travels == "kv", plan.documents.settings
         self._form: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else Cargo(own)
-        self._arrived: dict[Block, Fields] = {}
+        self._arrived: dict[Block, Laid] = {}
         self._written: set[Block] = set()
-        self._under_way: dict[int, list[tuple[Posting, Handle, list[Fields]]]] = {}  # by the stage when they are due
+        self._under_way: dict[int, list[tuple[Posting, Handle, list[Laid]]]] = {}  # by the stage when they are due
         planned = what.buffers
         self._copies = self._must_copy()
         self._rows = Held(self._form, planned.rows_and_copies if self._copies else planned.rows)
@@ -103,7 +100,7 @@ class Run:
             self._sums = Held(sums, planned.sums if self._narrow else planned.sums_and_returned)
             self._on_their_way = Held(self._back, planned.narrow) if self._narrow else self._sums
             self._gradient_of_view = sums.store(planned.view)
-            self._total = tuple(x.zero_() for x in sums.store(own[0].shape[1]).at(0, own[0].shape[1]))
+            self._total = tuple(x.zero_() for x in sums.apart(own[0].shape[1]))
 
     def _must_copy(self) -> bool:
         """Whether own rows must be copied to be sent, also those that lie together."""
@@ -113,18 +110,13 @@ class Run:
         """Every stage in turn: wait for what is due, post what is to be posted, compute what is to be used."""
         if self._recorder is not None:
             self._recorder.start(self._label)
+        wait, post = self._noted("wait", self._wait), self._noted("post", self._post_all)
+        use = self._noted("compute", self._use(compute))
         for step, stage in enumerate(self._pass.stages):
-            with self._noted("wait", step):
-                for posting, handle, messages in self._under_way.pop(step, ()):
-                    handle.wait()
-                    self._take(posting, messages)
-            with self._noted("post", step):
-                for posting in stage.posts:
-                    self._post(posting)
+            wait(step)
+            post(step)
             if stage.uses:
-                work = self._pass.work[step]
-                with self._noted("compute", step):
-                    compute(work, self._seen(work))
+                use(step)
             for block in stage.drop:
                 del self._arrived[block]
 
@@ -135,7 +127,7 @@ class Run:
             return Sum(self._gradient_of_view.at(0, _rows_of(work)))
         if block.owner == self._ring.rank:
             return Sum(part(self._total, *block.rows[0]) if block.rows else part(self._total, 0, 0), begun=True)
-        return Sum(self._sums.of(block))
+        return Sum(self._sums.of(block).fields)
 
     def keep(self, work: Work, gradient: Sum) -> None:
         """Take the gradient of a step's view: own rows are added up, others' held until they are sent."""
@@ -152,7 +144,7 @@ class Run:
                     for total, one in zip(self._total, part(rows, number - first, number - first + y - x), strict=True):
                         total[:, x:y].add_(one)
             else:
-                for there, one in zip(part(self._sums.of(block), first, end), rows, strict=True):
+                for there, one in zip(part(self._sums.of(block).fields, first, end), rows, strict=True):
                     there.copy_(one)
             at += end - first
 
@@ -160,30 +152,63 @@ class Run:
         """The gradient of this rank's own rows, complete once the run is over."""
         return self._total
 
-    def _noted(self, kind: str, step: int) -> AbstractContextManager[None]:
-        return SILENT if self._recorder is None else self._recorder.span(kind, step)
+    def _noted(self, kind: str, act: Callable[[int], None]) -> Callable[[int], None]:
+        """What a stage does, as it is recorded where somebody does so."""
+        recorder = self._recorder
+        if recorder is None:
+            return act
+
+        def noted(step: int) -> None:
+            with recorder.span(kind, step):
+                act(step)
+
+        return noted
+
+    def _use(self, compute: Callable[[Work, Fields], None]) -> Callable[[int], None]:
+        def use(step: int) -> None:
+            work = self._pass.work[step]
+            compute(work, self._seen(work))
+
+        return use
+
+    def _wait(self, step: int) -> None:
+        for posting, handle, messages in self._under_way.pop(step, ()):
+            handle.wait()
+            self._take(posting, messages)
+
+    def _post_all(self, step: int) -> None:
+        for posting in self._pass.stages[step].posts:
+            self._post(posting)
 
     def _seen(self, work: Work) -> Fields:
         """The rows of a step's blocks as the calls see them: where they are, or laid together."""
         block = work.blocks[0]
         if not work.slices and block.owner != self._ring.rank and self._form.as_computed:
-            return self._arrived[block]
+            return self._arrived[block].fields
         if not work.slices and block.owner == self._ring.rank and len(block.rows) == 1:
             return part(self._own, *block.rows[0])
-        view, at = self._view.at(0, _rows_of(work)), 0
-        for b, first, end in work.slices or ((0, 0, count(block.rows)),):
-            block = work.blocks[b]
-            if block.owner == self._ring.rank:
-                for x, y, number in within(block.rows, first, end):
-                    begin = at + number - first
-                    for there, one in zip(part(view, begin, begin + y - x), part(self._own, x, y), strict=True):
-                        there.copy_(one)
-            else:
-                self._form.read(part(self._arrived[block], first, end), part(view, at, at + end - first))
-            at += end - first
+        view, parts, at = self._view.at(0, _rows_of(work)), list(self._parts(work)), 0
+        if self._form.as_computed:
+            for whole, *some in zip(view, *(fields for _, fields in parts), strict=True):
+                torch.cat(some, 1, out=whole)  # one launch, where copies would be one for each part
+            return view
+        for read, fields in parts:
+            rows = fields[0].shape[1]
+            read(fields, part(view, at, at + rows))
+            at += rows
         return view
 
-    def _take(self, posting: Posting, messages: list[Fields]) -> None:
+    def _parts(self, work: Work) -> Iterator[tuple[Callable[[Fields, Fields], None], Fields]]:
+        """What a step's view is put together of, in order, and how each part is read into it."""
+        for b, first, end in work.slices or ((0, 0, _rows_of(work)),):
+            block = work.blocks[b]
+            if block.owner != self._ring.rank:
+                yield self._form.read, part(self._arrived[block].fields, first, end)
+                continue
+            for x, y, _ in within(block.rows, first, end):
+                yield _copied, part(self._own, x, y)
+
+    def _take(self, posting: Posting, messages: list[Laid]) -> None:
         """What has arrived of a posting: rows to compute with, or gradients to add."""
         for move, landed in zip(posting.moves, messages, strict=True):
             if move.dst == self._ring.rank and posting.gradients:
@@ -191,50 +216,61 @@ class Run:
             elif move.dst == self._ring.rank:
                 self._arrived[move.block] = landed
 
-    def _take_gradient(self, block: Block, landed: Fields) -> None:
+    def _take_gradient(self, block: Block, landed: Laid) -> None:
         if block.owner == self._ring.rank:
-            add_rows(self._total, block.rows, landed)
-        else:
-            for total, x in zip(self._sums.of(block), landed, strict=True):
+            add_rows(self._total, block.rows, landed.fields)
+        else:  # of as many rows, so both lie alike
+            for total, x in zip(self._sums.of(block).pieces, landed.pieces, strict=True):
                 total.add_(x)
 
     def _post(self, posting: Posting) -> None:
         """Send and expect what a posting says; its tensors are held until it is due."""
         sends: list[Send] = []
         recvs: list[Recv] = []
-        messages: list[Fields] = []
+        messages: list[Laid] = []
         for move in posting.moves:
             if move.src == self._ring.rank:
                 message = self._gradient_out(move) if posting.gradients else self._rows_out(move)
-                sends += [Send(move.dst, tensor) for tensor in message]
+                sends += [Send(move.dst, tensor) for tensor in self._sent(move, message, posting.gradients)]
             else:
                 message = (self._on_their_way if posting.gradients else self._rows).of(move)
-                recvs += [Recv(move.src, tensor) for tensor in message]
+                recvs += [Recv(move.src, tensor) for tensor in self._sent(move, message, posting.gradients)]
             messages.append(message)
         handle = self._ring.exchange(sends, recvs, posting.lane)
         self._under_way.setdefault(posting.due, []).append((posting, handle, messages))
 
-    def _rows_out(self, move: Move) -> Fields:
+    def _sent(self, move: Move, message: Laid, gradients: bool) -> Fields:
+        """The tensors that a transfer is made of, as both sides know without asking: own rows that lie together are
+        sent from where they are, field by field; all else lies in memory of the run, and is sent as it lies there."""
+        own = not gradients and move.block.owner == move.src and len(move.block.rows) == 1 and self._form.as_computed
+        return message.fields if own else message.pieces
+
+    def _rows_out(self, move: Move) -> Laid:
         """The message of a block: passed on as it came, or own rows from where they lie, or a copy of them."""
         block = move.block
         if block.owner != self._ring.rank:
             return self._arrived[block]
         if len(block.rows) == 1 and not self._copies:
-            return part(self._own, *block.rows[0])
+            return Laid(part(self._own, *block.rows[0]), ())
         message, at = self._rows.of(block), 0
         for a, b in block.rows if block not in self._written else ():
-            self._form.write(part(message, at, at + b - a), part(self._own, a, b))
+            self._form.write(part(message.fields, at, at + b - a), part(self._own, a, b))
             at += b - a
         self._written.add(block)
         return message
 
-    def _gradient_out(self, move: Move) -> Fields:
+    def _gradient_out(self, move: Move) -> Laid:
         made = self._sums.of(move.block)
         if not self._narrow:
             return made
         message = self._on_their_way.of(move)
-        self._back.write(message, made)
+        self._back.write(message.fields, made.fields)
         return message
+
+
+def _copied(fields: Fields, there: Fields) -> None:
+    for to, x in zip(there, fields, strict=True):
+        to.copy_(x)
 
 
 def _rows_of(work: Work) -> int:

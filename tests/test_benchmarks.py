@@ -91,10 +91,29 @@ def test_all_benchmarks_are_listed_with_what_hinders_them() -> None:
     done = run("", "--list")
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    on_cpu = ["planning", "overhead", "overhead16", "packed", "memory", "peers", "peers16", "overlap", "shaped"]
+    on_cpu = ["planning", "overhead", "overhead16", "packed", "memory", "peers", "peers16", "host", "overlap", "shaped"]
     assert names == [*on_cpu, "gpu", "multi_gpu"]
     if not torch.cuda.is_available():
         assert "(not here: needs 2 GPUs, and there are 0)" in done.stdout
+
+
+def test_the_hosts_benchmark_times_ours_and_says_what_others_lack(tmp_path: Path) -> None:
+    done = run("host.py", "--quick", "--ranks", "4", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = {row["way"]: row for row in json.loads((tmp_path / "host.json").read_text())["rows"]}
+    ours = [row for way, row in rows.items() if way.startswith("seqpar_ring")]
+    assert len(ours) == 2
+    assert all(row["forward_us"] > 0 and row["backward_us"] > 0 and row["ranks"] == 4 for row in ours)
+    # A computation is one operator, each of the three merges five; at most two more each.
+    assert rows["seqpar_ring"]["forward_launches"] <= 4 * (1 + 2) + 3 * 5
+    assert all("not timed" in row or row["forward_launches"] > 0 for row in rows.values())
+    assert "not timed" not in rows["torch context parallel, all-to-all"]
+
+
+def test_a_ring_of_one_has_no_host_time(tmp_path: Path) -> None:
+    done = run("host.py", "--ranks", "1", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "a ring has two ranks at least" in done.stderr
 
 
 def test_a_benchmark_that_there_is_not_is_refused_with_the_nearest_name() -> None:

@@ -135,7 +135,7 @@ class VarlenKernel:
             return q_BSHD.new_zeros((B, S, H, E)), q_BSHD.new_full((B, H, S), -torch.inf, dtype=wide(q_BSHD.dtype))
         rows, packed = self._rows(q_BSHD, k_BSGD, v_BSGE), self._packed(call, q_BSHD)
         out, lse_HT = self.attend(rows, packed, scores)
-        lse_BHS = lse_HT.view(H, B, S).transpose(0, 1)
+        lse_BHS = lse_HT.unsqueeze(0) if B == 1 else lse_HT.view(H, B, S).transpose(0, 1)
         if packed.blind:
             lse_BHS = lse_BHS.masked_fill(lse_BHS == torch.inf, -torch.inf)
         return columns_of(out.view(B, S, H, -1), E), lse_BHS
@@ -149,7 +149,7 @@ class VarlenKernel:
         (B, S, H, D), E = kept.q.shape, kept.v.shape[3]
         dtype, width = kept.q.dtype, self.widths(D, E)[1]
         out = stand_in(dout_BSHE.to(wide(dtype)), kept.delta) if kept.out is None else kept.out
-        dout, out = (_flat(padded(in_dtype(x, dtype), width)) for x in (dout_BSHE, out))
+        dout, out = _flat(in_dtype(dout_BSHE, dtype), width), _flat(in_dtype(out, dtype), width)
         lse_HT = kept.lse[0] if B == 1 else kept.lse.transpose(0, 1).reshape(H, B * S)
         lse_HT = in_dtype(lse_HT, wide(dtype)).contiguous()
         packed = self._packed(call, kept.q)
@@ -168,7 +168,7 @@ class VarlenKernel:
 
     def _rows(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> Rows:
         head, value = self.widths(q_BSHD.shape[3], v_BSGE.shape[3])
-        return Rows(_flat(padded(q_BSHD, head)), _flat(padded(k_BSGD, head)), _flat(padded(v_BSGE, value)))
+        return Rows(_flat(q_BSHD, head), _flat(k_BSGD, head), _flat(v_BSGE, value))
 
 
 def room(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,9 +177,11 @@ def room(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return dq, dk, dv
 
 
-def _flat(x_BSHD: Tensor) -> Tensor:
-    """(B * S, H, D), the last dimension of stride 1; a view where the batch is of one row."""
-    x = x_BSHD if x_BSHD.stride(3) == 1 else x_BSHD.contiguous()
+def _flat(x_BSHD: Tensor, width: int) -> Tensor:
+    """(B * S, H, width), the last dimension of stride 1; a view where the batch is of one row of that width."""
+    x = x_BSHD if x_BSHD.shape[3] == width else padded(x_BSHD, width)
+    if x.stride(3) != 1:
+        x = x.contiguous()
     return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
 
 

@@ -1,6 +1,6 @@
 """Schedules as plain data: traffic, its builders, its backward, its kernel calls, its checker. Imports no torch."""
 
-from seqpar_ring.schedule.buffers import Buffers, Places, buffers
+from seqpar_ring.schedule.buffers import Buffers, Place, Places, buffers
 from seqpar_ring.schedule.build import Granularity, build, choose, rows_sent
 from seqpar_ring.schedule.calls import Call, coalesce, tiles
 from seqpar_ring.schedule.check import check
@@ -29,6 +29,7 @@ __all__ = [
     "MoveColumns",
     "Needs",
     "Pieces",
+    "Place",
     "Places",
     "Posting",
     "Route",

@@ -55,8 +55,11 @@ class DistributedTransport(BaseTransport):
         group = self._lanes[lane]
         # Receives first: gloo tells a sender that its message may come over the connection on which our own would be
         # under way already, so between two ranks that send first one direction waits for the other.
-        ops = [dist.P2POp(dist.irecv, _detached(m.tensor), self._global_ranks[m.peer], group) for m in recvs]
-        ops += [dist.P2POp(dist.isend, _detached(m.tensor), self._global_ranks[m.peer], group) for m in sends]
+        both = [(dist.irecv, m) for m in recvs] + [(dist.isend, m) for m in sends]
+        ops = [
+            dist.P2POp(how, x.detach() if x.requires_grad else x, self._global_ranks[peer], group)
+            for how, (peer, x) in both
+        ]
         under_way = _Works(self, ops, (recvs, sends), lane)
         if ops:
             under_way.start()
@@ -116,10 +119,6 @@ class DistributedTransport(BaseTransport):
             global_ranks=self._global_ranks,
             backend_says=str(error),
         )
-
-
-def _detached(x: Tensor) -> Tensor:
-    return x.detach() if x.requires_grad else x
 
 
 class _Works:
