@@ -33,6 +33,7 @@ from peers import find_peers, version_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from seqpar_ring.errors import ConfigError
 from seqpar_ring.kernels import TorchFlashKernel, register
 from seqpar_ring.kernels.library import Library
 from seqpar_ring.parallel import SequenceParallel
@@ -182,8 +183,11 @@ def host(world: int = 8, rounds: int = 15, names: Sequence[str] = NAMES) -> list
     """A row for each way: microseconds of a layer, medians over rounds in which all take turns."""
     find_peers()
     warnings.filterwarnings("ignore", category=FutureWarning)  # old names that peers call
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError as error:
+        fix = "Use the version that constraints.txt pins."
+        raise ConfigError("torch has no fake process group", fix=fix, torch=torch.__version__) from error
     dist.init_process_group("fake", store=FakeStore(), rank=world // 2, world_size=world)
     try:
         replace_kernels()
@@ -235,9 +239,10 @@ def main() -> None:
     """Time it, print it, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8, help="ranks of the ring that this process is one of (8)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each way (15)")
+    how_long = parser.add_mutually_exclusive_group()
+    how_long.add_argument("--rounds", type=int, default=15, help="turns of each way (15)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file")
-    parser.add_argument("--quick", action="store_true", help="one round: to see that it runs, not for figures")
+    how_long.add_argument("--quick", action="store_true", help="one round: to see that it runs, not for figures")
     chosen = parser.parse_args()
     if chosen.ranks < 2 or chosen.rounds < 1:
         parser.error(f"a ring has two ranks at least, and is timed once at least: {chosen.ranks}, {chosen.rounds}")

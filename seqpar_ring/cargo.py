@@ -56,8 +56,8 @@ class Store:
         }
 
     def at(self, first: int, rows: int) -> Fields:
-        """So many rows of it, from this one on. Ranges that are read as others than they were written as make no
-        sense: where a field lies depends on the range."""
+        """So many rows of it, from this one on. Rows are found again only as the range that they were written as: where
+        a field lies depends on it."""
         found = []
         for kind, before, strides in self._views:
             flat, a_row = self._memory[kind.dtype]

@@ -85,14 +85,15 @@ class Run:
         self._label = "forward" if gradient_dtype is None else BACKWARD[what.traffic.travels]
         self._pass, self._own = what, own
         keys_travel, settings = what.traffic.travels == "kv", plan.documents.settings
-        self._form: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else Cargo(own)
+        self._plain = Cargo(own)
+        self._form: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else self._plain
         self._arrived: dict[Block, Laid] = {}
         self._written: set[Block] = set()
         self._under_way: dict[int, list[tuple[Posting, Handle, list[Laid]]]] = {}  # by the stage when they are due
         planned = what.buffers
         self._copies = self._must_copy()
         self._rows = Held(self._form, planned.rows_and_copies if self._copies else planned.rows)
-        self._view = Cargo(own).store(planned.view if self._form.as_computed else planned.largest)
+        self._view = self._plain.store(planned.view if self._form.as_computed else planned.largest)
         if gradient_dtype is not None:
             sums = Cargo(own[:gradients], gradient_dtype)
             self._narrow = keys_travel and settings.dkv_dtype == "bf16"
@@ -206,7 +207,7 @@ class Run:
                 yield self._form.read, part(self._arrived[block].fields, first, end)
                 continue
             for x, y, _ in within(block.rows, first, end):
-                yield _copied, part(self._own, x, y)
+                yield self._plain.read, part(self._own, x, y)
 
     def _take(self, posting: Posting, messages: list[Laid]) -> None:
         """What has arrived of a posting: rows to compute with, or gradients to add."""
@@ -266,11 +267,6 @@ class Run:
         message = self._on_their_way.of(move)
         self._back.write(message.fields, made.fields)
         return message
-
-
-def _copied(fields: Fields, there: Fields) -> None:
-    for to, x in zip(there, fields, strict=True):
-        to.copy_(x)
 
 
 def _rows_of(work: Work) -> int:

@@ -9,8 +9,8 @@ declares its limits as data; what it lacks for a request can be listed before an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -166,30 +166,31 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
     varies = can.max_deterministic_dim is not None and widest > can.max_deterministic_dim
     too_wide = can.max_head_dim is not None and widest > can.max_head_dim and widths not in can.more_widths
     sm = request.architecture
-    complaints = (
-        (bool(can.absent), can.absent),
-        (not can.made_for(device), f"device {device} (has {_listed(can.devices or ())})"),
-        (request.dtype not in can.dtypes, f"{_listed((request.dtype,))} (has {_listed(can.dtypes)})"),
-        (too_wide, f"head width {widest} (up to {can.max_head_dim})"),
+    # Words are made only of what is missing: every call of a kernel asks.
+    complaints: tuple[tuple[bool, Callable[[], str]], ...] = (
+        (bool(can.absent), lambda: can.absent),
+        (not can.made_for(device), lambda: f"device {device} (has {_listed(can.devices or ())})"),
+        (request.dtype not in can.dtypes, lambda: f"{_listed((request.dtype,))} (has {_listed(can.dtypes)})"),
+        (too_wide, lambda: f"head width {widest} (up to {can.max_head_dim})"),
         (
             sm is not None and can.architectures is not None and sm not in can.architectures,
-            f"GPUs of compute capability {sm}.x (has {_listed(can.architectures or ())})",
+            lambda: f"GPUs of compute capability {sm}.x (has {_listed(can.architectures or ())})",
         ),
-        (request.documents > 1 and not can.varlen, f"several documents in a call ({request.documents})"),
-        (request.deterministic and varies, f"the same bits each time, at head width {widest}"),
-        (request.window and not can.window, "sliding window"),
-        (request.softcap and not can.softcap, "softcap"),
-        (request.alibi and not can.alibi, "ALiBi"),
+        (request.documents > 1 and not can.varlen, lambda: f"several documents in a call ({request.documents})"),
+        (request.deterministic and varies, lambda: f"the same bits each time, at head width {widest}"),
+        (request.window and not can.window, lambda: "sliding window"),
+        (request.softcap and not can.softcap, lambda: "softcap"),
+        (request.alibi and not can.alibi, lambda: "ALiBi"),
         (
             request.value_dim != request.head_dim and not can.unequal_value_dim,
-            f"value width {request.value_dim} beside head width {request.head_dim}",
+            lambda: f"value width {request.value_dim} beside head width {request.head_dim}",
         ),
         (
             request.kv_heads < 1 or request.heads % max(request.kv_heads, 1) != 0,
-            f"{request.heads} query heads over {request.kv_heads} key/value heads (must divide)",
+            lambda: f"{request.heads} query heads over {request.kv_heads} key/value heads (must divide)",
         ),
     )
-    return tuple(words for missing, words in complaints if missing)
+    return tuple(words() for missing, words in complaints if missing)
 
 
 def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, scores: Scores) -> None:
@@ -209,7 +210,7 @@ def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, sc
             k=tuple(k.shape),
             v=tuple(v.shape),
         )
-    missing = _lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
+    missing = lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
     if not q.dtype == k.dtype == v.dtype:
         missing += (f"q, k, v of different dtypes {_listed((q.dtype, k.dtype, v.dtype))}",)
     if missing:
@@ -217,9 +218,6 @@ def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, sc
             f'kernel "{kernel.name}" cannot compute this call: it lacks {"; ".join(missing)}',
             fix='Let select(request, "auto") choose the kernel.',
         )
-
-
-_lacks = lru_cache(256)(lacks)  # the calls of a model ask for the same, a thousand times a second
 
 
 def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Scores) -> Request:

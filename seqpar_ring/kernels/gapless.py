@@ -16,14 +16,12 @@ class Gapless(Regrouped):
 
     def cut(self, call: Call) -> tuple[Part, ...]:
         """See `Regrouped.cut`."""
-        return _without_gaps(call)
+        return without_gaps(call)
 
 
+@remembered
 def without_gaps(call: Call) -> tuple[Part, ...]:
     """The call on the rows of the segments that have both queries and keys; nothing where there are none."""
     segments = zip(call.cu_q, call.cu_q[1:], call.cu_k, call.cu_k[1:], strict=False)
     some = [(a, b, c, d) for a, b, c, d in segments if a < b and c < d]
     return (part(some, call.left, call.right),) if some else ()
-
-
-_without_gaps = remembered(without_gaps)

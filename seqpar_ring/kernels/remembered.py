@@ -1,7 +1,7 @@
 """What is made of a call, kept for the next time: calls are those of plans, and every layer and step makes them again.
 
-A call is told by its identity and not by its numbers, since those of a thousand documents would take the host longer to
-hash (40 us) than the GPU to compute.
+A call is told by its identity and not by its numbers: to hash those of a thousand documents takes the host up to 30 us,
+in every call of every layer.
 """
 
 from __future__ import annotations

@@ -26,9 +26,10 @@ class Squares(Regrouped):
 
     def cut(self, call: Call) -> tuple[Part, ...]:
         """See `Regrouped.cut`."""
-        return _in_squares(call, self.capabilities.varlen)
+        return in_squares(call, self.capabilities.varlen)
 
 
+@remembered
 def in_squares(call: Call, varlen: bool) -> tuple[Part, ...]:
     """A call without a window as calls of full blocks and of causal squares."""
     blocks: list[geometry.Part] = []
@@ -41,9 +42,6 @@ def in_squares(call: Call, varlen: bool) -> tuple[Part, ...]:
         for group in _groups([p for p in blocks if (p.kind == "causal") == (right == 0)], varlen)
         for some in _of_like_lengths(group)
     )
-
-
-_in_squares = remembered(in_squares)
 
 
 def _groups(blocks: list[geometry.Part], varlen: bool) -> Iterator[list[geometry.Part]]:

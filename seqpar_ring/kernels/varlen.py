@@ -51,7 +51,7 @@ class Packed(NamedTuple):
     max_k: int
     left: int
     right: int
-    blind: bool = True
+    blind: bool
 
     @property
     def causal(self) -> bool:
