@@ -1,6 +1,7 @@
 """What ring attention costs on a CPU beside the work itself, and beside others: planning, time, memory, traffic, peers.
 
     python benchmarks/attention.py planning|overhead|overhead16|packed|memory|peers|peers16|all [--quick] [--out FOLDER]
+    python benchmarks/attention.py peers --times 9 --ways seqpar_ring "DeepSpeed Ulysses"
 
 Every figure is the median over repetitions in one run, alternating with what it is compared to; CPU time of all ranks
 stands beside wall time. Results are written as JSON with the machine and the versions. Nothing here needs a GPU.
@@ -24,6 +25,7 @@ import torch
 from machine import described
 from memory import memory
 from mixes import documents, half_below, share_below
+from peer_ways import WAYS
 from peers import NAMES, peers
 
 from seqpar_ring import layout as layouts
@@ -274,16 +276,34 @@ QUICK: dict[str, dict[str, Any]] = {
 """Arguments with which a part only shows that it runs."""
 
 
+REPEATED = {"overhead": "repeats", "overhead16": "repeats", "peers": "times", "peers16": "times"}
+"""Parts whose repetitions can be chosen, and what their functions call the number."""
+
+
+def _chosen(part: str, times: int | None, ways: Sequence[str] | None) -> dict[str, Any]:
+    """Arguments of a part that are not its own."""
+    dtype = torch.bfloat16 if part.endswith("16") else torch.float32
+    found: dict[str, Any] = {} if times is None else {REPEATED[part]: times}
+    return found if ways is None else {**found, "names": {dtype: tuple(ways)}}
+
+
 def main() -> None:
     """Run one part or all, print it, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON files")
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it runs, not for figures")
+    parser.add_argument("--times", type=int, help=f"repetitions, of {', '.join(REPEATED)}")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", choices=WAYS, help=f"of peers: {'; '.join(WAYS)}")
     chosen = parser.parse_args()
+    if chosen.times is not None and (chosen.part not in REPEATED or chosen.times < 1):
+        parser.error(f"--times is for {', '.join(REPEATED)}, and at least 1: {chosen.part}, {chosen.times}")
+    if chosen.ways is not None and not chosen.part.startswith("peers"):
+        parser.error(f"--ways is for peers and peers16, not for {chosen.part}")
     torch.set_num_threads(1)
     for part in PARTS if chosen.part == "all" else [chosen.part]:
-        rows = PARTS[part](**(QUICK[part] if chosen.quick else {}))
+        arguments = {**(QUICK[part] if chosen.quick else {}), **_chosen(part, chosen.times, chosen.ways)}
+        rows = PARTS[part](**arguments)
         for row in rows:
             shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
             print("  ".join(f"{key} {value}" for key, value in shown.items()))

@@ -57,6 +57,28 @@ def test_committed_results_say_on_what_they_were_taken() -> None:
         assert {"processor", "cores", "python", "torch", "commit"} <= set(machine), path.name
 
 
+def test_the_ways_and_repetitions_of_peers_can_be_chosen(tmp_path: Path) -> None:
+    done = run("attention.py", "peers", "--quick", "--ways", "seqpar_ring", "--times", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "attention-peers.json").read_text())["rows"]
+    assert {row["way"] for row in rows} == {"one process", "seqpar_ring"}
+    assert all(len(row["cpu"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("packed", "--times", "2"), "--times is for overhead, overhead16, peers, peers16"),
+        (("peers", "--times", "0"), "at least 1: peers, 0"),
+        (("overhead", "--ways", "seqpar_ring"), "--ways is for peers and peers16, not for overhead"),
+    ],
+)
+def test_what_a_part_does_not_repeat_or_compare_is_refused(arguments: tuple[str, ...], says: str) -> None:
+    done = run("attention.py", *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
 def launched(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [str(BENCHMARKS / "multi_gpu.py"), *arguments]

@@ -21,7 +21,7 @@ from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
 from seqpar_ring.kernels.delta import stand_in
 from seqpar_ring.kernels.library import Aten, Library
 from seqpar_ring.kernels.reference import ReferenceKernel
-from seqpar_ring.kernels.varlen import ALIGNED, HALVES, padded
+from seqpar_ring.kernels.varlen import ALIGNED, HALVES, readable
 from seqpar_ring.schedule import Call
 
 FORWARD, BACKWARD = "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"
@@ -78,7 +78,7 @@ class TorchCudnnKernel:
         causal, dtype, D, E = _causal(call), kept.q.dtype, kept.q.shape[3], kept.v.shape[3]
         q, k, v = _by_head(kept[:3])
         out = stand_in(dout_BSHE.to(wide(dtype)), kept.delta) if kept.out is None else kept.out
-        dout, out = (padded(x.to(dtype), v.shape[3]).contiguous().transpose(1, 2) for x in (dout_BSHE, out))
+        dout, out = (readable(x.to(dtype), v.shape[3]).contiguous().transpose(1, 2) for x in (dout_BSHE, out))
         lse = kept.lse.to(wide(dtype)).contiguous().masked_fill(kept.lse == -torch.inf, torch.inf)
         lse = lse.unsqueeze(-1) if self._lse_dims == 4 else lse
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is none of
@@ -90,7 +90,7 @@ class TorchCudnnKernel:
 
 def _by_head(qkv: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     width = -(-max(x.shape[3] for x in qkv) // ALIGNED) * ALIGNED
-    return [padded(x if x.stride(3) == 1 else x.contiguous(), width).transpose(1, 2) for x in qkv]
+    return [readable(x, width).transpose(1, 2) for x in qkv]
 
 
 def _of_one_row(call: Call) -> bool:

@@ -25,8 +25,11 @@ from seqpar_ring.kernels.remembered import remembered
 from seqpar_ring.schedule import Call
 from seqpar_ring.views import columns_of, in_dtype
 
+READ = 16
+"""Bytes that libraries read at once: where a tensor begins, and each of its rows, is a multiple of it in memory."""
+
 ALIGNED = 8
-"""Head widths are multiples of it (16 bytes of a 16-bit number)."""
+"""Head widths are multiples of it: `READ` bytes of 16-bit numbers."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """What tensor cores compute with, and so the dtypes of these kernels."""
@@ -178,11 +181,27 @@ def room(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _flat(x_BSHD: Tensor, width: int) -> Tensor:
-    """(B * S, H, width), the last dimension of stride 1; a view where the batch is of one row of that width."""
-    x = x_BSHD if x_BSHD.shape[3] == width else padded(x_BSHD, width)
-    if x.stride(3) != 1:
-        x = x.contiguous()
+    """(B * S, H, width), as libraries read it; a view where the batch is of one row of that width."""
+    x = readable(x_BSHD, width)
     return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
+
+
+def readable(x_BSHD: Tensor, width: int) -> Tensor:
+    """As libraries read it: of this width, the last dimension of stride 1, all rows at multiples of `READ` bytes.
+
+    A copy only where it is not. Rows that arrived need not be: values lie behind as many keys as there are, and where
+    the two differ in width, one may be `ALIGNED` and not the other. Nor need parts of a caller's own tensors.
+    """
+    x = padded(x_BSHD, width)
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(3) != 1 or _askew(x) else x
+
+
+def _askew(x_BSHD: Tensor) -> bool:
+    """Whether a row is not at a multiple of `READ` bytes."""
+    if x_BSHD.data_ptr() % READ:
+        return True
+    rows = zip(x_BSHD.shape[:3], x_BSHD.stride(), strict=False)
+    return not x_BSHD.is_contiguous() and any(n > 1 and step * x_BSHD.itemsize % READ for n, step in rows)
 
 
 def padded(x_BSHD: Tensor, width: int) -> Tensor:

@@ -9,12 +9,19 @@ of torch 2.13, cudnn/sdpa/fwd/torch_op.py of nvidia-cudnn-frontend 1.32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seqpar_ring.kernels import Kernel, TorchCudnnKernel
+from seqpar_ring.kernels.gapless import Gapless
 from seqpar_ring.kernels.library import Function, Library
+from seqpar_ring.kernels.squares import Squares
+from seqpar_ring.kernels.varlen import VarlenKernel
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Allowed = Callable[[Tensor, Tensor, int, int], Tensor]
 """(row i, column j, m queries, n keys of the segment) -> which pairs are seen."""
@@ -82,6 +89,7 @@ def differentiate(
     scores: tuple[float, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in q's dtype from out and lse as they are given: an lse of -inf makes nan, as on a GPU."""
+    check_reads(dout, results[0])
     (q, k, v), (out, lse) = qkv, results
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float64) for x in qkv)
     times = q.shape[1] // k.shape[1]
@@ -108,8 +116,9 @@ def segments(cu_q: Tensor, cu_k: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: tuple[int, int]) -> None:
-    """What all these libraries assert of packed rows."""
-    assert all(x.dim() == 3 and x.stride(-1) == 1 for x in (q, k, v))
+    """What all these libraries assert of packed rows, or take for granted."""
+    assert all(x.dim() == 3 for x in (q, k, v))
+    check_reads(q, k, v)
     assert all(x.shape[-1] % 8 == 0 for x in (q, k, v))
     assert q.dtype == k.dtype == v.dtype
     assert cu_q.dtype == cu_k.dtype == torch.int32
@@ -120,6 +129,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: 
     assert int(cu_k[-1]) == k.shape[0] == v.shape[0]
     assert longest[0] >= max(b - a for a, b, *_ in segments(cu_q, cu_k))
     assert longest[1] >= max(d - c for *_, c, d in segments(cu_q, cu_k))
+
+
+def check_reads(*tensors: Tensor) -> None:
+    """That 16 bytes can be read at once wherever a row begins."""
+    for x in tensors:
+        steps = [step * x.itemsize for n, step in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+        assert x.stride(-1) == 1
+        assert not any(place % 16 for place in (x.data_ptr(), *steps)), "a row at no multiple of 16 bytes"
 
 
 class StandIn(Library):
@@ -457,6 +474,7 @@ class AtenCudnn(StandIn):
 
     def _scaled_dot_product_cudnn_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor | int | None, ...]:
         a = bound("_scaled_dot_product_cudnn_attention", args, kwargs)
+        check_reads(a["query"], a["key"], a["value"])
         assert a["compute_log_sumexp"]
         parts = [
             attend(self._one(a, b), self._cu(a), top_left(a["is_causal"]), (a["scale"], 0.0), -torch.inf)
@@ -468,6 +486,7 @@ class AtenCudnn(StandIn):
 
     def _scaled_dot_product_cudnn_attention_backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         a = bound("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
+        check_reads(a["query"], a["key"], a["value"], a["grad_out"], a["out"])
         assert a["logsumexp"].shape == (*a["query"].shape[:3], 1)
         assert a["max_q"], a["max_k"] == (a["query"].shape[2], a["key"].shape[2])
         found = []
@@ -575,3 +594,10 @@ class CudnnFrontend(StandIn):
         )
         cu = cu_seqlens_q, cu_seqlens_kv
         return differentiate(grad_out, (q, k, v), (o, packed), cu, top_left(is_causal), (attn_scale, 0.0))
+
+
+def on_cpu(kernel: VarlenKernel | TorchCudnnKernel) -> Kernel:
+    """A GPU's kernel over a stand-in for its library, in any dtype and the same bits each time, as it is selected."""
+    kernel.capabilities = replace(kernel.capabilities, dtypes=DTYPES, max_deterministic_dim=None)
+    can = kernel.capabilities
+    return Squares(kernel) if can.square else kernel if can.empty_segments else Gapless(kernel)

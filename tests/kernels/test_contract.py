@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4
+from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4, on_cpu
 from torch import Tensor
 
 from seqpar_ring.errors import PlanError, UnsupportedError
@@ -29,18 +28,7 @@ from seqpar_ring.kernels import (
     TorchFlashKernel,
     merge_,
 )
-from seqpar_ring.kernels.gapless import Gapless
-from seqpar_ring.kernels.squares import Squares
-from seqpar_ring.kernels.varlen import VarlenKernel
 from seqpar_ring.schedule import Call
-
-
-def on_cpu(kernel: VarlenKernel | TorchCudnnKernel) -> Kernel:
-    """A GPU's kernel over a stand-in for its library, in any dtype, as it is selected."""
-    kernel.capabilities = replace(kernel.capabilities, dtypes=tuple(TOLERANCE))
-    can = kernel.capabilities
-    return Squares(kernel) if can.square else kernel if can.empty_segments else Gapless(kernel)
-
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 KERNELS: tuple[Kernel, ...] = (
