@@ -8,14 +8,26 @@ of torch 2.13, cudnn/sdpa/fwd/torch_op.py of nvidia-cudnn-frontend 1.32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqpar_ring.kernels import Kernel, TorchCudnnKernel
+from seqpar_ring.kernels import (
+    CudnnKernel,
+    Flash2Kernel,
+    Flash3Kernel,
+    Flash4Kernel,
+    Kernel,
+    TorchCudnnKernel,
+    TorchFlashKernel,
+    register,
+    registered,
+    unregister,
+)
 from seqpar_ring.kernels.gapless import Gapless
 from seqpar_ring.kernels.library import Function, Library
 from seqpar_ring.kernels.squares import Squares
@@ -594,6 +606,35 @@ class CudnnFrontend(StandIn):
         )
         cu = cu_seqlens_q, cu_seqlens_kv
         return differentiate(grad_out, (q, k, v), (o, packed), cu, top_left(is_causal), (attn_scale, 0.0))
+
+
+def gpu_kernels() -> tuple[VarlenKernel | TorchCudnnKernel, ...]:
+    """The GPU's kernels, each over a stand-in for its library."""
+    return (
+        Flash2Kernel(FlashAttn2(), ("cpu",)),
+        Flash3Kernel(FlashAttn3(), ("cpu",)),
+        Flash4Kernel(FlashAttn4(), ("cpu",)),
+        TorchFlashKernel(AtenFlash(), ("cpu",)),
+        TorchCudnnKernel(AtenCudnn(), ("cpu",)),
+        CudnnKernel(CudnnFrontend(), ("cpu",)),
+    )
+
+
+@contextmanager
+def only(kernels: Iterable[Kernel]) -> Iterator[None]:
+    """These are the kernels that there are; afterwards those of before."""
+    before = registered()
+    for kernel in before:
+        unregister(kernel.name)
+    for kernel in kernels:
+        register(kernel)
+    try:
+        yield
+    finally:
+        for kernel in registered():
+            unregister(kernel.name)
+        for kernel in before:
+            register(kernel)
 
 
 def on_cpu(kernel: VarlenKernel | TorchCudnnKernel) -> Kernel:

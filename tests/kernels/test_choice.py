@@ -14,40 +14,26 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4
+from stand_ins import gpu_kernels, only
 from torch import Tensor
 
 from seqpar_ring.errors import PlanError, UnsupportedError
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import (
     CpuKernel,
-    CudnnKernel,
-    Flash2Kernel,
-    Flash3Kernel,
-    Flash4Kernel,
     Kept,
     Kernel,
     ReferenceKernel,
     Request,
     Scores,
-    TorchCudnnKernel,
-    TorchFlashKernel,
     register,
-    registered,
     select,
     unregister,
 )
 from seqpar_ring.kernels.base import wide
 from seqpar_ring.schedule import Call
 
-GPU: tuple[Kernel, ...] = (
-    Flash2Kernel(FlashAttn2(), ("cpu",)),
-    Flash3Kernel(FlashAttn3(), ("cpu",)),
-    Flash4Kernel(FlashAttn4(), ("cpu",)),
-    TorchFlashKernel(AtenFlash(), ("cpu",)),
-    TorchCudnnKernel(AtenCudnn(), ("cpu",)),
-    CudnnKernel(CudnnFrontend(), ("cpu",)),
-)
+GPU = gpu_kernels()
 NAMES = ("auto", "cpu", "reference", *(kernel.name for kernel in GPU))
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Relative L2 of a tensor; a wrong mask, bias or scale is far above it."""
@@ -55,16 +41,8 @@ BOUND = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_stand_ins() -> Iterator[None]:
-    before = registered()
-    for kernel in before:
-        unregister(kernel.name)
-    for kernel in (CpuKernel(), ReferenceKernel(), *GPU):
-        register(kernel)
-    yield
-    for kernel in registered():
-        unregister(kernel.name)
-    for kernel in before:
-        register(kernel)
+    with only((CpuKernel(), ReferenceKernel(), *GPU)):
+        yield
 
 
 class Asked(NamedTuple):

@@ -9,23 +9,17 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4, on_cpu
+from stand_ins import gpu_kernels, on_cpu
 from torch import Tensor
 
 from seqpar_ring.errors import PlanError, UnsupportedError
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import (
     CpuKernel,
-    CudnnKernel,
-    Flash2Kernel,
-    Flash3Kernel,
-    Flash4Kernel,
     Kept,
     Kernel,
     ReferenceKernel,
     Scores,
-    TorchCudnnKernel,
-    TorchFlashKernel,
     merge_,
 )
 from seqpar_ring.schedule import Call
@@ -34,12 +28,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 5e-3, to
 KERNELS: tuple[Kernel, ...] = (
     CpuKernel(),
     ReferenceKernel(),
-    on_cpu(Flash2Kernel(FlashAttn2(), ("cpu",))),
-    on_cpu(Flash3Kernel(FlashAttn3(), ("cpu",))),
-    on_cpu(Flash4Kernel(FlashAttn4(), ("cpu",))),
-    on_cpu(TorchFlashKernel(AtenFlash(), ("cpu",))),
-    on_cpu(TorchCudnnKernel(AtenCudnn(), ("cpu",))),
-    on_cpu(CudnnKernel(CudnnFrontend(), ("cpu",))),
+    *map(on_cpu, gpu_kernels()),
 )
 HEADS = {"MHA": (3, 3), "GQA": (6, 2), "MQA": (4, 1)}
 

@@ -13,51 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4, on_cpu
+from stand_ins import gpu_kernels, on_cpu, only
 
-from seqpar_ring.kernels import (
-    CudnnKernel,
-    Flash2Kernel,
-    Flash3Kernel,
-    Flash4Kernel,
-    TorchCudnnKernel,
-    TorchFlashKernel,
-    register,
-    registered,
-    unregister,
-    varlen,
-)
+from seqpar_ring.kernels import varlen
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.testing import Case, assert_matches_dense
 
-KERNELS = {
-    kernel.name: on_cpu(kernel)
-    for kernel in (
-        Flash2Kernel(FlashAttn2(), ("cpu",)),
-        Flash3Kernel(FlashAttn3(), ("cpu",)),
-        Flash4Kernel(FlashAttn4(), ("cpu",)),
-        TorchFlashKernel(AtenFlash(), ("cpu",)),
-        TorchCudnnKernel(AtenCudnn(), ("cpu",)),
-        CudnnKernel(CudnnFrontend(), ("cpu",)),
-    )
-}
+KERNELS = {kernel.name: on_cpu(kernel) for kernel in gpu_kernels()}
 WIDTHS = [(8, 8), (8, 3), (3, 8), (5, 5)]
 """Of keys and values: in fp64 a row of 3 numbers, or one behind an odd number of them, begins at an odd 8 bytes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _on_stand_ins() -> Iterator[None]:
-    before = registered()
-    for kernel in before:
-        unregister(kernel.name)
-    for kernel in KERNELS.values():
-        register(kernel)
-    yield
-    for kernel in registered():
-        unregister(kernel.name)
-    for kernel in before:
-        register(kernel)
+    with only(KERNELS.values()):
+        yield
 
 
 SIZES = st.integers(1, 12)
