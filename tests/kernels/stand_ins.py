@@ -500,7 +500,7 @@ class AtenCudnn(StandIn):
         a = bound("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
         check_reads(a["query"], a["key"], a["value"], a["grad_out"], a["out"])
         assert a["logsumexp"].shape == (*a["query"].shape[:3], 1)
-        assert a["max_q"], a["max_k"] == (a["query"].shape[2], a["key"].shape[2])
+        assert (a["max_q"], a["max_k"]) == (a["query"].shape[2], a["key"].shape[2])
         found = []
         for b in range(len(a["query"])):
             results = a["out"][b].transpose(0, 1), a["logsumexp"][b, :, :, 0]
