@@ -281,7 +281,7 @@ REPEATED = {"overhead": "repeats", "overhead16": "repeats", "peers": "times", "p
 
 
 def _chosen(part: str, times: int | None, ways: Sequence[str] | None) -> dict[str, Any]:
-    """Arguments of a part that are not its own."""
+    """What the command line asks of a part, as its function takes it."""
     dtype = torch.bfloat16 if part.endswith("16") else torch.float32
     found: dict[str, Any] = {} if times is None else {REPEATED[part]: times}
     return found if ways is None else {**found, "names": {dtype: tuple(ways)}}

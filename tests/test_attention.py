@@ -61,7 +61,7 @@ def masks_of(lengths: list[int]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_mask_equals_dense_attention_in_fp64(world: int, schedule: str, layout: str) -> None:
-    """Every mask with one of the lengths; layouts and schedules differ in which, and so have all of them together."""
+    """Each mask with some of the lengths; which ones differs by layout and schedule, so that together they have all."""
     first = SCHEDULES.index(schedule) + LAYOUT_NAMES.index(layout)
     turns = itertools.islice(itertools.cycle(itertools.product(("auto", 5, 40), HEADS, ("kv", "q"))), first, None)
     for number, lengths in enumerate(LENGTHS[2:] if world > 1 else LENGTHS, first):
