@@ -127,6 +127,7 @@ class Plan:
         self.reasons = self._reasons(why)
         self.handle = intern(self)
         self._positions: dict[tuple[tuple[Block, ...], str, str], tuple[Tensor, Tensor]] = {}
+        self._travels: dict[Request, Reason] = {}  # every layer asks again
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -273,16 +274,10 @@ class Plan:
 
     def backward_travels(self, request: Request) -> Reason:
         """Which side travels in backward for tensors of this kind: by the bytes that each would send. See `freight`."""
-        assert request.dtype is not None
-        widths = request.heads, request.kv_heads, request.head_dim, request.value_dim
-        settings, keys = self.documents.settings, sum(self.documents.kv_lengths or self.lengths)
-        row = Row(*widths, request.dtype.itemsize).sent(settings.kv_dtype, settings.dkv_dtype)
-        q, kv = row.both("q"), row.both("kv") * keys / self.tokens
-        asked = settings.backward
-        counted = f"queries {q} bytes a token, keys and values {kv:.0f}"
-        if asked != "auto":
-            return Reason("backward", TRAVELS[asked], f"asked for; {counted}")
-        return Reason("backward", TRAVELS[row.cheaper(self.tokens, keys)], counted)
+        found = self._travels.get(request)
+        if found is None:
+            found = self._travels[request] = self._cheaper_to_send(request)
+        return found
 
     def kernel(self, request: Request) -> Choice:
         """The kernel for tensors of this kind, with the reason.
@@ -299,6 +294,17 @@ class Plan:
     def __repr__(self) -> str:
         shown = self.lengths if len(self.lengths) < 9 else (*self.lengths[:8], "...")
         return f"Plan(lengths={shown}, {self.mask}, rank {self.sequence.rank} of {self.sequence.world})"
+
+    def _cheaper_to_send(self, request: Request) -> Reason:
+        widths = request.heads, request.kv_heads, request.head_dim, request.value_dim
+        settings, keys = self.documents.settings, sum(self.documents.kv_lengths or self.lengths)
+        row = Row(*widths, request.dtype.itemsize).sent(settings.kv_dtype, settings.dkv_dtype)
+        q, kv = row.both("q"), row.both("kv") * keys / self.tokens
+        asked = settings.backward
+        counted = f"queries {q} bytes a token, keys and values {kv:.0f}"
+        if asked != "auto":
+            return Reason("backward", TRAVELS[asked], f"asked for; {counted}")
+        return Reason("backward", TRAVELS[row.cheaper(self.tokens, keys)], counted)
 
     def _pass(self, traffic: Traffic, known: dict[int, Work] | None = None) -> Pass:
         return pass_of(traffic, self.documents.ring, self.sides, self.fabric.node, known)

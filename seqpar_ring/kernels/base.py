@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -166,7 +167,7 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
     varies = can.max_deterministic_dim is not None and widest > can.max_deterministic_dim
     too_wide = can.max_head_dim is not None and widest > can.max_head_dim and widths not in can.more_widths
     sm = request.architecture
-    # Words are made only of what is missing: every call of a kernel asks.
+    # Words are made only of what is missing, which is rarely anything.
     complaints: tuple[tuple[bool, Callable[[], str]], ...] = (
         (bool(can.absent), lambda: can.absent),
         (not can.made_for(device), lambda: f"device {device} (has {_listed(can.devices or ())})"),
@@ -193,6 +194,10 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
     return tuple(words() for missing, words in complaints if missing)
 
 
+_lacks = lru_cache(maxsize=256)(lacks)
+"""The same, where the same few are asked about in every call of every layer."""
+
+
 def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, scores: Scores) -> None:
     """Refuses q, k, v that this kernel would answer wrongly. Costs microseconds; every kernel calls it first.
 
@@ -210,7 +215,7 @@ def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, sc
             k=tuple(k.shape),
             v=tuple(v.shape),
         )
-    missing = lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
+    missing = _lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
     if not q.dtype == k.dtype == v.dtype:
         missing += (f"q, k, v of different dtypes {_listed((q.dtype, k.dtype, v.dtype))}",)
     if missing:

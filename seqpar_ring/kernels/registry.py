@@ -44,12 +44,21 @@ def register(kernel: Kernel) -> None:
     """Makes a kernel selectable by its name.
 
     Raises:
-        ConfigError: the name is taken, or is "auto".
+        ConfigError: the name is taken, or is "auto"; its capabilities hold something that is no tuple.
     """
     if kernel.name in _KERNELS or kernel.name == AUTO:
         raise ConfigError(
             "a kernel of this name is registered already", fix="Give the kernel another name.", name=kernel.name
         )
+    try:
+        hash(kernel.capabilities)  # every call looks up what was found for them
+    except TypeError as error:
+        raise ConfigError(
+            "a kernel's capabilities cannot be hashed",
+            fix="Give dtypes, devices, architectures and more_widths as tuples.",
+            name=kernel.name,
+            found=str(error),
+        ) from None
     _KERNELS[kernel.name] = kernel
     _CHOICES.clear()
 

@@ -193,15 +193,18 @@ def readable(x_BSHD: Tensor, width: int) -> Tensor:
     the two differ in width, one may be `ALIGNED` and not the other. Nor need parts of a caller's own tensors.
     """
     x = padded(x_BSHD, width)
-    return x.clone(memory_format=torch.contiguous_format) if x.stride(3) != 1 or _askew(x) else x
+    return x.clone(memory_format=torch.contiguous_format) if _askew(x) else x
 
 
 def _askew(x_BSHD: Tensor) -> bool:
-    """Whether a row is not at a multiple of `READ` bytes."""
+    """Whether the last dimension is not of stride 1, or a row not at a multiple of `READ` bytes."""
     if x_BSHD.data_ptr() % READ:
         return True
-    rows = zip(x_BSHD.shape[:3], x_BSHD.stride(), strict=False)
-    return not x_BSHD.is_contiguous() and any(n > 1 and step * x_BSHD.itemsize % READ for n, step in rows)
+    if x_BSHD.is_contiguous():  # nearly always, and quicker asked than found out
+        return False
+    *steps, last = x_BSHD.stride()
+    rows = zip(x_BSHD.shape, steps, strict=False)
+    return last != 1 or any(n > 1 and step * x_BSHD.itemsize % READ for n, step in rows)
 
 
 def padded(x_BSHD: Tensor, width: int) -> Tensor:

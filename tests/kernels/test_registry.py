@@ -87,6 +87,13 @@ def test_the_built_in_kernels_are_there_in_the_order_auto_prefers_them() -> None
     assert isinstance(select(request()).kernel, Kernel)
 
 
+def test_capabilities_with_a_list_are_refused_where_a_kernel_is_registered() -> None:
+    devices: Any = ["cpu"]
+    with pytest.raises(ConfigError, match=r"cannot be hashed .*mine.*list.*as tuples"):
+        register(Mine(devices=devices))
+    assert "mine" not in names()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_auto_takes_the_cpu_kernel_on_a_cpu(dtype: torch.dtype) -> None:
     kernel, reason = select(request(dtype=dtype, window=True))
