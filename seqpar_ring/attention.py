@@ -65,14 +65,14 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
     problem: SeqparError | None = None
     try:
         _check(q_BSHD, k_BSGD, v_BSGE, plan)
-        _check_logits(q_BSHD, scale, softcap, sinks, alibi_slopes)
+        _check_logits((q_BSHD, k_BSGD, v_BSGE), scale, softcap, sinks, alibi_slopes)
         if plan.documents.members is not None:
             shares(q_BSHD.shape[2], k_BSGD.shape[2], plan.documents.members.world)
         plan.kernel(operator.request_for(q_BSHD, k_BSGD, v_BSGE, plan, softcap, alibi_slopes is not None))
+        scale, softcap = q_BSHD.shape[-1] ** -0.5 if scale is None else float(scale), softcap and float(softcap)
     except SeqparError as error:
         problem = error
         scale = softcap = None  # which may be what is wrong
-    scale = q_BSHD.shape[-1] ** -0.5 if scale is None else float(scale)
     options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": alibi_slopes is not None}
     record = _record((q_BSHD, k_BSGD, v_BSGE), plan, options)
     # On a GPU a handshake in every layer would stall the stream, so there only what is new is agreed upon.
@@ -115,8 +115,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = {name: f"{x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v))}
         raise PlanError("q, k and v differ in dtype or device", fix="Cast them to one dtype and device.", **kinds)
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
-        raise UnsupportedError("ring attention has no forward-mode derivative", fix="Use torch.autograd.grad.")
+    if q.shape[3] == 0:
+        raise PlanError("q and k have no width", fix="Give heads of a width of at least 1.", **shapes)
 
 
 def _is_positive(value: object) -> bool:
@@ -128,8 +128,13 @@ def _is_positive(value: object) -> bool:
 
 
 def _check_logits(
-    q: Tensor, scale: float | None, softcap: float | None, sinks: Tensor | None, slopes: Tensor | None
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
 ) -> None:
+    q, k, v = qkv
     B, _, H, _ = q.shape
     numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
     for name, value in numbers.items():
@@ -138,6 +143,11 @@ def _check_logits(
         if value is not None and not _is_positive(value):
             fix = "Give a positive finite number, or None for the usual one."
             raise PlanError(f"{name} must be a positive number", fix=fix, **{name: value})
+    if any(x is not None and not isinstance(x, Tensor) for x in (sinks, slopes)):
+        given = type(sinks).__name__, type(slopes).__name__
+        raise PlanError("sinks and alibi_slopes are tensors", fix="Make them some: torch.as_tensor.", given=given)
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v, sinks, slopes)):
+        raise UnsupportedError("ring attention has no forward-mode derivative", fix="Use torch.autograd.grad.")
     if sinks is not None and (tuple(sinks.shape) != (H,) or not sinks.is_floating_point() or sinks.device != q.device):
         raise PlanError(
             "sinks are not one number for each query head, on q's device",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from seqpar_ring.errors import BatchError, PlanError, UnsupportedError
 from seqpar_ring.geometry import Mask
+from seqpar_ring.lengths import of_each
 from seqpar_ring.plan import Documents, Plan
 
 IGNORED = -100
@@ -78,13 +79,19 @@ def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
 
     Raises:
         BatchError: shapes that differ, lengths that do not sum to the row, left padding or holes, labels on padding,
-            positions that do not count up from 0 in each document, rows that are packed differently.
+            positions that do not count up from 0 in each document, rows that are packed differently, shift_labels.
         UnsupportedError: a mask that is not a padding mask.
     """
     shape = _shape(batch)
     if PLAN_KEY in batch:
         raise BatchError(
             "the batch is one rank's part already", fix="Give the whole batch, once.", shape=shape, plan=batch[PLAN_KEY]
+        )
+    if batch.get("shift_labels") is not None:
+        raise BatchError(
+            "shift_labels of a whole batch would be replaced",
+            fix="Give labels, not shifted: they are shifted before sharding.",
+            keys=sorted(batch),
         )
     labels, mask = _targets(batch.get("labels")), batch.get("attention_mask")
     if labels is not None and tuple(labels.shape) != shape:
@@ -245,16 +252,16 @@ def _lengths(
     """Document lengths as the argument, positions, cumulative lengths or numbers say; all that are given must agree."""
     said: dict[str, tuple[int, ...]] = {}
     if lengths is not None:
-        said["lengths"] = tuple(int(n) for n in lengths)
+        said["lengths"] = of_each(lengths, "lengths", BatchError)
     if batch.get("position_ids") is not None:
         said["position_ids"] = _lengths_of_positions(batch["position_ids"], shape, real)
     for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if batch.get(key) is not None:
-            said[key] = tuple(batch[key].diff().tolist())
+            said[key] = _lengths_between(key, batch[key])
     if batch.get("seq_idx") is not None:
         said["seq_idx"] = _lengths_of_numbers(batch["seq_idx"], shape)
     for source, found in said.items():
-        if sum(found) != shape[1] or min(found) < 1:
+        if sum(found) != shape[1] or min(found, default=0) < 1:
             raise BatchError(
                 f"document lengths from {source} do not fit the row",
                 fix="Give lengths of at least 1 that sum to the number of tokens of a row.",
@@ -265,6 +272,18 @@ def _lengths(
     if len(set(said.values())) > 1:
         raise BatchError("the batch says its document lengths twice, and differently", fix="Drop one of them.", **said)
     return next(iter(said.values()), (shape[1],))
+
+
+def _lengths_between(key: str, cu_seq_lens: Any) -> tuple[int, ...]:
+    """Lengths of documents of these cumulative ones."""
+    whole = isinstance(cu_seq_lens, Tensor) and cu_seq_lens.dtype in (torch.int32, torch.int64)
+    if not whole or cu_seq_lens.dim() != 1 or not len(cu_seq_lens) or int(cu_seq_lens[0]) != 0:
+        raise BatchError(
+            f"{key} is not a row of cumulative lengths from 0",
+            fix="Give an int32 tensor (documents + 1,): 0, n0, n0 + n1, ..; or position_ids.",
+            **{key: cu_seq_lens},
+        )
+    return tuple(cu_seq_lens.diff().tolist())
 
 
 def _lengths_of_numbers(seq_idx: Any, shape: tuple[int, int]) -> tuple[int, ...]:

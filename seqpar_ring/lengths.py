@@ -1,10 +1,13 @@
-"""Lengths as people write them: "128K" tokens, and documents of "8K,300" or "16x8K,300". No torch."""
+"""Lengths as people give them: "128K" tokens, documents of "8K,300" or "16x8K,300", a list or an array. No torch."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from operator import index
+from typing import Any
 
-from seqpar_ring.errors import ConfigError
+from seqpar_ring.errors import ConfigError, SeqparError
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 """Lengths are counted in powers of two, as context lengths are: 128K is 131,072 tokens, 1M is 1,048,576."""
@@ -51,3 +54,25 @@ def tokens_of_each(text: str, option: str = "--documents", least: int = 1) -> li
             raise ConfigError(f"{option} is no list of lengths", fix=fix, value=text)
         each += [tokens(length if cross else times, option, least)] * count
     return each
+
+
+def of_each(lengths: Any, name: str, error: type[SeqparError]) -> tuple[int, ...]:
+    """Lengths of documents given as one number, as numbers one after the other, or as an array of numpy or torch.
+
+    Args:
+        lengths: as given.
+        name: of the argument, for the message.
+        error: what to raise.
+
+    Raises:
+        SeqparError: of that class, where they are no whole numbers; 3.0 and True are none.
+    """
+    plain = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    each = tuple(plain) if isinstance(plain, Iterable) else (plain,)
+    try:
+        if not any(isinstance(n, bool) for n in each):
+            return tuple(map(index, each))
+    except TypeError:
+        pass
+    fix = "Give the tokens of each document as plain integers."
+    raise error(f"{name} are no whole numbers", fix=fix, given=lengths)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seqpar_ring.batch import IGNORED
-from seqpar_ring.errors import BatchError, PlanError
+from seqpar_ring.errors import BatchError, PlanError, SeqparError
 from seqpar_ring.transport import Transport
 
 
@@ -43,8 +43,8 @@ def token_mean(
 
     Raises:
         PlanError: logits and labels differ in shape; `accumulation` without `num_items`.
-        BatchError: not one target on any rank; `num_items` below 1 or, seen where no GPU would have to be waited for,
-            below this call's targets; raised on every rank.
+        BatchError: not one target on any rank; `num_items` or `accumulation` below 1 or not whole; `num_items`, seen
+            where no GPU would have to be waited for, below this call's targets; raised on every rank.
         DisagreementError: the ranks give different `num_items` or `accumulation`: each its own targets, say. Compared
             in every call, on a GPU in the first only.
     """
@@ -80,14 +80,18 @@ def mean_of_sums(
             fix="Give num_items, the targets of the whole optimizer step (count_targets), or leave accumulation out.",
             accumulation=accumulation,
         )
-    if isinstance(num_items, bool):
-        raise BatchError("num_items is a number", fix="Give what count_targets returns.", num_items=num_items)
-    if not labels_BS.is_cuda or everyone.agreed.first_time("weights of the loss"):  # on a GPU the host has to wait
-        given = None if num_items is None else int(num_items)
-        everyone.agree("the loss", {"num_items": given, "accumulation": accumulation})
+    problem: SeqparError | None = None
+    try:
+        num_items = None if num_items is None else _whole("num_items", num_items)
+        accumulation = _whole("accumulation", accumulation, least=1)
+    except SeqparError as error:
+        problem = error
+    # On a GPU the host has to wait.
+    if problem or not labels_BS.is_cuda or everyone.agreed.first_time("weights of the loss"):
+        everyone.agree("the loss", {"num_items": num_items, "accumulation": accumulation}, problem)
     targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
-    count = int(seen) if num_items is None else int(num_items)
+    count = int(seen) if num_items is None else num_items
     if count < 1:
         raise BatchError(
             "no token of the batch has a target, on any rank",
@@ -106,6 +110,23 @@ def mean_of_sums(
     value = (total * factor).to(local.dtype)
     mean: Tensor = _Valued.apply(local, value, factor * everyone.world)
     return mean
+
+
+def _whole(name: str, number: Any, least: int | None = None) -> int:
+    """A whole number, given as one of Python, numpy or torch.
+
+    Raises:
+        BatchError: it is none, or too small.
+    """
+    try:
+        found = int(number)
+        if found == number and not isinstance(number, bool) and (least is None or found >= least):
+            return found
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    fix = "Give what count_targets returns as num_items, and the number of micro-batches as accumulation."
+    what = "targets" if name == "num_items" else "micro-batches"
+    raise BatchError(f"{name} is no number of {what}", fix=fix, **{name: number})
 
 
 class _Valued(torch.autograd.Function):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from numbers import Integral
+from itertools import repeat, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,9 @@ from seqpar_ring.config import Settings
 from seqpar_ring.errors import BatchError, ConfigError, PlanError, SeqparError, did_you_mean
 from seqpar_ring.geometry import Mask
 from seqpar_ring.groups import Groups
+from seqpar_ring.handles import OfThisProcess
 from seqpar_ring.layout import LAYOUTS
+from seqpar_ring.lengths import of_each
 from seqpar_ring.loss import mean_of_sums, token_mean
 from seqpar_ring.plan import Documents, Plan
 from seqpar_ring.planner.job import Workload
@@ -42,7 +44,7 @@ PLANS_KEPT = 64
 """Sets of document lengths that are remembered. Packed data brings new ones each step; evaluation repeats them."""
 
 
-class SequenceParallel:
+class SequenceParallel(OfThisProcess):
     """One sequence over `size` ranks; the rest of the world is data parallel.
 
     Making one is collective over the whole world, and needs torch.distributed to be initialised unless the world is one
@@ -144,9 +146,9 @@ class SequenceParallel:
             PlanError: lengths below 1, or a mask that does not exist.
             UnsupportedError: no kernel can compute the mask.
         """
-        keys = None if kv_lengths is None else _each(kv_lengths)
+        keys = None if kv_lengths is None else of_each(kv_lengths, "kv_lengths", PlanError)
         mask = Mask.make(causal, window, chunk, prefix)
-        plan: Plan = self._documents(_each(lengths), keys, Documents).plan(mask)
+        plan: Plan = self._documents(of_each(lengths, "lengths", PlanError), keys, Documents).plan(mask)
         return plan
 
     def shard_batch(self, batch: Mapping[str, Any], lengths: Sequence[int] | None = None) -> dict[str, Any]:
@@ -280,17 +282,25 @@ class SequenceParallel:
         mine[everyone.rank] = tokens
         return int(everyone.all_reduce(mine).max())
 
-    def count_targets(self, batches: Iterable[Mapping[str, Any]]) -> int:
+    def count_targets(
+        self, batches: Iterable[Mapping[str, Any]], lengths: Iterable[Sequence[int]] | None = None
+    ) -> int:
         """Targets in these whole micro-batches over all data ranks: `num_items` of their optimizer step. Collective.
 
+        Args:
+            batches: as `shard_batch` gets them.
+            lengths: those that it gets with each, if it does: no document's first token is a target.
+
         Raises:
-            BatchError: as `shard_batch`, and for a batch without labels.
+            BatchError: as `shard_batch`, and for a batch without labels, and other numbers of `batches` and `lengths`.
         """
         problem: SeqparError | None = None
         counts: list[Tensor] = []
         try:
-            for one in batches:
-                labels = edge.read(one).labels
+            for one, its in zip(batches, repeat(None)) if lengths is None else zip_longest(batches, lengths):
+                if one is None or (its is None and lengths is not None):
+                    raise BatchError("there are not as many lengths as batches", fix="Give those of each micro-batch.")
+                labels = edge.read(one, its).labels
                 if labels is None:
                     raise BatchError("a batch has no labels to count", fix="Give labels.", keys=sorted(one))
                 counts.append((labels != edge.IGNORED).sum())
@@ -310,10 +320,6 @@ class SequenceParallel:
         """Start counting anew."""
         self.groups.ring.stats.reset()
 
-    def __deepcopy__(self, memo: object) -> SequenceParallel:
-        """Itself: a copy of a model (for an average of its weights, say) runs on the same ranks."""
-        return self
-
     def __repr__(self) -> str:
         return f"SequenceParallel({self.settings}, rank {self.rank} of {self.size}, data rank {self.data_rank})"
 
@@ -325,10 +331,6 @@ class SequenceParallel:
                 tokens=reading.shape[1],
                 size=self.size,
             )
-
-
-def _each(lengths: int | Sequence[int]) -> tuple[int, ...]:
-    return (int(lengths),) if isinstance(lengths, Integral) else tuple(lengths)  # type: ignore[arg-type]
 
 
 def _check(settings: Settings) -> None:

@@ -18,7 +18,7 @@ from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import PlanError
 from seqpar_ring.geometry import Mask
-from seqpar_ring.handles import find, intern
+from seqpar_ring.handles import OfThisProcess, find, intern
 from seqpar_ring.kernels import Choice, Request, refuse_impossible, select
 from seqpar_ring.packing import Balance
 from seqpar_ring.passes import Pass, pass_of
@@ -100,7 +100,7 @@ class Documents:
         return self._plans[mask]
 
 
-class Plan:
+class Plan(OfThisProcess):
     """One rank's plan for one set of documents and one mask. Made by `SequenceParallel.plan`; hashable by identity.
 
     Attributes:
@@ -159,10 +159,10 @@ class Plan:
         """Keys that this rank holds: its tokens, but in cross-attention."""
         return self.documents.kv_layout.sizes[self.sequence.rank]
 
-    @cached_property
+    @property
     def position_ids(self) -> Tensor:
-        """Position of each of this rank's tokens within its document, int64 (1, S_local), on the CPU."""
-        return self.documents.order.positions[None]
+        """Position of each of this rank's tokens within its document, int64 (1, S_local), on the CPU; a new tensor."""
+        return self.documents.order.positions[None].clone()
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a whole tensor, in the plan's order. `x` is the same on every rank of the group.
@@ -286,10 +286,6 @@ class Plan:
             UnsupportedError: no kernel, or not the one that the settings name, can do this exactly.
         """
         return select(request, self.documents.settings.kernel)
-
-    def __deepcopy__(self, memo: object) -> Plan:
-        """Itself: a plan never changes, and is found by its number."""
-        return self
 
     def __repr__(self) -> str:
         shown = self.lengths if len(self.lengths) < 9 else (*self.lengths[:8], "...")

@@ -404,13 +404,31 @@ def test_what_has_no_gradient_here_is_refused_and_not_dropped() -> None:
                 run_lockstep(with_(**{name: value}), 2)
 
 
-@pytest.mark.parametrize("way", ["jvp", "dual"])
+def test_tensors_that_are_none_no_width_and_the_same_softcap_twice() -> None:
+    """Lists for sinks and slopes, heads without width; 30 and 30.0 are one softcap."""
+
+    def run(sp: SequenceParallel, width: int = 4, **options: Any) -> Any:
+        plan = sp.plan(6)
+        x = torch.ones(1, plan.local_tokens, 2, width)
+        return ring_attention(x, x, x, plan, **options)
+
+    for name in ("sinks", "alibi_slopes"):
+        with pytest.raises(PlanError, match="sinks and alibi_slopes are tensors"):
+            run_lockstep(lambda sp, name=name: run(sp, **{name: [1.0, 2.0]}), 2)
+    with pytest.raises(PlanError, match="q and k have no width"):
+        run_lockstep(lambda sp: run(sp, 0), 2)
+    run_lockstep(lambda sp: run(sp, softcap=(30, 30.0)[sp.rank]), 2)
+
+
+@pytest.mark.parametrize("way", ["jvp", "dual", "sinks", "alibi_slopes"])
 def test_forward_mode_derivatives_are_refused_and_not_zero(way: str) -> None:
     def run(sp: SequenceParallel) -> None:
         plan = sp.plan(6)
-        x = torch.randn(1, plan.local_tokens, 2, 4)
+        x, by_head = torch.randn(1, plan.local_tokens, 2, 4), torch.ones(2)
         if way == "jvp":
             torch.func.jvp(lambda q: ring_attention(q, x, x, plan), (x,), (torch.ones_like(x),))
+        elif way != "dual":
+            torch.func.jvp(lambda y: ring_attention(x, x, x, plan, **{way: y}), (by_head,), (by_head,))
         else:
             with forward_ad.dual_level():
                 ring_attention(x, forward_ad.make_dual(x, torch.ones_like(x)), x, plan)

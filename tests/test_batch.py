@@ -45,6 +45,9 @@ def test_lengths_may_be_given_or_read_from_cumulative_ones() -> None:
     cumulative = {"input_ids": ids(1, 7), "cu_seq_lens_q": torch.tensor([0, 2, 7], dtype=torch.int32)}
     assert edge.read(cumulative).lengths == (2, 5)
     assert edge.read({"input_ids": ids(1, 7), "cu_seq_lens_k": cumulative["cu_seq_lens_q"]}).lengths == (2, 5)
+    for said in (torch.tensor([3, 4]), (torch.tensor(3), 4), iter([3, 4])):
+        assert edge.read({"input_ids": ids(2, 7)}, said).lengths == (3, 4)  # type: ignore[arg-type]
+    assert edge.read({"input_ids": ids(2, 7)}, 7).lengths == (7,)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3))
@@ -88,6 +91,14 @@ def test_padding_at_the_right_is_the_last_documents_and_has_no_targets() -> None
         ({}, [6, 0], BatchError, "at least 1"),
         ({"position_ids": restarting(2, 4)}, [3, 3], BatchError, "says its document lengths twice"),
         ({"cu_seq_lens_q": torch.tensor([0, 6, 12])}, None, BatchError, "from cu_seq_lens_q do not fit the row"),
+        ({"cu_seq_lens_q": torch.tensor([2, 5, 8])}, None, BatchError, "not a row of cumulative lengths from 0"),
+        ({"cu_seq_lens_k": torch.tensor([[0, 2, 6]])}, None, BatchError, "cu_seq_lens_k is not a row"),
+        ({"cu_seq_lens_q": torch.tensor([0.0, 2.0, 6.0])}, None, BatchError, "not a row"),
+        ({"cu_seq_lens_q": [0, 2, 6]}, None, BatchError, "cu_seq_lens_q=[0, 2, 6]"),
+        ({"cu_seq_lens_q": torch.zeros(0, dtype=torch.int32)}, None, BatchError, "not a row"),
+        ({}, [2.5, 3.5], BatchError, "lengths are no whole numbers [given=[2.5, 3.5]]"),
+        ({}, "33", BatchError, "lengths are no whole numbers"),
+        ({}, [], BatchError, "sum=0, tokens=6"),
         ({"seq_idx": torch.tensor([[0] * 6, [0] * 3 + [1] * 3])}, None, BatchError, "one packing for all rows"),
         ({"seq_idx": torch.zeros(1, 5)}, None, BatchError, "seq_idx=(1, 5), input_ids=(2, 6)"),
         ({"seq_idx": torch.tensor([[0] * 3 + [1] * 3])}, [2, 4], BatchError, "says its document lengths twice"),
@@ -109,6 +120,7 @@ def test_padding_at_the_right_is_the_last_documents_and_has_no_targets() -> None
         ({"labels": torch.zeros(2, 6)}, None, BatchError, "not a tensor of whole numbers [labels=torch.float32]"),
         ({"labels": torch.full((2, 6), -1)}, None, BatchError, "negative labels [least=-1]"),
         ({"seqpar_plan": "a plan"}, None, BatchError, "one rank's part already"),
+        ({"shift_labels": ids(2, 6)}, None, BatchError, "shift_labels of a whole batch would be replaced"),
     ],
 )
 def test_a_bad_batch_is_refused_with_its_values(

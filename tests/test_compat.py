@@ -394,6 +394,10 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
     varlen = compat.ring_flash_attn_varlen_func
     with pytest.raises(PlanError, match="max_seqlen is smaller"):
         varlen(*tokens(), torch.tensor([0, 3, 8]), 4)
+    with pytest.raises(PlanError, match="max_seqlen is no whole number"):
+        varlen(*tokens(), torch.tensor([0, 3, 8]), 5.0)
+    with pytest.raises(PlanError, match=r"max_seqlen is smaller .*max_seqlen=4"):  # as `lengths.max()` gives it
+        varlen(*tokens(), torch.tensor([0, 3, 8]), torch.tensor(4))
     with pytest.raises(PlanError, match="does not end with"):
         varlen(*tokens(), torch.tensor([0, 3, 7]), 8)
     with pytest.raises(PlanError, match="does not ascend"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +82,22 @@ def test_over_several_micro_batches_it_weighs_every_token_the_same() -> None:
             torch.testing.assert_close(grad, grads[seed], rtol=1e-12, atol=1e-15)
 
 
+def test_targets_are_counted_in_the_documents_that_a_batch_is_sharded_in() -> None:
+    """The first token of a document is no target; counted as one, loss and gradients would be too small."""
+    whole = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(24)[None], torch.arange(9).expand(2, -1))]
+    lengths = [[2] * 12, [4, 1, 4]]
+
+    def count(sp: SequenceParallel) -> tuple[int, int, int]:
+        parts = [sp.shard_batch(batch, of) for batch, of in zip(whole, lengths, strict=True)]
+        there = torch.cat([part["seqpar_plan"].gather(part["labels"]).flatten() for part in parts])
+        return int((there != -100).sum()), sp.count_targets(iter(whole), iter(lengths)), sp.count_targets(whole)
+
+    assert run_lockstep(count, 2) == [(24, 24, 39)] * 2
+    for other in (lengths[:1], [*lengths, [1]]):
+        with pytest.raises(BatchError, match="not as many lengths as batches"):
+            run_lockstep(lambda sp, other=other: sp.count_targets(whole, other), 2)
+
+
 def positions() -> Tensor:
     return torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
@@ -152,9 +169,38 @@ def test_fewer_items_than_targets_and_a_flag_for_a_number_are_refused() -> None:
         sp.loss(torch.randn(1, 4, 7), torch.tensor([[1, 2, 3, -100]]), num_items=items)
 
     run_lockstep(lambda sp: run(sp, 6), 2)
-    for items, words in ((3, r"more targets .*targets=6, num_items=3"), (True, "is a number")):
+    for items, words in ((3, r"more targets .*targets=6, num_items=3"), (True, "num_items is no number of targets")):
         with pytest.raises(BatchError, match=words):
             run_lockstep(lambda sp, items=items: run(sp, items), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_items": 6.9}, r"num_items is no number of targets \[num_items=6.9\]"),
+        ({"num_items": "6"}, "num_items is no number of targets"),
+        ({"num_items": float("nan")}, "num_items is no number of targets"),
+        ({"num_items": torch.tensor([3, 3])}, "num_items is no number of targets"),
+        ({"num_items": 6, "accumulation": 0}, "accumulation is no number of micro-batches"),
+        ({"num_items": 6, "accumulation": -1}, "accumulation is no number of micro-batches"),
+        ({"num_items": 6, "accumulation": 1.5}, "accumulation is no number of micro-batches"),
+        ({"num_items": 6, "accumulation": None}, "accumulation is no number of micro-batches"),
+    ],
+)
+def test_weights_that_are_no_whole_numbers_are_refused_on_every_rank(given: dict[str, Any], words: str) -> None:
+    def run(sp: SequenceParallel) -> None:
+        with pytest.raises(BatchError, match=words if sp.rank == 1 else "rank 1"):
+            weights = given if sp.rank == 1 else {"num_items": 6}
+            sp.loss(torch.randn(1, 4, 7), torch.tensor([[1, 2, 3, -100]]), **weights)
+
+    run_lockstep(run, 2)
+
+
+def test_weights_may_be_numbers_of_torch_and_numpy() -> None:
+    logits, labels = torch.randn(1, 4, 7), torch.tensor([[1, 2, 3, -100]])
+    for items in (torch.tensor(6), torch.tensor(6.0), np.int64(6), 6.0):
+        one, other = run_lockstep(lambda sp, items=items: sp.loss(logits, labels, num_items=items, accumulation=2), 2)
+        assert torch.equal(one, other)
 
 
 def test_ranks_that_count_only_their_own_targets_are_told_so_on_all_of_them() -> None:

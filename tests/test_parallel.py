@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -279,3 +281,47 @@ def test_a_mask_under_which_padding_would_be_seen_is_refused() -> None:
         unpadded.masked(causal=False)
 
     run_lockstep(run, 2)
+
+
+def test_lengths_may_be_one_number_or_an_array_and_nothing_else() -> None:
+    """One plan for all of them: it is found by its lengths."""
+
+    def same(sp: SequenceParallel) -> bool:
+        plans = [sp.plan(x) for x in ([5, 3], (5, 3), np.array([5, 3]), torch.tensor([5, 3]), iter([5, 3]))]
+        ones = [sp.plan(x) for x in (8, np.int64(8), torch.tensor(8), [8])]
+        return len(set(plans)) == len(set(ones)) == 1
+
+    assert run_lockstep(same, 2) == [True] * 2
+    for lengths in (5.0, True, [5, 3.0], "53", None, [[5, 3]]):
+        with pytest.raises(PlanError, match="lengths are no whole numbers"):
+            run_lockstep(lambda sp, lengths=lengths: sp.plan(lengths), 1)
+    with pytest.raises(PlanError, match="kv_lengths are no whole numbers"):
+        run_lockstep(lambda sp: sp.plan(5, causal=False, kv_lengths=2.5), 1)
+
+
+def test_positions_that_a_plan_gives_are_the_callers_own() -> None:
+    def spoilt(sp: SequenceParallel) -> list[Tensor]:
+        sp.plan([5, 3]).position_ids.add_(100)
+        return [sp.plan([5, 3]).position_ids, sp.plan([5, 3], window=2).position_ids]
+
+    assert all(int(x.max()) < 5 for x in run_lockstep(spoilt, 1)[0])
+
+
+def test_copies_of_plans_and_of_what_makes_them_are_themselves_and_cannot_leave_the_process() -> None:
+    def leave(sp: SequenceParallel) -> None:
+        for thing in (sp, sp.plan(8)):
+            assert copy.copy(thing) is copy.deepcopy(thing) is thing
+            with pytest.raises(PlanError, match=f"a {type(thing).__name__} cannot be pickled"):
+                pickle.dumps(thing)
+
+    run_lockstep(leave, 1)
+
+
+def test_windows_wider_than_numbers_of_64_bits_hide_nothing() -> None:
+    def run(sp: SequenceParallel) -> None:
+        x = torch.randn(1, 6, 2, 4, generator=torch.Generator().manual_seed(1))
+        for causal, window in ((True, 2**70), (True, [2**70]), (False, (2**70, 2**70))):
+            wide, none = (sp.plan([6], causal=causal, window=w) for w in (window, None))
+            assert torch.equal(*(ring_attention(x, x, x, plan) for plan in (wide, none)))
+
+    run_lockstep(run, 1)

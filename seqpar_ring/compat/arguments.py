@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -152,9 +153,13 @@ def expect_longest(name: str, stated: int, row: Sequence[int]) -> None:
         PlanError: one is, or the number is no number.
     """
     longest = max(b - a for a, b in pairwise(row))
-    if not whole(stated) or stated < longest:
+    try:
+        number = index(stated)  # of Python, numpy or torch
+    except TypeError:
+        raise PlanError(f"{name} is no whole number", fix=f"Give {longest}.", **{name: stated}) from None
+    if number < longest:
         raise PlanError(
-            f"{name} is smaller than the longest document", fix=f"Give {longest}.", **{name: stated, "longest": longest}
+            f"{name} is smaller than the longest document", fix=f"Give {longest}.", **{name: number, "longest": longest}
         )
 
 

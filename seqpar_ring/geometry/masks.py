@@ -206,12 +206,13 @@ class Mask:
         """lo and hi of each document; an edge that cuts nothing is infinite."""
         n = np.array(lengths, dtype=np.int64)
         if not self.causal:
-            before, after = (side or 0 for side in self.window) if isinstance(self.window, tuple) else (INF, INF)
+            window = self.window if isinstance(self.window, tuple) else (INF, INF)
+            before, after = (min(side or 0, INF) for side in window)
             return np.where(before >= n - 1, -INF, -before), np.where(after >= n - 1, INF, after)
         if self.window is None:
             return np.full_like(n, -INF), np.zeros_like(n)
-        window = np.array([INF if w is None else w for w in self._each("window", len(n))], dtype=np.int64)
-        return np.where(window >= n, -INF, 1 - window), np.zeros_like(n)
+        each = np.array([INF if w is None else min(w, INF) for w in self._each("window", len(n))], dtype=np.int64)
+        return np.where(each >= n, -INF, 1 - each), np.zeros_like(n)
 
     def _chunked(self, lengths: Sequence[int]) -> Regions:
         assert self.chunk is not None
