@@ -13,6 +13,7 @@ import base64
 import difflib
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -256,13 +257,19 @@ def _forget_earlier_engine() -> None:
 
 
 def _start_torch_distributed(given: Mapping[str, Any]) -> None:
-    """As `deepspeed.initialize` would, but without compiling an operator that only CPU inference uses."""
+    """As `deepspeed.initialize` would, with the device that it would set, but without compiling an operator that only
+    CPU inference uses."""
     compatible = getattr(getattr(deepspeed, "ops", None), "__compatible_ops__", {})
     if get_accelerator().device_name() == "cpu" and "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False  # else its first use runs a C++ compiler for minutes
     names = ("distributed_port", "dist_init_required")
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, **{name: given[name] for name in names if name in given})
+    # The engine does so as well, but later: groups made before it would all be of the first GPU.
+    device = getattr(given.get("args"), "device_rank", None)
+    device = os.environ.get("LOCAL_RANK") if device is None else device
+    if device is not None and int(device) >= 0:
+        get_accelerator().set_device(int(device))
 
 
 def _wrong_batch_sizes(config: Mapping[str, Any], sp: SequenceParallel) -> SeqparError | None:

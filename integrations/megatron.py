@@ -29,6 +29,7 @@ from seqpar_ring.compat.rings import ring_of
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import GroupError, SeqparError, UnsupportedError, VersionError
 from seqpar_ring.geometry import Mask
+from seqpar_ring.groups import own_device
 from seqpar_ring.plan import Plan
 from seqpar_ring.transport import LockstepWorld
 
@@ -264,8 +265,7 @@ class RingCoreAttention(nn.Module):
             self.softmax_offset = None
             return
         config, parts = self.config, dist.get_world_size(self._tp_group) if self._tp_group is not None else 1
-        on_cuda = torch.cuda.is_available() and not config.use_cpu_initialization
-        device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        device = own_device(torch.cuda.is_available() and not config.use_cpu_initialization)
         zeros = torch.zeros(config.num_attention_heads // parts, device=device, dtype=config.params_dtype)
         if kind == "off-by-one":
             self.register_buffer("softmax_offset", zeros, persistent=False)

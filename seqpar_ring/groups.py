@@ -78,7 +78,7 @@ def make(
 
     Raises:
         GroupError: torch.distributed is needed and not initialised; size does not divide the world; the mesh has no
-            dimension "ring", or one of another size, or does not cover the world.
+            dimension "ring", or one of another size, or does not cover the world; ranks use the same GPU over NCCL.
         DisagreementError: the ranks ask for different sizes or timeouts.
         TransportError: the ranks cannot reach each other.
     """
@@ -179,16 +179,36 @@ Lines = list[tuple[int, ...]]
 
 
 class Place(NamedTuple):
-    """Where a rank runs: its host, and the name of its GPU; "" without one."""
+    """Where a rank runs: its host, and the name of its GPU; "" without one. `gpu` tells GPUs of one name apart where it
+    must have one of its own, as over NCCL; "" where it need not, or nobody knows."""
 
     host: str
     device: str
+    gpu: str = ""
 
 
 def _place(mesh: DeviceMesh | None) -> Place:
-    device = _device(mesh)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return Place(f"{platform.node()} {uuid.getnode()}", name)  # hosts of a cluster may share a name
+    host, device = f"{platform.node()} {uuid.getnode()}", _device(mesh)  # hosts of a cluster may share a name
+    if device.type != "cuda":
+        return Place(host, "")
+    one_each = "nccl" in str(dist.get_backend_config())
+    gpu = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if one_each else ""
+    return Place(host, torch.cuda.get_device_name(device), gpu)
+
+
+def _refuse_shared_gpus(places: Sequence[Place]) -> None:
+    """All ranks see the same places, so all raise or none does."""
+    by_gpu: dict[tuple[str, str], list[int]] = {}
+    for rank, place in enumerate(places):
+        by_gpu.setdefault((place.host, place.gpu), []).append(rank)
+    for (_, gpu), ranks in by_gpu.items():
+        if gpu and len(ranks) > 1:
+            raise GroupError(
+                "several ranks of a host use the same GPU",
+                fix='Call torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) in each process before anything else.',
+                ranks=ranks,
+                gpu=places[ranks[0]].device,
+            )
 
 
 def _agreed_lines(
@@ -225,7 +245,9 @@ def _agreed_lines(
                 rings=lines,
                 world=total,
             )
-    return rings, worlds, [place for *_, place in heard]
+    places = [place for *_, place in heard]
+    _refuse_shared_gpus(places)
+    return rings, worlds, places
 
 
 def _world_of(mesh: DeviceMesh) -> tuple[int, ...]:
@@ -267,4 +289,9 @@ def _device(mesh: DeviceMesh | None) -> torch.device:
         on_cuda = mesh.device_type == "cuda"
     else:
         on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config())
+    return own_device(on_cuda)
+
+
+def own_device(on_cuda: bool = True) -> torch.device:
+    """This process's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

@@ -8,6 +8,7 @@ scaling only; the model's head and its memory are `tiling`'s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def token_mean(
     *,
     num_items: int | None = None,
     accumulation: int = 1,
+    problem: SeqparError | None = None,
 ) -> Tensor:
     """Cross entropy, averaged over the targets of all ranks. Collective over the world.
 
@@ -36,66 +38,74 @@ def token_mean(
         num_items: targets of the whole optimizer step over the world; if not given, those of this call.
         accumulation: micro-batches of the optimizer step, by which the engine divides the gradient; only with
             `num_items`.
+        problem: what the caller found wrong already, for all ranks to raise.
 
     Returns:
         The global mean, the same scalar on every rank. Its gradient with respect to this rank's logits is `world`
         times that of the true mean, so that the average over the ranks is the true gradient.
 
     Raises:
-        PlanError: logits and labels differ in shape; `accumulation` without `num_items`.
-        BatchError: not one target on any rank; `num_items` or `accumulation` below 1 or not whole; `num_items`, seen
+        PlanError: logits and labels differ in shape; `accumulation` without `num_items`; raised on every rank.
+        BatchError: not one target on any rank; a label beyond the vocabulary, seen where no GPU would have to be waited
+            for; `num_items` or `accumulation` below 1 or not whole; `num_items`, seen
             where no GPU would have to be waited for, below this call's targets; raised on every rank.
         DisagreementError: the ranks give different `num_items` or `accumulation`: each its own targets, say. Compared
             in every call, on a GPU in the first only.
     """
-    if logits_BSV.shape[:-1] != labels_BS.shape:
-        raise PlanError(
-            "logits and labels differ in shape",
-            fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
-            logits=tuple(logits_BSV.shape),
-            labels=tuple(labels_BS.shape),
-        )
-    wide = logits_BSV if logits_BSV.dtype is torch.float64 else logits_BSV.float()
-    flat = labels_BS.reshape(-1)
-    by_token = wide.reshape(flat.numel(), wide.shape[-1])
-    local = functional.cross_entropy(by_token, flat, ignore_index=IGNORED, reduction="sum")
-    return mean_of_sums(local, labels_BS, everyone, num_items=num_items, accumulation=accumulation)
+    def summed() -> Tensor:
+        wide = logits_BSV if logits_BSV.dtype is torch.float64 else logits_BSV.float()
+        flat = labels_BS.reshape(-1)
+        by_token = wide.reshape(flat.numel(), wide.shape[-1])
+        return functional.cross_entropy(by_token, flat, ignore_index=IGNORED, reduction="sum")
+
+    problem = problem or _misfit(logits_BSV, labels_BS)
+    return mean_of_sums(
+        summed, labels_BS, everyone, num_items=num_items, accumulation=accumulation, problem=problem
+    )
 
 
 def mean_of_sums(
-    local: Tensor, labels_BS: Tensor, everyone: Transport, *, num_items: int | None = None, accumulation: int = 1
+    summed: Callable[[], Tensor],
+    labels_BS: Tensor,
+    everyone: Transport,
+    *,
+    num_items: int | None = None,
+    accumulation: int = 1,
+    problem: SeqparError | None = None,
+    **record: object,
 ) -> Tensor:
-    """The same of a sum that is computed already, for instance in tiles. Collective over the world.
+    """The same of a sum that is computed otherwise, for instance in tiles. Collective over the world.
 
     Args:
-        local: cross entropy summed over this rank's targets; a scalar in fp32 or fp64.
+        summed: computes the cross entropy summed over this rank's targets, a scalar in fp32 or fp64, once ranks agree.
         labels_BS: this rank's targets, of which those are counted that are not -100.
-        everyone, num_items, accumulation: as in `token_mean`.
+        everyone, num_items, accumulation, problem: as in `token_mean`.
+        **record: what else the ranks must have in common.
 
     Returns, Raises: as `token_mean`.
     """
-    if accumulation != 1 and num_items is None:
-        raise PlanError(
-            "accumulation without num_items has nothing to weigh by",
-            fix="Give num_items, the targets of the whole optimizer step (count_targets), or leave accumulation out.",
-            accumulation=accumulation,
-        )
-    problem: SeqparError | None = None
     try:
+        if accumulation != 1 and num_items is None:
+            raise PlanError(
+                "accumulation without num_items has nothing to weigh by",
+                fix="Give num_items, the targets of the whole step (count_targets), or leave accumulation out.",
+                accumulation=accumulation,
+            )
         num_items = None if num_items is None else _whole("num_items", num_items)
         accumulation = _whole("accumulation", accumulation, least=1)
     except SeqparError as error:
-        problem = error
+        problem = problem or error
     # On a GPU the host has to wait.
     if problem or not labels_BS.is_cuda or everyone.agreed.first_time("weights of the loss"):
-        everyone.agree("the loss", {"num_items": num_items, "accumulation": accumulation}, problem)
+        everyone.agree("the loss", {"num_items": num_items, "accumulation": accumulation, **record}, problem)
+    local = summed()
     targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
     count = int(seen) if num_items is None else num_items
     if count < 1:
         raise BatchError(
-            "no token of the batch has a target, on any rank",
-            fix="Check the labels: all are -100.",
+            "no token of the batch has a target, on any rank" if num_items is None else "num_items says no targets",
+            fix="Check the labels: all are -100." if num_items is None else "Give what count_targets returns.",
             targets=int(seen),
             num_items=num_items,
         )
@@ -110,6 +120,23 @@ def mean_of_sums(
     value = (total * factor).to(local.dtype)
     mean: Tensor = _Valued.apply(local, value, factor * everyone.world)
     return mean
+
+
+def _misfit(logits_BSV: Tensor, labels_BS: Tensor) -> SeqparError | None:
+    """What is wrong with logits and labels, as far as the host need not wait for a GPU to see it."""
+    if logits_BSV.shape[:-1] != labels_BS.shape:
+        return PlanError(
+            "logits and labels differ in shape",
+            fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
+            logits=tuple(logits_BSV.shape),
+            labels=tuple(labels_BS.shape),
+        )
+    if not labels_BS.is_cuda and labels_BS.numel() and not torch.compiler.is_compiling():
+        words, most = logits_BSV.shape[-1], int(labels_BS.max())
+        if most >= words:
+            fix = "Use the tokenizer of this model, or resize its embeddings."
+            return BatchError("a label is beyond the vocabulary", fix=fix, label=most, vocabulary=words)
+    return None
 
 
 def _whole(name: str, number: Any, least: int | None = None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import repeat, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -234,16 +234,16 @@ class SequenceParallel(OfThisProcess):
         several micro-batches give `num_items` (from `count_targets`) and `accumulation`, their number. Collective
         over the world. `plan`, if given, is checked against the shapes. See `seqpar_ring.loss.token_mean`.
         """
+        problem: SeqparError | None = None
         if plan is not None and labels_BS.shape[-1] != plan.local_tokens:
-            raise BatchError(
+            problem = BatchError(
                 "labels do not hold this rank's tokens of the plan",
                 fix="Use the labels that shard_batch returned with this plan.",
                 labels=tuple(labels_BS.shape),
                 expected_tokens=plan.local_tokens,
             )
-        return token_mean(
-            logits_BSV, labels_BS, self.groups.everyone, num_items=num_items, accumulation=accumulation
-        )
+        more: dict[str, Any] = {"num_items": num_items, "accumulation": accumulation, "problem": problem}
+        return token_mean(logits_BSV, labels_BS, self.groups.everyone, **more)
 
     def tiled_loss(
         self,
@@ -263,15 +263,19 @@ class SequenceParallel(OfThisProcess):
             labels_BS, num_items, accumulation: as for `loss`.
             tiles: number of tiles, the same on all ranks: `seqpar_ring.tiling.tiles(self.most(tokens), V).number`.
         """
+        problem: SeqparError | None = None
         if hidden_BSC.shape[:-1] != labels_BS.shape:
-            raise PlanError(
+            problem = PlanError(
                 "hidden states and labels differ in shape",
                 fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
                 hidden=tuple(hidden_BSC.shape),
                 labels=tuple(labels_BS.shape),
             )
-        local = summed_cross_entropy(hidden_BSC, labels_BS, head, tiles, edge.IGNORED)
-        return mean_of_sums(local, labels_BS, self.groups.everyone, num_items=num_items, accumulation=accumulation)
+        elif tiles < 1:
+            problem = PlanError("there is no tile", fix="Give tiles >= 1; 1 is the whole.", tiles=tiles)
+        more: dict[str, Any] = {"num_items": num_items, "accumulation": accumulation, "problem": problem}
+        summed = partial(summed_cross_entropy, hidden_BSC, labels_BS, head, tiles, edge.IGNORED)
+        return mean_of_sums(summed, labels_BS, self.groups.everyone, tiles=tiles, **more)
 
     def most(self, tokens: int) -> int:
         """The largest of a number over all ranks, where that is the same within a sequence group. Collective."""

@@ -23,7 +23,7 @@ from seqpar_ring.kernels import Choice, Request, refuse_impossible, select
 from seqpar_ring.packing import Balance
 from seqpar_ring.passes import Pass, pass_of
 from seqpar_ring.schedule import Block, Route, Row, Sides, Traffic, Work, view_runs
-from seqpar_ring.sharding import TokenOrder, gather_tokens, row_positions, shard_tokens
+from seqpar_ring.sharding import TokenOrder, agree_to_gather, gather_tokens, row_positions, shard_tokens
 from seqpar_ring.transport import Messenger, Subgroup, Transport
 from seqpar_ring.transport.agreement import Shown
 
@@ -182,9 +182,10 @@ class Plan(OfThisProcess):
         Differentiable: the gradient is that of the sum over the ranks of what they do with the whole tensor.
 
         Raises:
-            PlanError: `x` has not as many entries along `dim` as this rank has tokens.
+            PlanError: `x` has not as many entries along `dim` as this rank has tokens; raised on every rank.
+            DisagreementError: dtypes or the other dimensions differ between ranks.
         """
-        self._expect(x, dim, self.local_tokens, "this rank's tokens")
+        agree_to_gather(x, dim, self.sequence, self._misfit(x, dim, self.local_tokens, "this rank's tokens"))
         return gather_tokens(x, dim, self.documents.order, self.sequence)
 
     def shard_keys(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -194,7 +195,7 @@ class Plan(OfThisProcess):
 
     def gather_keys(self, x: Tensor, dim: int = 1) -> Tensor:
         """As `gather`, for keys."""
-        self._expect(x, dim, self.local_keys, "this rank's keys")
+        agree_to_gather(x, dim, self.sequence, self._misfit(x, dim, self.local_keys, "this rank's keys"))
         return gather_tokens(x, dim, self.documents.kv_order, self.sequence)
 
     def masked(self, causal: bool = True, window: int | None = None, chunk: int | None = None) -> Plan:
@@ -321,14 +322,19 @@ class Plan(OfThisProcess):
         return tuple(reasons)
 
     def _expect(self, x: Tensor, dim: int, tokens: int, what: str) -> None:
-        if not -x.dim() <= dim < x.dim() or x.shape[dim] != tokens:
-            raise PlanError(
-                f"a tensor does not hold {what} along dim {dim}",
-                fix=f"Give a tensor with {tokens} entries along that dim, or make a plan for these lengths.",
-                shape=tuple(x.shape),
-                expected=tokens,
-                plan=self,
-            )
+        if (problem := self._misfit(x, dim, tokens, what)) is not None:
+            raise problem
+
+    def _misfit(self, x: Tensor, dim: int, tokens: int, what: str) -> PlanError | None:
+        if -x.dim() <= dim < x.dim() and x.shape[dim] == tokens:
+            return None
+        return PlanError(
+            f"a tensor does not hold {what} along dim {dim}",
+            fix=f"Give a tensor with {tokens} entries along that dim, or make a plan for these lengths.",
+            shape=tuple(x.shape),
+            expected=tokens,
+            plan=self,
+        )
 
 
 def plan_of(handle: int) -> Plan:

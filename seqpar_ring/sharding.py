@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqpar_ring.errors import SeqparError
 from seqpar_ring.geometry import Ints, RunColumns, ramp
 from seqpar_ring.layout import Layout, offsets
 from seqpar_ring.transport import Transport
@@ -74,6 +75,7 @@ class _Shard(torch.autograd.Function):
     @once_differentiable  # what is exchanged here has no graph: a second derivative would lack its term
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         dim, order, ring = ctx.args
+        agree_to_gather(grad, dim, ring)
         return _whole(grad, dim, order, ring), None, None, None
 
 
@@ -88,6 +90,20 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         dim, order, ring = ctx.args
         return ring.all_reduce(grad.contiguous()).index_select(dim, order.mine(grad.device)), None, None, None
+
+
+def agree_to_gather(x: Tensor, dim: int, ring: Transport, problem: SeqparError | None = None) -> None:
+    """Compare what ranks are about to gather, since backends fill memory with whatever comes. On a GPU, where it would
+    make the host wait, only what this rank has not gathered before.
+
+    Raises:
+        SeqparError: `problem`, if this rank has one; on all ranks.
+        DisagreementError: dtypes or dimensions differ.
+    """
+    shape = tuple(n for i, n in enumerate(x.shape) if i != dim % max(x.dim(), 1))
+    record = {"gathered along": dim % max(x.dim(), 1), "dtype": str(x.dtype), "other dimensions": shape}
+    if problem or not x.is_cuda or ring.agreed.first_time(repr(record)):
+        ring.agree("gather", record, problem)
 
 
 def _whole(x: Tensor, dim: int, order: TokenOrder, ring: Transport) -> Tensor:

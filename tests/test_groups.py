@@ -191,3 +191,18 @@ def destroyed_groups_are_gone(groups: Groups) -> list[bool]:
 def test_a_ring_does_not_keep_destroyed_groups_and_their_threads_until_the_interpreter_ends(pool2: RankPool) -> None:
     for gone in pool2.run_groups(destroyed_groups_are_gone):
         assert sum(gone) >= 3, "three lanes; the mesh may hold one, over which nothing goes"
+
+
+def test_ranks_on_one_gpu_are_told_so_before_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nobody set a device: over NCCL two ranks cannot share one."""
+    monkeypatch.setattr(process_groups, "_device", lambda mesh: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="4a-01"))
+    for backend, gpu in (("cpu:gloo,cuda:nccl", "4a-01"), ("cpu:gloo,cuda:gloo", "")):
+        monkeypatch.setattr(dist, "get_backend_config", lambda backend=backend: backend)
+        assert process_groups._place(None)[1:] == ("H100", gpu)
+    places = [process_groups.Place(*place) for place in (("a", "H100", "4a"), ("b", "H100", "4a"), ("a", "H100", "4b"))]
+    process_groups._refuse_shared_gpus(places)
+    process_groups._refuse_shared_gpus([process_groups.Place("a", "H100")] * 2)
+    with pytest.raises(GroupError, match=r"use the same GPU .*ranks=\[1, 3\].*set_device"):
+        process_groups._refuse_shared_gpus([*places, places[1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -189,8 +190,8 @@ def test_fewer_items_than_targets_and_a_flag_for_a_number_are_refused() -> None:
 )
 def test_weights_that_are_no_whole_numbers_are_refused_on_every_rank(given: dict[str, Any], words: str) -> None:
     def run(sp: SequenceParallel) -> None:
+        weights = given if sp.rank == 1 else {"num_items": 6}
         with pytest.raises(BatchError, match=words if sp.rank == 1 else "rank 1"):
-            weights = given if sp.rank == 1 else {"num_items": 6}
             sp.loss(torch.randn(1, 4, 7), torch.tensor([[1, 2, 3, -100]]), **weights)
 
     run_lockstep(run, 2)
@@ -217,3 +218,47 @@ def test_ranks_that_count_only_their_own_targets_are_told_so_on_all_of_them() ->
         for said in run_lockstep(lambda sp, items=items: run(sp, items), 2):
             assert "the ranks hold different values of 'num_items'" in said
             assert all(str(one) in said for one in items)
+
+
+@pytest.mark.parametrize(
+    ("labels", "tiles", "kind", "words"),
+    [
+        ([[1, 2, 3]], None, PlanError, "logits and labels differ in shape"),
+        ([[1, 2, 7, -100]], None, BatchError, r"a label is beyond the vocabulary \[label=7, vocabulary=7\]"),
+        ([[1, 2, 3]], 2, PlanError, "hidden states and labels differ in shape"),
+        ([[1, 2, 3, -100]], 0, PlanError, "there is no tile"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_raised_on_all(
+    labels: list[list[int]], tiles: int | None, kind: type[Exception], words: str
+) -> None:
+    """The others were left waiting until the timeout."""
+
+    def run(sp: SequenceParallel) -> None:
+        given = torch.tensor(labels if sp.rank == 0 else [[1, 2, 3, -100]])
+        if tiles is None:
+            sp.loss(torch.randn(1, 4, 7), given)
+        else:
+            sp.tiled_loss(torch.randn(1, 4, 7), lambda x: x, given, tiles=tiles if sp.rank == 0 else 2)
+
+    def said(sp: SequenceParallel) -> str:
+        with pytest.raises(kind) as caught:
+            run(sp)
+        return str(caught.value)
+
+    first, second = run_lockstep(said, 2)
+    assert re.search(words, first)
+    assert "rank 0" in second
+
+
+def test_numbers_of_tiles_that_differ_are_told() -> None:
+    """Under ZeRO-3 each tile gathers the head's parameters from all ranks."""
+
+    def run(sp: SequenceParallel) -> None:
+        labels = torch.tensor([[1, 2, 3, -100]])
+        with pytest.raises(DisagreementError, match="'tiles'"):
+            sp.tiled_loss(torch.randn(1, 4, 7), lambda x: x, labels, tiles=2 + sp.rank)
+        with pytest.raises(BatchError, match=r"num_items says no targets .*targets=6, num_items=0"):
+            sp.loss(torch.randn(1, 4, 7), labels, num_items=0)
+
+    run_lockstep(run, 2)

@@ -325,3 +325,35 @@ def test_windows_wider_than_numbers_of_64_bits_hide_nothing() -> None:
             assert torch.equal(*(ring_attention(x, x, x, plan) for plan in (wide, none)))
 
     run_lockstep(run, 1)
+
+
+def gather_what_differs(sp: SequenceParallel) -> list[str]:
+    """What each rank is told of dtypes, widths and lengths that differ on rank 0, and of a gradient's."""
+    plan, said = sp.plan(20), []
+    tokens = plan.local_tokens
+    other = sp.rank == 0
+    cases = {
+        "dtype": torch.ones(1, tokens, dtype=torch.float64 if other else torch.float32),
+        "width": torch.ones(1, tokens, 3 if other else 2),
+        "tokens": torch.ones(1, tokens + other),
+    }
+    for x in cases.values():
+        with pytest.raises(SeqparError) as caught:
+            plan.gather(x)
+        said.append(f"{type(caught.value).__name__}: {caught.value}")
+    x = torch.ones(1, 20, dtype=torch.float64 if other else torch.float32, requires_grad=True)
+    with pytest.raises(DisagreementError, match="'dtype'"):
+        plan.shard(x).sum().backward()
+    assert torch.equal(plan.gather(plan.shard(torch.arange(20.0)[None])), torch.arange(20.0)[None])
+    return said
+
+
+def test_what_ranks_gather_must_be_alike(pool2: RankPool) -> None:
+    """Over gloo a rank got garbage, and the other was aborted."""
+    for results in (pool2.run(gather_what_differs), run_lockstep(gather_what_differs, 2)):
+        for rank, (dtype, width, tokens) in enumerate(results):
+            assert dtype.startswith("DisagreementError: gather")
+            assert "torch.float64" in dtype
+            assert "other dimensions" in width
+            assert tokens.startswith("PlanError")
+            assert tokens.count("rank 0") == 1, rank  # here in the plan, there as whose error it is

@@ -22,6 +22,7 @@ from seqpar_ring.attention import ring_attention
 from seqpar_ring.compat.arguments import Options, Tensors, unpack
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import GroupError, PlanError, SeqparError
+from seqpar_ring.groups import own_device
 from seqpar_ring.plan import Documents
 from seqpar_ring.transport import LANES, DistributedTransport, LockstepWorld, Transport
 
@@ -183,7 +184,7 @@ class _UsersGroup(DistributedTransport):
 
     def __init__(self, group: dist.ProcessGroup, own: Mapping[str, dist.ProcessGroup] = NO_LANES) -> None:
         on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
-        device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        device = own_device(on_cuda)
         lanes = {**dict.fromkeys(LANES, group), **own}
         super().__init__(lanes, device, timeout_of(group, device).total_seconds())
 

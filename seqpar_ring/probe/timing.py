@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from seqpar_ring.groups import Groups
+from seqpar_ring.groups import Groups, own_device
 
 
 class Effort(NamedTuple):
@@ -35,8 +35,7 @@ QUICK, THOROUGH = Effort(0.04, 3, 0.35), Effort(0.2, 5, 1.5)
 
 def device_of(groups: Groups) -> torch.device:
     """Where this rank computes."""
-    on_cuda = groups.mesh is not None and groups.mesh.device_type == "cuda"
-    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    return own_device(groups.mesh is not None and groups.mesh.device_type == "cuda")
 
 
 def shared(groups: Groups, mine: Sequence[float]) -> list[list[float]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from seqpar_ring.sharding import gather_tokens
 from seqpar_ring.testing.dense import dense_attention
 from seqpar_ring.testing.processes import RankPool
 from seqpar_ring.testing.threads import run_lockstep
@@ -130,9 +131,10 @@ def ring_results(sp: SequenceParallel, lengths: int | Sequence[int], case: Case)
     leaves = [x.requires_grad_() for x in (q, k, v)] + [x for x in extra.values() if x.requires_grad]
     out, lse = ring_attention(q, k, v, plan, scale=case.scale, softcap=case.softcap, return_lse=True, **extra)
     dq, dk, dv, *dsinks = torch.autograd.grad(out, leaves, dout)
-    queries = {"out": (out, 1), "lse": (lse, 2), "dq": (dq, 1)}
-    found = {name: plan.gather(x.detach(), dim=dim) for name, (x, dim) in queries.items()}
-    found.update({name: plan.gather_keys(x) for name, x in (("dk", dk), ("dv", dv))})
+    order, kv_order = plan.documents.order, plan.documents.kv_order
+    locally = {"out": (out, 1, order), "lse": (lse, 2, order), "dq": (dq, 1, order)}
+    locally |= {"dk": (dk, 1, kv_order), "dv": (dv, 1, kv_order)}
+    found = {name: gather_tokens(x.detach(), dim, of, plan.sequence) for name, (x, dim, of) in locally.items()}
     return {**found, **{name: plan.sequence.all_reduce(x) for name, x in zip(("dsinks",), dsinks, strict=False)}}
 
 

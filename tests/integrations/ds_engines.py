@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from ds_cases import SMALL, VOCAB, model, optimizer_of, quietly_import_deepspeed, row
 from torch import Tensor
 from torch.nn import functional
 
 from seqpar_ring import SequenceParallel, ring_attention
+from seqpar_ring import groups as process_groups
 from seqpar_ring.errors import SeqparError
 
 
@@ -133,6 +135,33 @@ def decided_block(sp: SequenceParallel, hardware: str, tokens: int) -> dict[str,
     engine.step()
     found: dict[str, Any] = engine.seqpar_ring.settings.model_dump()
     engine.destroy()
+    return found
+
+
+def device_set_first(sp: SequenceParallel, args: Any = None) -> list[str]:
+    """In which order an engine's device is set and its groups are made, which are of the device that is set then."""
+    quietly_import_deepspeed(sp)
+    from deepspeed.accelerator import get_accelerator
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    found: list[str] = []
+    place, accelerator = process_groups._place, get_accelerator()
+
+    def placed(mesh: Any) -> Any:
+        found.append("groups")
+        return place(mesh)
+
+    made = OwnModel()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "seqpar_ring": {"size": sp.world_size},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_groups, "_place", placed)
+        patch.setattr(accelerator, "set_device", lambda index: found.append(f"device {index}"))
+        optimizer = optimizer_of("sgd", made.parameters())
+        initialize(args, made, optimizer, config=config)[0].destroy()
     return found
 
 

@@ -152,3 +152,12 @@ def test_a_model_that_deepspeed_was_told_to_split_is_refused(pool2: RankPool) ->
     for kind, message in pool2.run(ds_engines.split_by_deepspeed):
         assert kind == "UnsupportedError"
         assert "deepspeed.tp_model_init cannot be combined" in message
+
+
+def test_the_device_is_set_before_groups_are_made_of_it(pool2: RankPool) -> None:
+    """DeepSpeed itself sets it later, and until then every rank's device is the first GPU."""
+    for rank, found in enumerate(pool2.run(ds_engines.device_set_first)):
+        assert found[:2] == [f"device {rank}", "groups"]
+    for found in pool2.run(ds_engines.device_set_first, SimpleNamespace(device_rank=7)):
+        assert found[:2] == ["device 7", "groups"]
+        assert "device 7" in found[2:], "which is not the one that DeepSpeed sets"
