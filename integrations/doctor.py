@@ -119,7 +119,7 @@ def check(case: Case) -> None:
     if not (Path(case.path) / "config.json").exists():
         raise ConfigError("no model there", fix="Give the folder of a model: it holds a config.json.", path=case.path)
     if case.dtype not in ("float32", "bfloat16"):
-        raise ConfigError("unknown dtype", fix="Give float32 or bfloat16.", dtype=case.dtype)
+        raise ConfigError("unknown dtype", fix="Give fp32 or bf16.", dtype=case.dtype)
     if min(case.lengths, default=0) < 1 or sum(case.lengths) < 2 * case.ranks:
         fix = "Give documents of at least one token each, and two tokens a rank or more."
         raise ConfigError("too few tokens", fix=fix, documents=case.lengths, ranks=case.ranks)
@@ -151,7 +151,11 @@ def parity(case: Case, say: Callable[[str], None] = lambda _: None) -> Parity:
     with tempfile.TemporaryDirectory() as folder, RankPool(case.ranks, timeout=TIMEOUT) as pool:
         pool.run(_over, case, folder, **case.settings)
         over: Step = torch.load(Path(folder) / STEP)
-    rows = [Row(name, relative_error(grad.float(), alone[1][name].float())) for name, grad in over[1].items()]
+    none = torch.zeros(())  # where one process has no gradient, the ring's must be zero
+    rows = [
+        Row(name, relative_error(grad.float(), alone[1].get(name, none).float().expand_as(grad)))
+        for name, grad in over[1].items()
+    ]
     rows.sort(key=lambda row: row.error if row.error == row.error else float("inf"), reverse=True)
     found = Parity(alone[0], over[0], tuple(rows), None, None, time.perf_counter() - begin)
     if found.good and case.dtype == "float32":
@@ -165,8 +169,10 @@ def parity(case: Case, say: Callable[[str], None] = lambda _: None) -> Parity:
 
 
 def _together(grads: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """Relative L2 error of all gradients as one vector."""
-    wrong = sum(float((grads[name].double() - true.double()).square().sum()) for name, true in truth.items())
+    """Relative L2 error of all gradients as one vector; one that is not there is zero."""
+    none = torch.zeros(())
+    pairs = [(grads.get(name, none).double(), truth.get(name, none).double()) for name in {**truth, **grads}]
+    wrong = sum(float((one - true).square().sum()) for one, true in pairs)
     whole = sum(float(true.double().square().sum()) for true in truth.values())
     return float((wrong / max(whole, 1e-300)) ** 0.5)
 
@@ -230,7 +236,8 @@ def _over(sp: SequenceParallel, case: Case, folder: str) -> None:
     loss.backward()
     everyone, grads = sp.groups.everyone, {}
     for name, p in model.named_parameters():
-        if p.grad is not None:
-            grads[name] = everyone.all_reduce(p.grad.float()) / everyone.world
+        if p.requires_grad:  # also of those without a gradient here: another rank may have one
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads[name] = everyone.all_reduce(grad.float()) / everyone.world
     if sp.rank == 0:
         torch.save((loss.item(), grads), Path(folder) / STEP)

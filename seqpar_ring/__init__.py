@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from seqpar_ring.config import Settings
     from seqpar_ring.parallel import SequenceParallel
     from seqpar_ring.plan import Plan
+    from seqpar_ring.transport.base import Report
 
 __version__ = "0.1.0"
 

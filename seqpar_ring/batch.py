@@ -190,6 +190,8 @@ def fingerprint(x: Tensor | None) -> int | None:
     """A number that two tensors of the same shape share only if they are the same, but for rare coincidence."""
     if x is None:
         return None
+    if x.is_floating_point():  # their bits: numbers between 0 and 1 have one whole part
+        x = x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
     flat = x.reshape(-1).to(torch.int64)
     weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 1_000_003
     return int((flat * weights).sum())
@@ -335,9 +337,10 @@ def _lengths_of_positions(position_ids: Any, shape: tuple[int, int], real: Tenso
 
 
 def record(batch: Mapping[str, Any], reading: Reading) -> dict[str, object]:
-    """What the ranks of a group must have in common. The contents too, of whole numbers: a loader that hands each rank
-    its own sample is the commonest silent error of sequence parallelism."""
-    whole = [key for key in token_keys(batch, reading.shape) if not batch[key].dtype.is_floating_point]
+    """What the ranks of a group must have in common. The contents too: a loader that hands each rank its own sample is
+    the commonest silent error of sequence parallelism. Not those of embeddings, which each rank may have computed, and
+    which then differ by rounding."""
+    whole = [key for key in token_keys(batch, reading.shape) if key != "inputs_embeds"]
     return {
         "keys": sorted(batch),
         "batch and tokens": reading.shape,

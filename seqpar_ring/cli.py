@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import typer
 
+from seqpar_ring import __version__
 from seqpar_ring.commands import bench, doctor, plan, probe, schedule, timeline
 from seqpar_ring.errors import SeqparError
 
@@ -18,6 +20,13 @@ Exit codes of all commands: 0 fine; 1 a problem, or a difference; 2 the question
 
 Completion: seqpar-ring --install-completion.
 """
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"seqpar_ring {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     help="Exact ring attention: plan a job, look at its schedule, measure this machine.",
@@ -38,6 +47,15 @@ COMMANDS: dict[str, tuple[Callable[..., None], str, str]] = {
 
 for name, (run, summary, epilog) in COMMANDS.items():
     app.command(name, help=summary, epilog=epilog)(run)
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """What is asked before any command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -155,3 +155,14 @@ def test_labels_of_any_whole_numbers_become_int64() -> None:
     reading = edge.read({"input_ids": ids(2, 6), "labels": ids(2, 6).to(torch.int32)})
     assert reading.labels is not None
     assert reading.labels.dtype is torch.int64
+
+
+def test_numbers_between_0_and_1_are_compared_too_and_embeddings_are_not() -> None:
+    """Weights of tokens, say; embeddings may differ by rounding where each rank computed them."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        weights = torch.rand(2, 6, 3, dtype=dtype)
+        assert edge.fingerprint(weights) == edge.fingerprint(weights.clone()) != edge.fingerprint(weights / 2)
+    embedded = {"inputs_embeds": torch.rand(1, 6, 4), "loss_weights": torch.rand(1, 6)}
+    compared = edge.record(embedded, edge.read(embedded))
+    assert "loss_weights (checksum)" in compared
+    assert "inputs_embeds (checksum)" not in compared

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from seqpar_ring import cli, environment
+from seqpar_ring import __version__, cli, environment
 from seqpar_ring.commands import doctor
 from seqpar_ring.environment import Finding
 
@@ -90,3 +90,8 @@ def test_what_cannot_be_asked_is_one_message_and_exit_code_2(
     assert code == 2
     assert text in said
     assert "Traceback" not in said
+
+
+def test_the_version_is_told(capsys: Any) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"seqpar_ring {__version__}\n"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seqpar_ring.errors import ConfigError, SeqparError
+from seqpar_ring.lengths import tokens as number
+from seqpar_ring.lengths import tokens_of_each
 from seqpar_ring.planner.asked import pairs
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 SHOWN = 5
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 HELP = "What is installed here, what works, and, with --model, whether your model is exact over a ring."
 
@@ -38,10 +41,10 @@ Exit codes: 0 all is well; 1 a problem, or the model differs; 2 it cannot be ask
 def doctor(  # noqa: PLR0913 - options of a command line
     model: Annotated[Path | None, typer.Option(help="A model's folder: compare one rank with --ranks.")] = None,
     ranks: Annotated[int, typer.Option(help="Ranks that share the sequence.", min=1)] = 2,
-    tokens: Annotated[int, typer.Option(help="Tokens of one document.", min=2)] = 1024,
-    documents: Annotated[str, typer.Option(help="Lengths of packed documents instead: 700,1,323.")] = "",
+    tokens: Annotated[str, typer.Option(help="Tokens of one document.  [default: 1024]", show_default=False)] = "",
+    documents: Annotated[str, typer.Option(help="Lengths of packed documents instead: 700,1,323 or 8x1K,300.")] = "",
     layers: Annotated[int | None, typer.Option(help="Only so many of the model's first layers.", min=1)] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16 (float32, bfloat16).")] = "fp32",
     setting: Annotated[list[str] | None, typer.Option(help="A setting of the ring: layout=packed. Repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
@@ -49,7 +52,7 @@ def doctor(  # noqa: PLR0913 - options of a command line
     from rich.console import Console
 
     out = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
-    asked = (_lengths(documents) or (tokens,), ranks, layers, dtype, pairs(setting or []))
+    asked = (_lengths(documents, tokens), ranks, layers, DTYPES.get(dtype, dtype), pairs(setting or []))
     case = None if model is None else _case(model, asked)
     found = [*_findings(), _link()]
     report: dict[str, Any] = {"environment": [one._asdict() for one in found]}
@@ -131,8 +134,8 @@ def _line(one: Finding) -> str:
     return f"{MARKS[one.level]} {one.what:<20} {one.found}" + (f"  -> {one.advice}" if one.advice else "")
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError("--documents is no list of lengths", fix="Write e.g. 700,1,323.", documents=text) from None
+def _lengths(documents: str, tokens: str) -> tuple[int, ...]:
+    if documents and tokens:
+        fix = "Give one of them."
+        raise ConfigError("--documents and --tokens both say how long", fix=fix, documents=documents, tokens=tokens)
+    return tuple(tokens_of_each(documents)) if documents else (number(tokens or "1024", "--tokens", 2),)

@@ -196,7 +196,7 @@ class Mask:
         if self.causal and any(w is not None and w < 1 for w in causal_windows):
             raise PlanError(
                 "a causal window holds at least one key, the query's own",
-                fix="Give window >= 1, or None for no window.",
+                fix="Give one number that counts it, or None for no window: flash-attention's (3, 0) is window=4.",
                 window=self.window,
             )
         if self.chunk is not None and self.chunk < 1:

@@ -88,8 +88,9 @@ class Report:
     """What one rank sent, and how long it waited, since the last reset.
 
     Attributes:
-        bytes_sent: bytes sent in each lane: "kv" keys and values, "dkv" their gradients.
-        messages: transfers sent.
+        bytes_sent: bytes sent in each lane: "kv" keys and values, "dkv" their gradients, "control" what ranks agree on,
+            sum or gather.
+        messages: transfers and collectives.
         seconds_waited: time spent waiting for transfers that were not there yet.
     """
 

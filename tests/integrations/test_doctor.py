@@ -75,6 +75,32 @@ def test_a_window_that_is_dropped_is_found_and_a_parameter_named(
     assert "NOT THE SAME, worst in model.layers." in capsys.readouterr().out
 
 
+def test_a_gradient_that_only_one_process_has_is_seen(saved: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ring's model has the parameter frozen: of gradients that are there, all are the same."""
+    load = doctor._alone
+
+    def more(case: Case, dtype: Any) -> Any:
+        loss, grads = load(case, dtype)
+        grads.pop("model.norm.weight")
+        return loss, grads
+
+    monkeypatch.setattr(doctor, "_alone", more)
+    found = doctor.parity(Case(saved["Llama"], (30, 12)))
+    assert not found.good
+    assert found.worst[0].parameter == "model.norm.weight"
+
+
+def test_lengths_and_dtypes_are_written_as_in_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(command, "_case", lambda model, given: asked.append(given))
+    monkeypatch.setattr(command, "_findings", list)
+    monkeypatch.setattr(command, "_link", lambda: Finding("ok", "gloo", "not asked"))
+    for options in ([], ["--tokens", "1K", "--dtype", "bf16"], ["--documents", "2x1K,300", "--dtype", "float32"]):
+        assert cli.main(["doctor", "--model", "here", *options]) == 0
+    assert [given[0] for given in asked] == [(1024,), (1024,), (1024, 1024, 300)]
+    assert [given[3] for given in asked] == ["float32", "bfloat16", "float32"]
+
+
 def test_a_family_that_cannot_be_exact_is_refused(saved: dict[str, str]) -> None:
     with pytest.raises(UnsupportedError, match="attention interface"):
         doctor.parity(Case(saved["Falcon"], (40,)))
@@ -93,6 +119,10 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         (["--setting", "size=4"], "the size is the number of ranks here"),
         (["--model", "nowhere"], "no model there"),
         (["--documents", "1,x"], "no list of lengths"),
+        (["--documents", "1x"], "no number of tokens"),
+        (["--documents", "0x5"], "no list of lengths"),
+        (["--documents", "30,20", "--tokens", "50"], "both say how long"),
+        (["--dtype", "fp16"], "Give fp32 or bf16"),
     ],
 )
 def test_wrong_input_is_said_before_anything_is_started(
