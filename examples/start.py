@@ -47,7 +47,7 @@ def start(job: Job, config: dict[str, Any], documents: list[Document]) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = packed(job, documents, tokenizer, out)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    # The ring's checkpointing policy keeps what attention computed: the backward pass recomputes projections only.
+    # What attention computed is kept in every row, short ones too, where the setting `remat` would leave it to "auto".
     smollm2.checkpointed(model, context_fn=sr.remat.context_fn)
     engine, *_ = initialize(model=model, model_parameters=list(model.parameters()), config=config)
     run = Run(job, folder, tokenizer, rows, engine, engine.seqpar_ring, out)

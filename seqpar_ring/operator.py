@@ -1,7 +1,7 @@
 """The operator: attention over a plan as one torch operator with its backward.
 
-Attention is a registered operator (not a Python autograd function) because only operators can be kept by a selective
-checkpoint policy; see `remat.py`. What surrounds the ring is here: sharing out heads before it and back after it
+Attention is a registered operator and not a Python autograd function: `remat` tells it from the other operators of a
+layer and hands its results back, and torch.compile leaves it as it is. What surrounds the ring is here: sharing out heads before it and back after it
 (inside the operator, so that a recomputed layer does not communicate), sinks, and the choice of what travels in
 backward. It checks nothing: `ring_attention` has.
 """
@@ -213,4 +213,4 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None,
 attention.register_autograd(_differentiate, setup_context=_keep)
 
 OPERATOR = torch.ops.seqpar_ring.attention.default
-"""The operator as dispatch modes see it: what a checkpoint policy keeps."""
+"""The operator as dispatch modes see it: what `remat` keeps the results of."""

@@ -48,7 +48,7 @@ class SequenceParallel(OfThisProcess):
     """One sequence over `size` ranks; the rest of the world is data parallel.
 
     Making one is collective over the whole world, and needs torch.distributed to be initialised unless the world is one
-    process. Arguments beside `mesh` are those of `Settings`.
+    process; on GPUs each process has its device set before. Arguments beside `mesh` are those of `Settings`.
 
     Args:
         size: ranks that share a sequence; divides the world.
@@ -57,7 +57,7 @@ class SequenceParallel(OfThisProcess):
 
     Raises:
         ConfigError: an unknown or wrong setting.
-        GroupError: `size` does not divide the world, or the mesh does not fit.
+        GroupError: `size` does not divide the world, the mesh does not fit, or ranks use the same GPU.
     """
 
     def __init__(self, size: int, *, mesh: DeviceMesh | None = None, **settings: Any) -> None:
