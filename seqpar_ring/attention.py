@@ -58,8 +58,8 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         UnsupportedError: no kernel can do this exactly (says what each one lacks); a scale or softcap that requires a
             gradient; forward-mode differentiation.
         DisagreementError: ranks called with different shapes, dtypes, lengths or settings; raised on every rank.
-        TransportError: a rank died or did not arrive within the timeout. Not over NCCL, which does not tell who waits:
-            there torch's watchdog ends the process once the timeout is over.
+        TransportError: a rank died, did not arrive within the timeout, or failed in the middle of an earlier pass. Not
+            over NCCL, which does not tell who waits: there torch's watchdog ends the process once the timeout is over.
     """
     _expect_types(plan, q_BSHD, k_BSGD, v_BSGE)
     problem: SeqparError | None = None
@@ -76,8 +76,8 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
     options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": alibi_slopes is not None}
     record = _record((q_BSHD, k_BSGD, v_BSGE), plan, options)
     # On a GPU a handshake in every layer would stall the stream, so there only what is new is agreed upon.
-    if problem or not q_BSHD.is_cuda or plan.sequence.agreed.first_time(repr(record)):
-        plan.sequence.agree("ring_attention", record, problem)
+    plan.sequence.agree_at_first("ring_attention", record, problem, always=not q_BSHD.is_cuda)
+    plan.sequence.calls += 1
     out, lse = operator.attention(q_BSHD, k_BSGD, v_BSGE, sinks, alibi_slopes, plan.handle, scale, softcap)
     return (out, lse.detach()) if return_lse else out
 

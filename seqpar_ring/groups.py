@@ -226,8 +226,8 @@ def _agreed_lines(
     try:
         _check_size(size, total)
         start = rank // size * size
-        ring = tuple(range(start, start + size)) if mesh is None else _ring_of(mesh, size)
         world = world if mesh is None else _world_of(mesh)
+        ring = tuple(range(start, start + size)) if mesh is None else _ring_of(mesh, size)
     except GroupError as error:
         failed = error
     record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None, "lanes": tuple(lanes)}
@@ -252,6 +252,13 @@ def _agreed_lines(
 
 def _world_of(mesh: DeviceMesh) -> tuple[int, ...]:
     """The ranks that hold the same part of the model as this one, as global ranks in ascending order."""
+    if mesh.get_coordinate() is None:
+        raise GroupError(
+            "this rank is not in the mesh",
+            fix="Give a mesh over all ranks of the world.",
+            rank=dist.get_rank(),
+            mesh=mesh.mesh.tolist(),
+        )
     names = mesh.mesh_dim_names or ()
     if MODEL not in names:
         return tuple(range(dist.get_world_size()))

@@ -95,9 +95,12 @@ def mean_of_sums(
         accumulation = _whole("accumulation", accumulation, least=1)
     except SeqparError as error:
         problem = problem or error
-    # On a GPU the host has to wait.
-    if problem or not labels_BS.is_cuda or everyone.agreed.first_time("weights of the loss"):
-        everyone.agree("the loss", {"num_items": num_items, "accumulation": accumulation, **record}, problem)
+    weights = {"num_items": num_items, "accumulation": accumulation, **record}
+    if labels_BS.is_cuda and problem is None and everyone.agreed.knows("weights of the loss"):
+        pass  # they differ from step to step, and the host would have to wait
+    else:
+        everyone.agree("the loss", weights, problem)
+        everyone.agreed.add("weights of the loss")
     local = summed()
     targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()

@@ -1,14 +1,15 @@
 """The operator: attention over a plan as one torch operator with its backward.
 
 Attention is a registered operator and not a Python autograd function: `remat` tells it from the other operators of a
-layer and hands its results back, and torch.compile leaves it as it is. What surrounds the ring is here: sharing out heads before it and back after it
-(inside the operator, so that a recomputed layer does not communicate), sinks, and the choice of what travels in
-backward. It checks nothing: `ring_attention` has.
+layer and hands its results back, and torch.compile leaves it as it is. What surrounds the ring is here: sharing out
+heads before it and back after it (inside the operator, so that a recomputed layer does not communicate), sinks, and the
+choice of what travels in backward. It checks nothing (`ring_attention` has) but that ranks run the same backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +22,9 @@ from seqpar_ring.plan import TRAVELS, Plan, plan_of
 from seqpar_ring.reshard import Heads, shares, to_heads, to_tokens
 
 Results = TypeVar("Results")
+
+UNKNOWN = -1
+"""In place of the number of a call of attention."""
 
 SCHEMA = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? slopes, int plan, float scale, float? softcap"
 
@@ -110,6 +114,19 @@ def attention(  # noqa: PLR0913 - an operator takes tensors and plain values, on
 ) -> tuple[Tensor, Tensor]:
     """(out_BSHE in q's dtype, lse_BHS) of this rank's tokens."""
     mine = plan_of(plan)
+    with _remembering_failure(mine):
+        return _forward(mine, (q, k, v), sinks, slopes, scale, softcap)
+
+
+def _forward(
+    mine: Plan,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv
     dtype, sharing = q.dtype, _sharing(mine, q, k)
     if sharing is not None:
         q, k, v = sharing.out(q), sharing.out(k, keys=True), sharing.out(v, keys=True)
@@ -127,7 +144,7 @@ def attention(  # noqa: PLR0913 - an operator takes tensors and plain values, on
 @torch.library.custom_op(
     "seqpar_ring::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, {SCHEMA}, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dout, {SCHEMA}, Tensor out, Tensor lse, int call) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 @_as_written
 def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain values, one by one
@@ -142,9 +159,31 @@ def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain v
     softcap: float | None,
     out: Tensor,
     lse: Tensor,
+    call: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dsinks); dsinks is this rank's share, and empty without sinks."""
+    """(dq, dk, dv, dsinks); dsinks is this rank's share, and empty without sinks.
+
+    `call` is `Transport.calls` in forward, which ranks compare (not on a GPU, where the host would have to wait);
+    `UNKNOWN` where nobody counted.
+    """
     mine = plan_of(plan)
+    if call != UNKNOWN and not q.is_cuda:
+        mine.sequence.agree("attention's backward", {"of which call of attention": call})
+    with _remembering_failure(mine):
+        return _backward(mine, dout, Kept(q, k, v, out, lse), sinks, slopes, scale, softcap)
+
+
+def _backward(  # noqa: PLR0913 - the same, one by one
+    mine: Plan,
+    dout: Tensor,
+    kept: Kept,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, out, lse, _ = kept
+    assert out is not None
     dtype, sharing = q.dtype, _sharing(mine, q, k)
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     dsinks = q.new_zeros(0) if sinks is None else _sink_gradient(sinks, lse, delta)
@@ -163,6 +202,16 @@ def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain v
         dq, dk, dv = sharing.back(dq), sharing.back(dk, keys=True), sharing.back(dv, keys=True)
     dq, dk, dv = (x.to(dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, dsinks
+
+
+@contextmanager
+def _remembering_failure(plan: Plan) -> Iterator[None]:
+    """What ends a pass in the middle leaves messages that a next pass would take for its own."""
+    try:
+        yield
+    except BaseException as error:
+        plan.sequence.broken = f"{type(error).__name__}: {error}"
+        raise
 
 
 def _drain(out_BSHE: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,11 +251,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     q, k, v, sinks, slopes, handle, *scores = inputs
     ctx.save_for_backward(q, k, v, sinks, slopes, *output)
     ctx.plan, ctx.scores = plan_of(handle), scores  # holding the plan keeps its number valid until backward
+    counted = type(q) in (Tensor, torch.nn.Parameter)  # where a compiler looks on, this happens once for many calls
+    ctx.call = ctx.plan.sequence.calls if counted else UNKNOWN
 
 
 def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, out, lse = ctx.saved_tensors
-    dq, dk, dv, dsinks = attention_backward(dout, *inputs, ctx.plan.handle, *ctx.scores, out, lse)
+    dq, dk, dv, dsinks = attention_backward(dout, *inputs, ctx.plan.handle, *ctx.scores, out, lse, ctx.call)
     return dq, dk, dv, None if inputs[3] is None else dsinks, None, None, None, None
 
 

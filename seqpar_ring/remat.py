@@ -12,6 +12,7 @@ in device memory or (`offload`) in the host's. A checkpointed layer that changes
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -65,6 +66,9 @@ class Shelf(Protocol):
     def take(self, key: Hashable) -> Result | None:
         """Give a result back, once; None if there is none."""
 
+    def drop(self, key: Hashable) -> None:
+        """Forget a result."""
+
 
 class InPlace:
     """Results stay where they are."""
@@ -76,6 +80,10 @@ class InPlace:
         """Store a result."""
         kept = tuple(_alias(x) for x in result)
         self._results[key] = kept, [x._version for x in kept]
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a result."""
+        self._results.pop(key, None)
 
     def take(self, key: Hashable) -> Result | None:
         """Give a result back, once, so that its memory is free after it.
@@ -133,6 +141,10 @@ class InHostMemory:
         with self._beside(device, result):
             self._away[key] = device, tuple(_to_host(x.detach()) for x in result)
 
+    def drop(self, key: Hashable) -> None:
+        """Forget a result."""
+        self._away.pop(key, None)
+
     def take(self, key: Hashable) -> Result | None:
         """Wait for a result to be back on its device, and start fetching the one that was put before it."""
         self._fetch(key)
@@ -182,6 +194,7 @@ class Kept:
     def __init__(self, offload: bool = False) -> None:
         self._shelf: Shelf = InHostMemory() if offload else InPlace()
         self._closed = False
+        self._names: Counter[Hashable] = Counter()
         self.bytes = 0
         """Of all results that were kept."""
 
@@ -202,8 +215,15 @@ class Kept:
         return _AtAttention(lambda run: self._keep(name, run()))
 
     def _keep(self, name: Hashable, result: Result) -> Result:
-        self.bytes += sum(x.nbytes for x in result)
-        self._shelf.put(name, result)
+        """One name may be that of several calls, as where layers share a module: which of them is recomputed cannot be
+        told then, and they run again."""
+        self._names[name] += 1
+        if self._names[name] == 1:
+            self.bytes += sum(x.nbytes for x in result)
+            self._shelf.put(name, result)
+        elif self._names[name] == 2:
+            self.bytes -= sum(x.nbytes for x in result)
+            self._shelf.drop(name)
         return result
 
 

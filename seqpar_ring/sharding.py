@@ -102,8 +102,7 @@ def agree_to_gather(x: Tensor, dim: int, ring: Transport, problem: SeqparError |
     """
     shape = tuple(n for i, n in enumerate(x.shape) if i != dim % max(x.dim(), 1))
     record = {"gathered along": dim % max(x.dim(), 1), "dtype": str(x.dtype), "other dimensions": shape}
-    if problem or not x.is_cuda or ring.agreed.first_time(repr(record)):
-        ring.agree("gather", record, problem)
+    ring.agree_at_first("gather", record, problem, always=not x.is_cuda)
 
 
 def _whole(x: Tensor, dim: int, order: TokenOrder, ring: Transport) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import Mock
@@ -234,3 +235,30 @@ def test_what_else_a_layer_does_may_differ_in_the_recompute_as_under_zero_3() ->
 
     found = run_lockstep(gradient, 2)[0]
     torch.testing.assert_close(found, run_lockstep(gradient, 1)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["in place", "in host memory"])
+def test_calls_of_one_name_run_again_and_do_not_get_each_others_results(offload: bool) -> None:
+    """As where two layers share a module: which of their calls is recomputed cannot be told."""
+
+    def grads(sp: SequenceParallel, kept: remat.Kept | None) -> list[Tensor]:
+        plan = sp.plan(12)
+        whole = torch.randn(3, 1, 12, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        q, k, v = (plan.shard(x).requires_grad_() for x in whole)
+
+        def twice(q: Tensor) -> Any:
+            for _ in range(2):
+                with nullcontext() if kept is None else kept.around("the module"):
+                    q = ring_attention(q, k, v, plan)  # type: ignore[assignment]
+            with nullcontext() if kept is None else kept.around("another"):
+                return ring_attention(q, k, v, plan)
+
+        out = checkpoint(twice, q, use_reentrant=False)
+        if kept is not None:
+            kept.close()
+            assert kept.bytes == out.nbytes + out[..., 0].nbytes  # of the one that has a name of its own
+        return list(torch.autograd.grad(out.sum(), (q, k, v)))
+
+    plain = run_lockstep(lambda sp: grads(sp, None), 2)
+    for found, truth in zip(run_lockstep(lambda sp: grads(sp, remat.Kept(offload)), 2), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))

@@ -135,12 +135,15 @@ class Transport(Messenger, Protocol):
     """The ranks of one group, and all ways to move tensors between them.
 
     `recorder`, where somebody records, is told what is done with this transport; `agreed` remembers what its ranks need
-    not compare again.
+    not compare again; `broken` says what ended a pass in the middle, after which messages would be taken for others;
+    `calls` counts calls of attention.
     """
 
     stats: TransportStats
     recorder: Recorder | None
     agreed: Agreed
+    broken: str
+    calls: int
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """All ranks' tensors, concatenated along `dim` in rank order; not differentiable.
@@ -165,7 +168,14 @@ class Transport(Messenger, Protocol):
         Raises:
             DisagreementError: records differ; names the field and the values by rank.
             Exception: `error` itself here; elsewhere one that names the failing rank, of the same class where possible.
+            TransportError: an earlier pass failed in the middle on some rank.
         """
+
+    def agree_at_first(
+        self, what: str, record: Mapping[str, object], error: Exception | None = None, always: bool = False
+    ) -> None:
+        """The same, but only of what has not been agreed on before, or `always`: on a GPU the host would have to wait.
+        A rank with an error that others have not is then alone, where they have agreed on their record before."""
 
 
 class Agreed:
@@ -179,14 +189,19 @@ class Agreed:
     def __init__(self, kept: int = 4096) -> None:
         self._kept, self._known = kept, OrderedDict[object, None]()
 
-    def first_time(self, what: object) -> bool:
-        """Whether this was not asked before, or so long ago that it was forgotten."""
-        new = what not in self._known
+    def knows(self, what: object) -> bool:
+        """Whether this was added, and not so long ago that it was forgotten."""
+        known = what in self._known
+        if known:
+            self._known.move_to_end(what)
+        return known
+
+    def add(self, what: object) -> None:
+        """The ranks have agreed on this. Not before: a rank that could not agree would think otherwise."""
         self._known[what] = None
         self._known.move_to_end(what)
         if len(self._known) > self._kept:
             self._known.popitem(last=False)
-        return new
 
 
 class BaseTransport(ABC):
@@ -197,10 +212,35 @@ class BaseTransport(ABC):
         self.lanes = tuple(lanes)
         self.recorder: Recorder | None = None
         self.agreed = Agreed()
+        self.broken = ""
+        self.calls = 0
 
     @abstractmethod
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
         """See `Transport.exchange`."""
+
+    @abstractmethod
+    def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
+        """See `Transport.agree`."""
+
+    def agree_at_first(
+        self, what: str, record: Mapping[str, object], error: Exception | None = None, always: bool = False
+    ) -> None:
+        """See `Transport.agree_at_first`."""
+        key = what, repr(record)
+        if error is None and not always and not self.broken and self.agreed.knows(key):
+            return
+        self.agree(what, record, error)
+        self.agreed.add(key)
+
+    def _or_broken(self, error: Exception | None) -> Exception | None:
+        """What is wrong on this rank: a pass that ended in the middle has left messages that the next would take."""
+        if error is not None or not self.broken:
+            return error
+        return TransportError(
+            f"attention failed in the middle of a pass on this rank ({self.broken}), so messages may be on their way",
+            fix="Make a new SequenceParallel on all ranks before the step is tried again.",
+        )
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """See `Transport.all_gather`.

@@ -52,7 +52,7 @@ class DistributedTransport(BaseTransport):
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
         """See `Transport.exchange`."""
         sends, recvs = self._to_post(sends, recvs, lane)
-        group = self._lanes[lane]
+        group = self._group(lane)
         # Receives first: gloo tells a sender that its message may come over the connection on which our own would be
         # under way already, so between two ranks that send first one direction waits for the other.
         both = [(dist.irecv, m) for m in recvs] + [(dist.isend, m) for m in sends]
@@ -74,11 +74,12 @@ class DistributedTransport(BaseTransport):
         total = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
         self.stats.count("control", 2 * (self.world - 1) * total.nbytes // self.world)
         with self._collective("all_reduce"):
-            dist.all_reduce(total, group=self._lanes["control"])
+            dist.all_reduce(total, group=self._group("control"))
         return total.to(x.device)
 
     def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
         """See `Transport.agree`. Costs one all_gather of three integers while all is well."""
+        error = self._or_broken(error)
         said = claim(what, record, error)
         digests = self._gather_integers(digest(said), what)
         if all(d == digests[0] and not d[0] for d in digests):
@@ -90,7 +91,7 @@ class DistributedTransport(BaseTransport):
         gathered = [torch.zeros_like(mine) for _ in range(self.world)]
         self.stats.count("control", (self.world - 1) * mine.nbytes)
         with self._collective(f"agreement on {what}"):
-            dist.all_gather(gathered, mine, group=self._lanes["control"])
+            dist.all_gather(gathered, mine, group=self._group("control"))
             return [tuple(int(n) for n in row) for row in torch.stack(gathered).tolist()]
 
     def _gather_claims(self, said: Claim, what: str) -> list[Claim]:
@@ -98,6 +99,16 @@ class DistributedTransport(BaseTransport):
         sizes = [size for (size,) in self._gather_integers([data.numel()], what)]
         parts = self.all_gather(data, sizes).cpu().split(sizes)
         return [pickle.loads(bytes(part.tolist())) for part in parts]
+
+    def _group(self, lane: str) -> dist.ProcessGroup:
+        found = self._lanes.get(lane)
+        if found is None:
+            raise TransportError(
+                "the process groups of this SequenceParallel were destroyed",
+                fix="Make a new one after torch.distributed.init_process_group.",
+                lane=lane,
+            )
+        return found
 
     @contextmanager
     def _collective(self, name: str) -> Iterator[None]:

@@ -297,6 +297,7 @@ class LockstepTransport(BaseTransport):
 
     def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
         """See `Transport.agree`."""
+        error = self._or_broken(error)
         claims: list[Claim] = self._gather(claim(what, record, error))
         settle(claims, self.rank, error)
 
