@@ -155,21 +155,12 @@ class _Adapter:
         self.sp.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
         if PLAN_KEY not in batch:
             batch = self.sp.shard_batch(batch)
-        self._check_shares(batch[PLAN_KEY])
+        allowed.check_shares(batch[PLAN_KEY], self.sp)
         # Whether a layer is checkpointed is not asked: a result that its graph holds anyway costs nothing to keep.
         calls = Calls(kept=Kept(self.sp.settings.offload) if torch.is_grad_enabled() else None)
         batch = {**self._cut(model, batch, calls), "use_cache": False}
         batch["position_ids"] = positions.carrying(batch["position_ids"], batch[PLAN_KEY], calls)
         return (), {**batch, CALLS_KEY: calls}
-
-    def _check_shares(self, plan: Plan) -> None:
-        problem: SeqparError | None = None
-        try:
-            allowed.check_shares(plan)
-        except SeqparError as found:
-            problem = found
-        if problem is not None or self.sp.data_size > 1:  # others have batches of their own, and would wait
-            self.sp.agree("the shares of the ranks", {}, problem)
 
     def _cut(self, model: nn.Module, batch: dict[str, Any], calls: Calls) -> dict[str, Any]:
         """Settle in how many tiles MLPs and head compute: as many on every rank, as tiles may gather parameters."""

@@ -160,19 +160,22 @@ def _check_sharded(batch: Mapping[str, Any], plan: Plan) -> None:
             )
 
 
-def check_shares(plan: Plan) -> None:
-    """Refuse a rank without tokens: models of transformers reshape by -1, which fails on none.
+def check_shares(plan: Plan, sp: SequenceParallel) -> None:
+    """Refuse a rank without tokens: models of transformers reshape by -1, which fails on none. Collective.
 
     Raises:
-        BatchError: the same on every rank.
+        BatchError: on every rank, also on data ranks whose batches are fine.
     """
+    problem: BatchError | None = None
     if not min(plan.documents.sizes):
-        raise BatchError(
+        problem = BatchError(
             "a rank would hold no token, and models of transformers cannot run on none",
             fix='Use longer sequences, or a smaller size, or layout="contiguous".',
             tokens_by_rank=plan.documents.sizes,
             lengths=plan.lengths,
         )
+    if problem is not None or sp.data_size > 1:  # else all ranks have the same sizes
+        sp.agree("the shares of the ranks", {}, problem)
 
 
 def check_calls(model: Any, calls: Calls, labelled: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from seqpar_ring import operator
-from seqpar_ring.errors import PlanError, SeqparError, UnsupportedError
+from seqpar_ring.errors import PlanError, UnsupportedError
 from seqpar_ring.plan import Plan
 from seqpar_ring.reshard import shares
 
@@ -62,7 +62,7 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
             over NCCL, which does not tell who waits: there torch's watchdog ends the process once the timeout is over.
     """
     _expect_types(plan, q_BSHD, k_BSGD, v_BSGE)
-    problem: SeqparError | None = None
+    problem: Exception | None = None
     try:
         _check(q_BSHD, k_BSGD, v_BSGE, plan)
         _check_logits((q_BSHD, k_BSGD, v_BSGE), scale, softcap, sinks, alibi_slopes)
@@ -70,7 +70,7 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
             shares(q_BSHD.shape[2], k_BSGD.shape[2], plan.documents.members.world)
         plan.kernel(operator.request_for(q_BSHD, k_BSGD, v_BSGE, plan, softcap, alibi_slopes is not None))
         scale, softcap = q_BSHD.shape[-1] ** -0.5 if scale is None else float(scale), softcap and float(softcap)
-    except SeqparError as error:
+    except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
         scale = softcap = None  # which may be what is wrong
     options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": alibi_slopes is not None}

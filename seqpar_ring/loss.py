@@ -127,6 +127,9 @@ def mean_of_sums(
 
 def _misfit(logits_BSV: Tensor, labels_BS: Tensor) -> SeqparError | None:
     """What is wrong with logits and labels, as far as the host need not wait for a GPU to see it."""
+    if not isinstance(labels_BS, Tensor) or labels_BS.dtype is not torch.int64:
+        given = labels_BS.dtype if isinstance(labels_BS, Tensor) else type(labels_BS).__name__
+        return BatchError("labels are not int64", fix="Use those that shard_batch returned.", labels=given)
     if logits_BSV.shape[:-1] != labels_BS.shape:
         return PlanError(
             "logits and labels differ in shape",

@@ -171,7 +171,7 @@ class SequenceParallel(OfThisProcess):
             PlanError: from `plan.masked(causal=False)` later, of a batch with padding.
             DisagreementError: the ranks of a group were given different batches; raised on every rank.
         """
-        problem: SeqparError | None = None
+        problem: Exception | None = None
         reading: edge.Reading | None = None
         keys: tuple[str, ...] = ()
         shared: dict[str, object] = {}
@@ -182,7 +182,7 @@ class SequenceParallel(OfThisProcess):
             self._expect_enough(reading)
             self.settle(reading.lengths)
             shared = edge.record(batch, reading)
-        except SeqparError as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
             problem = error
         self.agree("shard_batch", {**shared, "decided": self.decided}, problem)
         assert reading is not None  # agree raised otherwise
@@ -198,7 +198,7 @@ class SequenceParallel(OfThisProcess):
         out[edge.PLAN_KEY] = plan
         return out
 
-    def agree(self, what: str, record: Mapping[str, object], problem: SeqparError | None = None) -> None:
+    def agree(self, what: str, record: Mapping[str, object], problem: Exception | None = None) -> None:
         """Go on together or raise together. Collective over the world.
 
         Args:
@@ -207,12 +207,12 @@ class SequenceParallel(OfThisProcess):
             problem: what this rank found wrong.
 
         Raises:
-            SeqparError: `problem` where there is one; a DisagreementError in a group whose records differ; and on every
+            Exception: `problem` where there is one; a DisagreementError in a group whose records differ; and on every
                 other rank of the world one that names the rank and its error.
         """
         try:
             self.groups.ring.agree(what, record, problem)
-        except SeqparError as found:
+        except Exception as found:
             problem = found
         if self.data_size > 1:  # other groups would go on, and wait in vain for this one in the loss
             self.groups.everyone.agree(what, {}, problem)
@@ -235,7 +235,7 @@ class SequenceParallel(OfThisProcess):
         over the world. `plan`, if given, is checked against the shapes. See `seqpar_ring.loss.token_mean`.
         """
         problem: SeqparError | None = None
-        if plan is not None and labels_BS.shape[-1] != plan.local_tokens:
+        if plan is not None and isinstance(labels_BS, Tensor) and labels_BS.shape[-1] != plan.local_tokens:
             problem = BatchError(
                 "labels do not hold this rank's tokens of the plan",
                 fix="Use the labels that shard_batch returned with this plan.",
@@ -298,7 +298,7 @@ class SequenceParallel(OfThisProcess):
         Raises:
             BatchError: as `shard_batch`, and for a batch without labels, and other numbers of `batches` and `lengths`.
         """
-        problem: SeqparError | None = None
+        problem: Exception | None = None
         counts: list[Tensor] = []
         try:
             for one, its in zip(batches, repeat(None)) if lengths is None else zip_longest(batches, lengths):
@@ -310,7 +310,7 @@ class SequenceParallel(OfThisProcess):
                 counts.append((labels != edge.IGNORED).sum())
             if not counts:
                 raise BatchError("no batch to count targets in", fix="Give the micro-batches of one optimizer step.")
-        except SeqparError as error:
+        except Exception as error:  # a loader's, too
             problem = error
         self.groups.everyone.agree("count_targets", {"micro-batches": len(counts)}, problem)
         return int(self.groups.everyone.all_reduce(torch.stack(counts).sum())) // self.size

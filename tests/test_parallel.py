@@ -357,3 +357,37 @@ def test_what_ranks_gather_must_be_alike(pool2: RankPool) -> None:
             assert "other dimensions" in width
             assert tokens.startswith("PlanError")
             assert tokens.startswith("PlanError: rank 0 failed") == (rank == 1)
+
+
+def test_errors_that_are_not_ours_reach_all_ranks_too() -> None:
+    """A loader that ran out on one rank, say: the others waited until the timeout."""
+    good = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+
+    def broken() -> Any:
+        yield good
+        raise OSError("the disk is gone")
+
+    def run(sp: SequenceParallel, what: str) -> None:
+        bad, plan = sp.rank == 0, sp.plan(8)
+        x = torch.ones(1, plan.local_tokens, 2, 4)
+        if what == "shard_batch":
+            sp.shard_batch(None if bad else good)  # type: ignore[arg-type]
+        elif what == "positions":
+            sp.shard_batch({**good, "position_ids": torch.full((1, 8), torch.nan)} if bad else good)
+        elif what == "count_targets":
+            sp.count_targets(broken() if bad else [good, good])
+        elif what == "ring_attention":
+            ring_attention(x, x, x, plan, scale=10**400 if bad else 1)
+        else:
+            sp.loss(torch.ones(1, 8, 9), None if bad else torch.zeros(1, 8, dtype=torch.int64))  # type: ignore[arg-type]
+
+    def said(sp: SequenceParallel, what: str) -> str:
+        try:
+            run(sp, what)
+        except Exception as error:
+            return str(error)
+        return "went on"
+
+    for what in ("shard_batch", "positions", "count_targets", "ring_attention", "loss"):
+        _, other = run_lockstep(lambda sp, what=what: said(sp, what), 2)
+        assert "rank 0" in other, (what, other)

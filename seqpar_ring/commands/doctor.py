@@ -52,6 +52,8 @@ def doctor(  # noqa: PLR0913 - options of a command line
     from rich.console import Console
 
     out = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
+    if model is None and (documents or tokens or layers or setting):
+        raise ConfigError("nothing is compared without a model", fix="Give --model, or leave the other options out.")
     asked = (_lengths(documents, tokens), ranks, layers, DTYPES.get(dtype, dtype), pairs(setting or []))
     case = None if model is None else _case(model, asked)
     found = [*_findings(), _link()]

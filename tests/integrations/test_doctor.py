@@ -90,6 +90,12 @@ def test_a_gradient_that_only_one_process_has_is_seen(saved: dict[str, str], mon
     assert found.worst[0].parameter == "model.norm.weight"
 
 
+def test_options_of_a_comparison_without_a_model_are_refused(capsys: Any) -> None:
+    for options in (["--tokens", "50"], ["--documents", "3,4"], ["--setting", "layout=packed"], ["--layers", "1"]):
+        assert cli.main(["doctor", *options]) == 2
+        assert "nothing is compared without a model" in capsys.readouterr().err
+
+
 def test_lengths_and_dtypes_are_written_as_in_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(command, "_case", lambda model, given: asked.append(given))

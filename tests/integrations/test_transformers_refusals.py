@@ -163,6 +163,20 @@ def test_a_rank_without_tokens_is_refused() -> None:
     assert_refused(found, BatchError, "no token", "tokens_by_rank=", "lengths=(1, 2)", "contiguous")
 
 
+def test_a_rank_without_tokens_is_refused_on_all_data_ranks() -> None:
+    """The others, whose batches are fine, waited for it in the loss."""
+    base = build("Llama").eval()
+    rows = [packed([1, 2])["input_ids"], packed([20])["input_ids"]]
+    restarting = torch.tensor([[0, 0, 1]]), torch.arange(20)[None]
+
+    def act(sp: SequenceParallel) -> object:
+        batch = {"input_ids": rows[sp.data_rank], "position_ids": restarting[sp.data_rank]}
+        return parallelize(copy.deepcopy(base), sp)(**batch)
+
+    found = errors(act, world=6, size=3, layout="zigzag")
+    assert all(type(error) is BatchError and "no token" in str(error) for error in found)
+
+
 # -------------------------------------------------------------------------------------------------- sharded batches
 
 SHARDED: dict[str, tuple[Callable[[SequenceParallel, dict[str, Any]], dict[str, Any]], type[SeqparError], str]] = {
