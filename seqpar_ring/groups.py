@@ -299,6 +299,6 @@ def _device(mesh: DeviceMesh | None) -> torch.device:
     return own_device(on_cuda)
 
 
-def own_device(on_cuda: bool = True) -> torch.device:
+def own_device(on_cuda: bool) -> torch.device:
     """This process's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")

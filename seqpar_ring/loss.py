@@ -46,9 +46,9 @@ def token_mean(
 
     Raises:
         PlanError: logits and labels differ in shape; `accumulation` without `num_items`; raised on every rank.
-        BatchError: not one target on any rank; a label beyond the vocabulary, seen where no GPU would have to be waited
-            for; `num_items` or `accumulation` below 1 or not whole; `num_items`, seen
-            where no GPU would have to be waited for, below this call's targets; raised on every rank.
+        BatchError: not one target on any rank; `num_items` or `accumulation` below 1 or not whole; and, seen where no
+            GPU would have to be waited for, a label beyond the vocabulary, or `num_items` below this call's targets;
+            raised on every rank.
         DisagreementError: the ranks give different `num_items` or `accumulation`: each its own targets, say. Compared
             in every call, on a GPU in the first only.
     """
@@ -96,7 +96,7 @@ def mean_of_sums(
     except SeqparError as error:
         problem = problem or error
     weights = {"num_items": num_items, "accumulation": accumulation, **record}
-    if labels_BS.is_cuda and problem is None and everyone.agreed.knows("weights of the loss"):
+    if problem is None and labels_BS.is_cuda and everyone.agreed.knows("weights of the loss"):
         pass  # they differ from step to step, and the host would have to wait
     else:
         everyone.agree("the loss", weights, problem)
