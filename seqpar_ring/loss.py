@@ -106,9 +106,10 @@ def mean_of_sums(
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
     count = int(seen) if num_items is None else num_items
     if count < 1:
+        masked = int(seen) == 0
         raise BatchError(
-            "no token of the batch has a target, on any rank" if num_items is None else "num_items says no targets",
-            fix="Check the labels: all are -100." if num_items is None else "Give what count_targets returns.",
+            "no token of the batch has a target, on any rank" if masked else "num_items says no targets",
+            fix="Check the labels: all are -100." if masked else "Give what count_targets returns.",
             targets=int(seen),
             num_items=num_items,
         )
