@@ -96,11 +96,8 @@ def mean_of_sums(
     except SeqparError as error:
         problem = problem or error
     weights = {"num_items": num_items, "accumulation": accumulation, **record}
-    if problem is None and labels_BS.is_cuda and everyone.agreed.knows("weights of the loss"):
-        pass  # they differ from step to step, and the host would have to wait
-    else:
-        everyone.agree("the loss", weights, problem)
-        everyone.agreed.add("weights of the loss")
+    on_gpu = problem is None and labels_BS.is_cuda  # weights differ from step to step, and the host would have to wait
+    everyone.agree_at_first("the loss", weights, problem, always=not on_gpu, known_as="weights of the loss")
     local = summed()
     targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()

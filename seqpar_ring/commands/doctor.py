@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MARKS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 SHOWN = 5
+RANKS, DTYPE = 2, "fp32"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 HELP = "What is installed here, what works, and, with --model, whether your model is exact over a ring."
@@ -40,11 +41,11 @@ Exit codes: 0 all is well; 1 a problem, or the model differs; 2 it cannot be ask
 
 def doctor(  # noqa: PLR0913 - options of a command line
     model: Annotated[Path | None, typer.Option(help="A model's folder: compare one rank with --ranks.")] = None,
-    ranks: Annotated[int, typer.Option(help="Ranks that share the sequence.", min=1)] = 2,
+    ranks: Annotated[int, typer.Option(help="Ranks that share the sequence.", min=1)] = RANKS,
     tokens: Annotated[str, typer.Option(help="Tokens of one document.  [default: 1024]", show_default=False)] = "",
     documents: Annotated[str, typer.Option(help="Lengths of packed documents instead: 700,1,323 or 8x1K,300.")] = "",
     layers: Annotated[int | None, typer.Option(help="Only so many of the model's first layers.", min=1)] = None,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16 (float32, bfloat16).")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16 (float32, bfloat16).")] = DTYPE,
     setting: Annotated[list[str] | None, typer.Option(help="A setting of the ring: layout=packed. Repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
@@ -52,7 +53,7 @@ def doctor(  # noqa: PLR0913 - options of a command line
     from rich.console import Console
 
     out = Console(highlight=False, markup=False, soft_wrap=True, stderr=as_json)
-    if model is None and (documents or tokens or layers or setting):
+    if model is None and (documents or tokens or layers or setting or ranks != RANKS or dtype != DTYPE):
         raise ConfigError("nothing is compared without a model", fix="Give --model, or leave the other options out.")
     asked = (_lengths(documents, tokens), ranks, layers, DTYPES.get(dtype, dtype), pairs(setting or []))
     case = None if model is None else _case(model, asked)

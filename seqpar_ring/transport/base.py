@@ -172,10 +172,18 @@ class Transport(Messenger, Protocol):
         """
 
     def agree_at_first(
-        self, what: str, record: Mapping[str, object], error: Exception | None = None, always: bool = False
+        self,
+        what: str,
+        record: Mapping[str, object],
+        error: Exception | None = None,
+        always: bool = False,
+        known_as: str = "",
     ) -> None:
         """The same, but only of what has not been agreed on before, or `always`: on a GPU the host would have to wait.
-        A rank with an error that others have not is then alone, where they have agreed on their record before."""
+        A rank with an error that others have not is then alone, where they have agreed on their record before.
+
+        `known_as` is for records that differ each time, of which the first is compared; else each of them is known.
+        """
 
 
 class Agreed:
@@ -224,10 +232,15 @@ class BaseTransport(ABC):
         """See `Transport.agree`."""
 
     def agree_at_first(
-        self, what: str, record: Mapping[str, object], error: Exception | None = None, always: bool = False
+        self,
+        what: str,
+        record: Mapping[str, object],
+        error: Exception | None = None,
+        always: bool = False,
+        known_as: str = "",
     ) -> None:
         """See `Transport.agree_at_first`."""
-        key = what, repr(record)
+        key = what, known_as or repr(record)
         if error is None and not always and not self.broken and self.agreed.knows(key):
             return
         self.agree(what, record, error)

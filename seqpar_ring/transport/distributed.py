@@ -73,8 +73,9 @@ class DistributedTransport(BaseTransport):
         """See `Transport.all_reduce`."""
         total = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
         self.stats.count("control", 2 * (self.world - 1) * total.nbytes // self.world)
+        group = self._group("control")
         with self._collective("all_reduce"):
-            dist.all_reduce(total, group=self._group("control"))
+            dist.all_reduce(total, group=group)
         return total.to(x.device)
 
     def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
@@ -90,8 +91,9 @@ class DistributedTransport(BaseTransport):
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         gathered = [torch.zeros_like(mine) for _ in range(self.world)]
         self.stats.count("control", (self.world - 1) * mine.nbytes)
+        group = self._group("control")
         with self._collective(f"agreement on {what}"):
-            dist.all_gather(gathered, mine, group=self._group("control"))
+            dist.all_gather(gathered, mine, group=group)
             return [tuple(int(n) for n in row) for row in torch.stack(gathered).tolist()]
 
     def _gather_claims(self, said: Claim, what: str) -> list[Claim]:

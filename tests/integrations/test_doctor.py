@@ -91,7 +91,8 @@ def test_a_gradient_that_only_one_process_has_is_seen(saved: dict[str, str], mon
 
 
 def test_options_of_a_comparison_without_a_model_are_refused(capsys: Any) -> None:
-    for options in (["--tokens", "50"], ["--documents", "3,4"], ["--setting", "layout=packed"], ["--layers", "1"]):
+    written = "--tokens 50", "--documents 3,4", "--setting layout=packed", "--layers 1", "--ranks 4", "--dtype bf16"
+    for options in (text.split() for text in written):
         assert cli.main(["doctor", *options]) == 2
         assert "nothing is compared without a model" in capsys.readouterr().err
 
