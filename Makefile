@@ -28,7 +28,7 @@ TRANSFORMERS    ?= 5.24.0
 TRANSFORMERS_AT := $(VENV)/transformers/$(TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-megatron test-transformers bench picture clean
+.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-megatron test-transformers bench picture reference clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,9 @@ bench: $(DEV) $(PEERS)/.stamp  ## every benchmark that this machine can run; BEN
 
 picture: $(DEV)  ## draw the pictures of docs/ again
 	for script in docs/pictures/make_*.py; do $(BIN)/python $$script || exit 1; done
+
+reference: $(DEV)  ## write docs/reference.md again, from the docstrings
+	$(BIN)/python docs/make_reference.py
 
 install: $(RUN)  ## only set up .venv for the example
 install-dev: $(DEV)  ## only set up .venv for working on the code

@@ -63,8 +63,8 @@ def ring(trainer: T, size: int | None = None, **settings: Any) -> T:
     Raises:
         ConfigError: an unknown or wrong setting.
         VersionError: a transformers without what is overridden here.
-        UnsupportedError: the class computes a loss of its own.
-        When an instance is made: UnsupportedError for arguments that cannot be exact.
+        UnsupportedError: the class computes a loss of its own; and later, when an instance is made, for arguments that
+            cannot be exact.
     """
     missing = [name for name in NEEDED if not hasattr(trainer, name)]
     if missing or not isinstance(trainer, type):
@@ -255,7 +255,7 @@ class _Ring:
         me: Any = self
         me.gather_function = self._gather_of_data_ranks
         found = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
-        self.seqpar.agree("the end of an evaluation", {})
+        self.seqpar.groups.agree("the end of an evaluation", {})
         return found
 
     def prediction_step(

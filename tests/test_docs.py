@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import seqpar_ring
+from seqpar_ring import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -67,3 +72,27 @@ def test_the_architecture_names_every_module_of_the_core() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     modules = {p.stem for p in (ROOT / "seqpar_ring").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert {name for name in modules - {"__init__"} if f"`{name}`" not in text} == set()
+
+
+def page_and_its_maker(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ModuleType]:
+    """What docs/reference.md holds, and the script that writes it."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return (ROOT / "docs" / "reference.md").read_text(), importlib.import_module("make_reference")
+
+
+def test_the_reference_is_what_the_docstrings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, maker = page_and_its_maker(monkeypatch)
+    assert maker.text() == page, "run `make reference`"
+
+
+def test_the_reference_has_all_names_that_the_package_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, maker = page_and_its_maker(monkeypatch)
+    modules = {name for name in seqpar_ring.__all__ if inspect.ismodule(getattr(seqpar_ring, name))}
+    assert set(maker.PUBLIC["seqpar_ring"]) == set(seqpar_ring.__all__) - modules
+    assert {f"seqpar_ring.{name}" for name in modules} < set(maker.PUBLIC)
+    kinds = {name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, Exception)}
+    assert set(maker.PUBLIC["seqpar_ring.errors"]) == kinds
+    for module, names in maker.PUBLIC.items():
+        for name, members in names.items():
+            found = getattr(importlib.import_module(module), name)
+            assert all(hasattr(found, member) for member in members)

@@ -66,13 +66,18 @@ class Latent(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A decoder.
+    """A decoder: the shapes that say what it computes and holds.
 
     Attributes:
         name: what it is called, for messages.
         family: `model_type` of its configuration.
-        layers, hidden, intermediate: their numbers; `intermediate` of the dense MLPs.
-        heads, kv_heads, head_dim, value_dim: of attention, as attention sees them.
+        layers: number of layers.
+        hidden: width of hidden states.
+        intermediate: width inside a dense MLP.
+        heads: query heads, as attention sees them.
+        kv_heads: key heads, as attention sees them.
+        head_dim: width of queries and keys.
+        value_dim: width of values.
         vocabulary: words.
         tied: whether the head is the embedding.
         gated: whether an MLP has three matrices.
