@@ -152,7 +152,7 @@ class _Adapter:
                 rules.draws_nothing_at_random(model)
         except SeqparError as found:
             problem = found
-        self.sp.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
+        self.sp.groups.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
         if PLAN_KEY not in batch:
             batch = self.sp.shard_batch(batch)
         allowed.check_shares(batch[PLAN_KEY], self.sp)
@@ -204,7 +204,7 @@ class _Adapter:
             allowed.check_calls(model, calls, labelled)
         except SeqparError as found:
             problem = found
-        self.sp.agree("the first forward", calls.tally(), problem)
+        self.sp.groups.agree("the first forward", calls.tally(), problem)
         self._checked.add(labelled)
         return output
 
@@ -226,7 +226,7 @@ class _Adapter:
             return self.sp.loss(logits, shifted, plan, num_items=num_items)
         cut, calls.head = calls.head, None
         if "head" not in self._checked:
-            self.sp.agree("the head in tiles", {}, cut.difference(logits))
+            self.sp.groups.agree("the head in tiles", {}, cut.difference(logits))
             self._checked.add("head")
         return self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, tiles=calls.tiles, num_items=num_items)
 

@@ -175,7 +175,7 @@ def check_shares(plan: Plan, sp: SequenceParallel) -> None:
             lengths=plan.lengths,
         )
     if problem is not None or sp.data_size > 1:  # else all ranks have the same sizes
-        sp.agree("the shares of the ranks", {}, problem)
+        sp.groups.agree("the shares of the ranks", {}, problem)
 
 
 def check_calls(model: Any, calls: Calls, labelled: bool) -> None:

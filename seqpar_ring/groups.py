@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import platform
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import GroupError
+from seqpar_ring.errors import GroupError, TransportError
 from seqpar_ring.transport import FAR_LANES, LANES, DistributedTransport, LockstepWorld, Transport
 from seqpar_ring.transport.agreement import Claim, claim, settle
 
@@ -32,7 +33,7 @@ MODEL = "model"
 """Name of the mesh dimension whose ranks hold parts of one model: they see the same tokens, and average nothing."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Groups:
     """One rank's place in the world.
 
@@ -44,8 +45,9 @@ class Groups:
         global_rank: this rank among all processes.
         ring: transport of the sequence group.
         everyone: transport of the `world_size` ranks, for what they agree on or sum.
-        mesh: the device mesh ("data", "ring") or the one that was given; None without torch.distributed.
+        mesh: the device mesh ("data", "ring") or the one that was given; None without torch.distributed, or closed.
         device: the name of the ring's devices, where all its ranks are on one host with the same GPU; else "".
+        mesh_is_own: whether `make` made the mesh.
     """
 
     size: int
@@ -57,11 +59,52 @@ class Groups:
     everyone: Transport
     mesh: DeviceMesh | None = None
     device: str = ""
+    mesh_is_own: bool = False
 
     @property
     def data_size(self) -> int:
         """Number of rings, each with data of its own."""
         return self.world_size // self.size
+
+    def agree(self, what: str, record: Mapping[str, object], problem: Exception | None = None) -> None:
+        """Go on together or raise together. Collective over these ranks.
+
+        Args:
+            what: what is about to be done, for messages.
+            record: what the ranks of a ring must have in common; rings may differ.
+            problem: what this rank found wrong.
+
+        Raises:
+            Exception: `problem` where there is one; a DisagreementError in a group whose records differ; and on every
+                other rank of the world one that names the rank and its error.
+        """
+        try:
+            self.ring.agree(what, record, problem)
+        except Exception as found:
+            problem = found
+        if self.data_size > 1:  # other groups would go on, and wait in vain for this one in the loss
+            self.everyone.agree(what, {}, problem)
+        elif problem is not None:
+            raise problem
+
+    def close(self) -> None:
+        """Destroy the process groups that `make` made. Collective; once more does nothing.
+
+        Raises:
+            DisagreementError: another rank does something else meanwhile.
+        """
+        made = {id(one): one for one in (*self.ring.groups(), *self.everyone.groups())}
+        if not made:
+            return
+        with suppress(TransportError):  # the last message of each must have arrived; but the dead send none
+            self.everyone.agree("close", {})
+        if self.mesh_is_own and self.mesh is not None:
+            made |= {id(one): one for one in map(self.mesh.get_group, self.mesh.mesh_dim_names or ())}
+        for one in made.values():
+            if one is not dist.group.WORLD:
+                dist.destroy_process_group(one)
+        if self.mesh_is_own:
+            self.mesh = None  # it would hold its groups, and their threads
 
 
 def make(
@@ -89,6 +132,7 @@ def make(
     if dist.get_world_size() == 1:
         return _alone(size, mesh)
     device = _device(mesh)
+    mesh_is_own = mesh is None
     if mesh is None:
         shape = (len(rings), size)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", RING))
@@ -102,7 +146,8 @@ def make(
     data_rank = [line for line in rings if line[0] in world].index(mine)
     here = {places[r] for r in mine}
     shared = here.pop().device if len(here) == 1 else ""
-    return Groups(size, len(world), mine.index(rank), data_rank, rank, ring, everyone, mesh, shared)
+    place = (size, len(world), mine.index(rank), data_rank, rank)
+    return Groups(*place, ring, everyone, mesh, shared, mesh_is_own)
 
 
 def _my_group(

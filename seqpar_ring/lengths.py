@@ -14,6 +14,9 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 MOST_DOCUMENTS = 100_000
 
+MOST_TOKENS = 2**31
+"""Of a sequence: pairs of a query and a key are counted in 64 bits."""
+
 
 def tokens(text: str, option: str = "--seq-len", least: int = 1) -> int:
     """A number of tokens from "1M", "128K", "1.5M", "1_000_000" or "131072".
@@ -65,14 +68,17 @@ def of_each(lengths: Any, name: str, error: type[SeqparError]) -> tuple[int, ...
         error: what to raise.
 
     Raises:
-        SeqparError: of that class, where they are no whole numbers; 3.0 and True are none.
+        SeqparError: of that class, where they are no whole numbers (3.0 and True are none), or more than `MOST_TOKENS`.
     """
     plain = lengths.tolist() if hasattr(lengths, "tolist") else lengths
     each = tuple(plain) if isinstance(plain, Iterable) else (plain,)
-    try:
-        if not any(isinstance(n, bool) for n in each):
-            return tuple(map(index, each))
-    except TypeError:
-        pass
     fix = "Give the tokens of each document as plain integers."
-    raise error(f"{name} are no whole numbers", fix=fix, given=lengths)
+    try:
+        whole = None if any(isinstance(n, bool) for n in each) else tuple(map(index, each))
+    except TypeError:
+        whole = None
+    if whole is None:
+        raise error(f"{name} are no whole numbers", fix=fix, given=lengths)
+    if sum(whole) > MOST_TOKENS:
+        raise error(f"{name} are more tokens than can be counted", fix=fix, tokens=sum(whole), most=MOST_TOKENS)
+    return whole

@@ -29,7 +29,7 @@ from seqpar_ring.loss import mean_of_sums, token_mean
 from seqpar_ring.plan import Documents, Plan
 from seqpar_ring.planner.job import Workload
 from seqpar_ring.planner.model import Model
-from seqpar_ring.planner.settle import Settled, on_device, settle
+from seqpar_ring.planner.settle import Settled, on_device, settle, unsettled
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.tiling import summed_cross_entropy
 from seqpar_ring.transport.base import Report
@@ -54,6 +54,15 @@ class SequenceParallel(OfThisProcess):
         size: ranks that share a sequence; divides the world.
         mesh: a DeviceMesh with a dimension named "ring" of that size; made from consecutive ranks if not given.
         **settings: layout, schedule, heads, block_tokens, hardware, kernel, timeout and others.
+
+    Attributes:
+        size: ranks that share a sequence (W).
+        rank: this one among them.
+        data_size: number of sequence groups, each with data of its own.
+        data_rank: which of them this is.
+        world_size: all ranks.
+        settings: what was asked for.
+        groups: its process groups; `groups.mesh` is the device mesh, for what else needs one.
 
     Raises:
         ConfigError: an unknown or wrong setting.
@@ -103,11 +112,7 @@ class SequenceParallel(OfThisProcess):
             if self._model is None and self._found and self.settings.undecided == ("block_tokens",):
                 return self.settings.model_copy(update={"hardware": None, "fabric": None})  # blocks are whole
             if self._model is None:
-                raise ConfigError(
-                    f"{' and '.join(self.settings.undecided)} cannot be decided: nothing is known of the model",
-                    fix="Call sp.describe(Model.of_attention(heads, kv_heads, head_dim)) first, or give values.",
-                    settings=self.settings,
-                )
+                raise unsettled(self.settings, known=False)
             model, dtype = self._model
             typical = tuple(lengths) if self.settings.tokens is None else (self.settings.tokens,)
             self._settled = settle(self.settings, Workload(model, typical, dtype))
@@ -184,7 +189,7 @@ class SequenceParallel(OfThisProcess):
             shared = edge.record(batch, reading)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             problem = error
-        self.agree("shard_batch", {**shared, "decided": self.decided}, problem)
+        self.groups.agree("shard_batch", {**shared, "decided": self.decided}, problem)
         assert reading is not None  # agree raised otherwise
         plan = self._documents(reading.lengths, None, edge.Padded if reading.padded else Documents).plan(Mask())
         out = {key: value for key, value in batch.items() if not isinstance(value, Tensor) or not value.dim()}
@@ -197,27 +202,6 @@ class SequenceParallel(OfThisProcess):
             out.pop(name, None)
         out[edge.PLAN_KEY] = plan
         return out
-
-    def agree(self, what: str, record: Mapping[str, object], problem: Exception | None = None) -> None:
-        """Go on together or raise together. Collective over the world.
-
-        Args:
-            what: what is about to be done, for messages.
-            record: what the ranks of a sequence group must have in common; data ranks may differ.
-            problem: what this rank found wrong.
-
-        Raises:
-            Exception: `problem` where there is one; a DisagreementError in a group whose records differ; and on every
-                other rank of the world one that names the rank and its error.
-        """
-        try:
-            self.groups.ring.agree(what, record, problem)
-        except Exception as found:
-            problem = found
-        if self.data_size > 1:  # other groups would go on, and wait in vain for this one in the loss
-            self.groups.everyone.agree(what, {}, problem)
-        elif problem is not None:
-            raise problem
 
     def loss(
         self,
@@ -232,7 +216,18 @@ class SequenceParallel(OfThisProcess):
 
         `labels_BS` are shifted already (`shard_batch` does it). For a token mean over a whole optimizer step of
         several micro-batches give `num_items` (from `count_targets`) and `accumulation`, their number. Collective
-        over the world. `plan`, if given, is checked against the shapes. See `seqpar_ring.loss.token_mean`.
+        over the world. See `seqpar_ring.loss.token_mean`.
+
+        Args:
+            logits_BSV: of this rank's tokens, any float dtype; S may be 0.
+            labels_BS: a target for each, -100 for none.
+            plan: the shapes are compared with it, if given.
+            num_items: targets of the whole optimizer step over all ranks; None: those of this call.
+            accumulation: micro-batches of the step, by whose number the loop or its engine divides.
+
+        Raises:
+            BatchError, PlanError: shapes that do not fit, a label beyond the vocabulary, no target; on every rank.
+            DisagreementError: ranks give different `num_items` or `accumulation`.
         """
         problem: SeqparError | None = None
         if plan is not None and isinstance(labels_BS, Tensor) and labels_BS.shape[-1] != plan.local_tokens:
@@ -323,6 +318,13 @@ class SequenceParallel(OfThisProcess):
     def reset_report(self) -> None:
         """Start counting anew."""
         self.groups.ring.stats.reset()
+
+    def close(self) -> None:
+        """Give back the process groups that were made for it, with their threads and memory. Collective over the world.
+
+        Not those of a mesh that was given. What attends over them afterwards gets a TransportError.
+        """
+        self.groups.close()
 
     def __repr__(self) -> str:
         return f"SequenceParallel({self.settings}, rank {self.rank} of {self.size}, data rank {self.data_rank})"

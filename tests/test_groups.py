@@ -1,8 +1,10 @@
 """Groups: which rank is where, over threads and over processes, and every wrong size or mesh by name."""
 
 import gc
+import os
 import weakref
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from seqpar_ring import SequenceParallel, ring_attention
 from seqpar_ring import groups as process_groups
-from seqpar_ring.errors import DisagreementError, GroupError
+from seqpar_ring.errors import DisagreementError, GroupError, TransportError
 from seqpar_ring.groups import Groups
 from seqpar_ring.testing import RankPool, run_lockstep_groups
 from seqpar_ring.transport import DistributedTransport
@@ -191,6 +194,85 @@ def destroyed_groups_are_gone(groups: Groups) -> list[bool]:
 def test_a_ring_does_not_keep_destroyed_groups_and_their_threads_until_the_interpreter_ends(pool2: RankPool) -> None:
     for gone in pool2.run_groups(destroyed_groups_are_gone):
         assert sum(gone) >= 3, "three lanes; the mesh may hold one, over which nothing goes"
+
+
+def threads_left_by_three_rings(groups: Groups, size: int, close: bool) -> tuple[int, str]:
+    """How many threads this process has more than before, and what a call after the last says."""
+    process_groups.make(size, timeout=60.0).close()  # what torch starts once
+    before, said = len(os.listdir("/proc/self/task")), ""
+    for _ in range(3):
+        sp = SequenceParallel(size=size)
+        plan = sp.plan(24)
+        ring_attention(*(torch.randn(1, plan.local_tokens, 2, 4) for _ in range(3)), plan)
+        if close:
+            sp.close()
+            sp.close()  # nothing is left to do
+    try:
+        ring_attention(*(torch.randn(1, plan.local_tokens, 2, 4) for _ in range(3)), plan)
+    except TransportError as error:
+        said = str(error)
+    gc.collect()
+    return len(os.listdir("/proc/self/task")) - before, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_closed_sequence_parallel_leaves_no_threads(pool4: RankPool, size: int) -> None:
+    for threads, said in pool4.run_groups(threads_left_by_three_rings, size, True):
+        assert threads <= 0
+        assert said.startswith("the process groups of this SequenceParallel were destroyed")
+    for threads, said in pool4.run_groups(threads_left_by_three_rings, size, False):
+        assert threads > 0
+        assert not said
+
+
+def close_over_a_given_mesh(groups: Groups) -> float:
+    """A sum over the mesh's own group after the SequenceParallel on it is closed."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "ring"))
+    SequenceParallel(size=2, mesh=mesh).close()
+    total = torch.ones(1)
+    dist.all_reduce(total, group=mesh.get_group("ring"))
+    dist.all_reduce(total)  # nor the world's
+    return total.item()
+
+
+def test_closing_leaves_the_groups_of_a_given_mesh(pool2: RankPool) -> None:
+    assert pool2.run_groups(close_over_a_given_mesh) == [4.0, 4.0]
+
+
+IDS = torch.arange(4)[None]
+
+
+def close_while_another_goes_on(groups: Groups) -> str:
+    sp = SequenceParallel(size=2)
+    try:
+        if groups.rank == 0:
+            sp.close()
+        else:
+            sp.count_targets([{"input_ids": IDS, "labels": IDS}])
+    except DisagreementError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_closes_while_another_goes_on_is_told_so(pool2: RankPool) -> None:
+    for said in pool2.run_groups(close_while_another_goes_on):
+        assert "[rank 0=close, rank 1=count_targets]" in said
+
+
+def close_beside_a_dead_rank(groups: Groups, report: Path) -> None:
+    mine = process_groups.make(2, timeout=60.0)
+    mine.ring.agree("start", {})
+    if groups.rank == 1:
+        os._exit(7)
+    mine.close()
+    report.write_text("closed")
+
+
+def test_closing_does_not_fail_where_a_rank_is_dead(tmp_path: Path, pool2: RankPool) -> None:
+    with pytest.raises(TransportError, match="rank 1 ended with exit code 7"):
+        pool2.run_groups(close_beside_a_dead_rank, tmp_path / "report")
+    assert (tmp_path / "report").read_text() == "closed"
 
 
 def test_ranks_on_one_gpu_are_told_so_before_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:

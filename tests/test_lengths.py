@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from seqpar_ring.errors import ConfigError
-from seqpar_ring.lengths import MOST_DOCUMENTS, tokens, tokens_of_each
+from seqpar_ring import SequenceParallel
+from seqpar_ring.errors import ConfigError, PlanError
+from seqpar_ring.lengths import MOST_DOCUMENTS, MOST_TOKENS, of_each, tokens, tokens_of_each
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,15 @@ def test_several_lengths_are_listed_and_repeated() -> None:
 def test_what_is_no_list_is_refused(written: str) -> None:
     with pytest.raises(ConfigError, match="--documents is no list of lengths"):
         tokens_of_each(written)
+
+
+@pytest.mark.parametrize("lengths", [[2**70], [MOST_TOKENS, 1], MOST_TOKENS + 1])
+def test_more_tokens_than_can_be_counted_are_refused(lengths: int | list[int]) -> None:
+    """2**70 ended in numpy's own error, and less in areas below zero."""
+    with pytest.raises(PlanError, match=f"lengths are more tokens than can be counted.*most={MOST_TOKENS}"):
+        of_each(lengths, "lengths", PlanError)
+
+
+def test_as_many_tokens_as_can_be_counted_are_planned() -> None:
+    plan = SequenceParallel(1).plan([MOST_TOKENS], causal=False)
+    assert plan.keys_per_query == MOST_TOKENS

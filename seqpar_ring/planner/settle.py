@@ -54,13 +54,31 @@ def settle(settings: Settings, workload: Workload) -> Settled:
     if not left:
         return Settled(settings, "")
     if settings.hardware is None:
-        raise ConfigError(
-            f"{' and '.join(left)} cannot be decided: the settings do not say on what hardware",
-            fix='Give "hardware": a file that seqpar-ring probe wrote, or a preset with "fabric"; or give values.',
-            **dict.fromkeys(left, "auto"),
-        )
+        raise unsettled(settings)
     on = machine(settings.hardware, settings.fabric, settings.node)
     return _cheapest(settings, workload, on)
+
+
+def unsettled(settings: Settings, known: bool = True) -> ConfigError:
+    """What is missing for "auto": all of it at once.
+
+    Args:
+        settings: that leave something open.
+        known: whether it is known what the model computes.
+    """
+    missing, steps = [], []
+    if not known:
+        missing.append("nothing is known of the model")
+        steps.append("call sp.describe(Model.of_attention(heads, kv_heads, head_dim)) first")
+    if settings.hardware is None:
+        missing.append("the settings do not say on what hardware")
+        steps.append('give "hardware": a file that seqpar-ring probe wrote, or a preset with "fabric"')
+    fix = " and ".join(steps)
+    return ConfigError(
+        f"{' and '.join(settings.undecided)} cannot be decided: {', and '.join(missing)}",
+        fix=f"{fix[:1].upper()}{fix[1:]}; or give values.",
+        **dict.fromkeys(settings.undecided, "auto"),
+    )
 
 
 def _cheapest(settings: Settings, workload: Workload, on: Machine) -> Settled:

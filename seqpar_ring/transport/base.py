@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -145,6 +145,9 @@ class Transport(Messenger, Protocol):
     broken: str
     calls: int
 
+    def groups(self) -> Sequence[Any]:
+        """The process groups that messages go over; none where ranks are threads."""
+
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """All ranks' tensors, concatenated along `dim` in rank order; not differentiable.
 
@@ -230,6 +233,10 @@ class BaseTransport(ABC):
     @abstractmethod
     def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
         """See `Transport.agree`."""
+
+    def groups(self) -> Sequence[Any]:
+        """See `Transport.groups`."""
+        return ()
 
     def agree_at_first(
         self,

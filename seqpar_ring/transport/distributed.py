@@ -23,6 +23,9 @@ from seqpar_ring.errors import TransportError
 from seqpar_ring.transport.agreement import Claim, claim, digest, settle
 from seqpar_ring.transport.base import BaseTransport, Handle, Recv, Send
 
+LOST: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
+"""Process groups over which something failed, and what: no message goes over them any more, whatever the backend."""
+
 
 class DistributedTransport(BaseTransport):
     """The ranks of one or more process groups over the same processes. Collective: all of them make it together.
@@ -48,6 +51,10 @@ class DistributedTransport(BaseTransport):
             # NCCL wants all ranks in a group's first call; a ring's first exchange may involve only some of them.
             with self._collective(f"connecting lane {lane}"):
                 dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def groups(self) -> Sequence[dist.ProcessGroup]:
+        """See `Transport.groups`."""
+        return list(self._lanes.values())
 
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
         """See `Transport.exchange`."""
@@ -110,6 +117,12 @@ class DistributedTransport(BaseTransport):
                 fix="Make a new one after torch.distributed.init_process_group.",
                 lane=lane,
             )
+        if found in LOST:
+            raise TransportError(
+                f"the other ranks cannot be reached any more, since {LOST[found]}",
+                fix="Start again from the last checkpoint; or make a new SequenceParallel if all ranks are alive.",
+                lane=lane,
+            )
         return found
 
     @contextmanager
@@ -120,13 +133,16 @@ class DistributedTransport(BaseTransport):
             yield
         except RuntimeError as error:
             others = [r for r in range(self.world) if r != self.rank]
-            raise self._gave_up(f"ranks {others}", name, started, error) from error
+            raise self._gave_up(f"ranks {others}", name, "control", started, error) from error
         finally:
             self.stats.seconds_waited += time.perf_counter() - started
 
-    def _gave_up(self, whom: str, where: str, started: float, error: Exception) -> TransportError:
+    def _gave_up(self, whom: str, where: str, lane: str, started: float, error: Exception) -> TransportError:
+        what = f"rank {self.rank} waited {time.perf_counter() - started:.1f} s for {whom} in {where}, in vain"
+        if lane in self._lanes:
+            LOST.setdefault(self._lanes[lane], what)
         return TransportError(
-            f"rank {self.rank} waited {time.perf_counter() - started:.1f} s for {whom} in {where}, in vain",
+            what,
             fix="See whether that rank died, failed or is held up elsewhere; raise timeout if it is only slow.",
             timeout=self.timeout,
             global_ranks=self._global_ranks,
@@ -173,4 +189,4 @@ class _Works:
         recvs, sends = self._messages
         who = [f"a message from rank {m.peer}" for m in recvs] + [f"rank {m.peer} to take a message" for m in sends]
         whom = " and ".join(who) if i is None or len(self._works) != len(who) else who[i]
-        return self._transport._gave_up(whom, f"lane {self._lane}", started, error)
+        return self._transport._gave_up(whom, f"lane {self._lane}", self._lane, started, error)

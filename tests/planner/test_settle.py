@@ -78,6 +78,14 @@ def test_without_hardware_nothing_is_guessed() -> None:
         settle(Settings.parse({"size": 8, "layout": "auto"}), workload(4096))
 
 
+def test_all_that_is_missing_for_a_decision_is_said_at_once() -> None:
+    """A user who had said what the model is was asked for the hardware next."""
+    for given, asked in (({}, True), ({"hardware": "h100", "fabric": "nvlink4+ndr"}, False)):
+        with pytest.raises(ConfigError, match=r"layout.* cannot be decided: nothing is known of the model") as found:
+            SequenceParallel(1, layout="auto", **given).plan(8)
+        assert ("seqpar-ring probe" in str(found.value)) == asked
+
+
 @pytest.mark.parametrize(("key", "value", "words"), [("hardware", "h10", "h100"), ("fabric", "nvlnk4", "nvlink4")])
 def test_an_unknown_machine_is_an_error_that_names_the_nearest(key: str, value: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):

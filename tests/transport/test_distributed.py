@@ -71,6 +71,29 @@ def test_an_agreement_that_a_rank_does_not_come_to_times_out(pool2: RankPool) ->
     )
 
 
+def say_what_calls_after_a_failure_say(groups: Groups) -> list[str]:
+    said = []
+    for call in (
+        lambda: groups.ring.agree("plan", {"S": 1}),
+        lambda: groups.everyone.all_reduce(torch.ones(1)),
+        lambda: groups.ring.all_gather(torch.ones(1), [1, 1]),
+    ):
+        if groups.rank == 0:
+            with pytest.raises(TransportError) as found:
+                call()
+            said.append(str(found.value))
+    return said
+
+
+def test_calls_after_a_failure_name_what_failed_first(pool2: RankPool) -> None:
+    """They said that 0.0 seconds were waited in vain, each for something else; the ring and the world share a group."""
+    first, *later = pool2.run_groups(say_what_calls_after_a_failure_say, timeout=1.0)[0]
+    assert "for ranks [1] in agreement on plan, in vain" in first
+    for message in later:
+        assert message.startswith("the other ranks cannot be reached any more, since rank 0 waited")
+        assert "in agreement on plan, in vain" in message
+
+
 def send_without_waiting_for_the_receiver(groups: Groups) -> float:
     """Posting returns at once, though the receiver comes half a second later and the message is large."""
     big = torch.ones(1 << 20) * (groups.rank + 1)
