@@ -9,13 +9,11 @@ torch.distributed, and none is needed for a world of one.
 
 from __future__ import annotations
 
-import platform
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import GroupError, TransportError
+from seqpar_ring.places import Place, in_our_words, place_of, refuse_shared_gpus
 from seqpar_ring.transport import FAR_LANES, LANES, DistributedTransport, LockstepWorld, Transport
 from seqpar_ring.transport.agreement import Claim, claim, settle
 
@@ -223,39 +222,6 @@ def _check_size(size: int, world: int) -> None:
 Lines = list[tuple[int, ...]]
 
 
-class Place(NamedTuple):
-    """Where a rank runs: its host, and the name of its GPU; "" without one. `gpu` tells GPUs of one name apart where it
-    must have one of its own, as over NCCL; "" where it need not, or nobody knows."""
-
-    host: str
-    device: str
-    gpu: str = ""
-
-
-def _place(mesh: DeviceMesh | None) -> Place:
-    host, device = f"{platform.node()} {uuid.getnode()}", _device(mesh)  # hosts of a cluster may share a name
-    if device.type != "cuda":
-        return Place(host, "")
-    one_each = "nccl" in str(dist.get_backend_config())
-    gpu = str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if one_each else ""
-    return Place(host, torch.cuda.get_device_name(device), gpu)
-
-
-def _refuse_shared_gpus(places: Sequence[Place]) -> None:
-    """All ranks see the same places, so all raise or none does."""
-    by_gpu: dict[tuple[str, str], list[int]] = {}
-    for rank, place in enumerate(places):
-        by_gpu.setdefault((place.host, place.gpu), []).append(rank)
-    for (_, gpu), ranks in by_gpu.items():
-        if gpu and len(ranks) > 1:
-            raise GroupError(
-                "several ranks of a host use the same GPU",
-                fix='Call torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) in each process before anything else.',
-                ranks=ranks,
-                gpu=places[ranks[0]].device,
-            )
-
-
 def _agreed_lines(
     size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str]
 ) -> tuple[Lines, Lines, list[Place]]:
@@ -277,7 +243,8 @@ def _agreed_lines(
         failed = error
     record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None, "lanes": tuple(lanes)}
     said: list[tuple[Claim, tuple[int, ...], tuple[int, ...], Place] | None] = [None] * total
-    dist.all_gather_object(said, (claim("sequence groups", record, failed), ring, world, _place(mesh)))
+    with in_our_words():
+        dist.all_gather_object(said, (claim("sequence groups", record, failed), ring, world, place_of(_device(mesh))))
     heard = [item for item in said if item is not None]
     settle([one for one, *_ in heard], rank, failed)
     rings, worlds = sorted({line for _, line, *_ in heard}), sorted({line for _, _, line, _ in heard})
@@ -291,7 +258,7 @@ def _agreed_lines(
                 world=total,
             )
     places = [place for *_, place in heard]
-    _refuse_shared_gpus(places)
+    refuse_shared_gpus(places)
     return rings, worlds, places
 
 

@@ -15,7 +15,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -57,6 +57,28 @@ def choose(asked: Literal["auto", "attention", "none"], keys_per_query: float) -
     return Choice("attention" if keys_per_query >= KEYS_WORTH_KEEPING else "none", seen)
 
 
+class Versions:
+    """Of a result's tensors: whether one is changed in place after this was made. Holds no memory of theirs."""
+
+    def __init__(self, result: Result) -> None:
+        self._counting = tuple(_alias(x) for x in result)
+        for x in self._counting:
+            x.data = x.new_empty(0)  # which leaves the counter shared
+        self._before = [x._version for x in self._counting]
+
+    def expect_unchanged(self) -> None:
+        """Before the result is handed back.
+
+        Raises:
+            UnsupportedError: it was changed, so that the recompute would go on with a wrong one.
+        """
+        if [x._version for x in self._counting] != self._before:
+            raise UnsupportedError(
+                "attention's result was changed in place, and its checkpoint keeps what it was",
+                fix="Write `out = out * x` and not `out.mul_(x)`, or do not keep attention.",
+            )
+
+
 class Shelf(Protocol):
     """Where results lie between forward and backward."""
 
@@ -74,12 +96,11 @@ class InPlace:
     """Results stay where they are."""
 
     def __init__(self) -> None:
-        self._results: dict[Hashable, tuple[Result, list[int]]] = {}
+        self._results: dict[Hashable, tuple[Result, Versions]] = {}
 
     def put(self, key: Hashable, result: Result) -> None:
         """Store a result."""
-        kept = tuple(_alias(x) for x in result)
-        self._results[key] = kept, [x._version for x in kept]
+        self._results[key] = tuple(_alias(x) for x in result), Versions(result)
 
     def drop(self, key: Hashable) -> None:
         """Forget a result."""
@@ -89,14 +110,11 @@ class InPlace:
         """Give a result back, once, so that its memory is free after it.
 
         Raises:
-            UnsupportedError: it was changed in place meanwhile, so that the recompute would go on with a wrong one.
+            UnsupportedError: it was changed in place meanwhile.
         """
-        kept, versions = self._results.pop(key, (None, []))
-        if kept is not None and [x._version for x in kept] != versions:
-            raise UnsupportedError(
-                "attention's result was changed in place, and its checkpoint keeps what it was",
-                fix="Write `out = out * x` and not `out.mul_(x)`, or do not keep attention.",
-            )
+        kept, versions = self._results.pop(key, (None, None))
+        if versions is not None:
+            versions.expect_unchanged()
         return kept
 
 
@@ -133,25 +151,33 @@ class InHostMemory:
     def __init__(self) -> None:
         self._away: dict[Hashable, tuple[torch.device, Result]] = {}
         self._coming: dict[Hashable, Result] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._versions: dict[Hashable, Versions] = {}
 
     def put(self, key: Hashable, result: Result) -> None:
         """Start copying a result to pinned memory."""
         device = result[0].device
+        self._versions[key] = Versions(result)
         with self._beside(device, result):
             self._away[key] = device, tuple(_to_host(x.detach()) for x in result)
 
     def drop(self, key: Hashable) -> None:
         """Forget a result."""
         self._away.pop(key, None)
+        self._versions.pop(key, None)
 
     def take(self, key: Hashable) -> Result | None:
-        """Wait for a result to be back on its device, and start fetching the one that was put before it."""
+        """Wait for a result to be back on its device, and start fetching the one that was put before it.
+
+        Raises:
+            UnsupportedError: it was changed in place meanwhile, perhaps while it was copied.
+        """
+        if key in self._versions:
+            self._versions.pop(key).expect_unchanged()
         self._fetch(key)
         found = self._coming.pop(key, None)
         if found is not None and found[0].is_cuda:
             now = torch.cuda.current_stream(found[0].device)
-            now.wait_stream(self._streams[found[0].device])  # before the next one's copy is in that stream
+            now.wait_stream(_copying(found[0].device))  # before the next one's copy is in that stream
             for x in found:
                 x.record_stream(now)
         if found is not None and self._away:
@@ -170,12 +196,18 @@ class InHostMemory:
         if device.type != "cuda":
             yield
             return
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream = _copying(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         for x in used:
             x.record_stream(stream)
         with torch.cuda.stream(stream):
             yield
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """One stream a device: memory that was handed out on a stream is used again on that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def _to_host(x: Tensor) -> Tensor:

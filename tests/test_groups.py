@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from seqpar_ring import SequenceParallel, ring_attention
+from seqpar_ring import SequenceParallel, places, ring_attention
 from seqpar_ring import groups as process_groups
 from seqpar_ring.errors import DisagreementError, GroupError, TransportError
 from seqpar_ring.groups import Groups
@@ -277,14 +277,35 @@ def test_closing_does_not_fail_where_a_rank_is_dead(tmp_path: Path, pool2: RankP
 
 def test_ranks_on_one_gpu_are_told_so_before_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nobody set a device: over NCCL two ranks cannot share one."""
-    monkeypatch.setattr(process_groups, "_device", lambda mesh: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="4a-01"))
     for backend, gpu in (("cpu:gloo,cuda:nccl", "4a-01"), ("cpu:gloo,cuda:gloo", "")):
         monkeypatch.setattr(dist, "get_backend_config", lambda backend=backend: backend)
-        assert process_groups._place(None)[1:] == ("H100", gpu)
-    places = [process_groups.Place(*place) for place in (("a", "H100", "4a"), ("b", "H100", "4a"), ("a", "H100", "4b"))]
-    process_groups._refuse_shared_gpus(places)
-    process_groups._refuse_shared_gpus([process_groups.Place("a", "H100")] * 2)
+        assert places.place_of(torch.device("cuda", 0))[1:] == ("H100", gpu)
+    apart = [places.Place(*place) for place in (("a", "H100", "4a"), ("b", "H100", "4a"), ("a", "H100", "4b"))]
+    places.refuse_shared_gpus(apart)
+    places.refuse_shared_gpus([places.Place("a", "H100")] * 2)
     with pytest.raises(GroupError, match=r"use the same GPU .*ranks=\[1, 3\].*set_device"):
-        process_groups._refuse_shared_gpus([*places, places[1]])
+        places.refuse_shared_gpus([*apart, apart[1]])
+
+
+def test_ranks_on_one_gpu_are_told_so_where_nccl_finds_out_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the backend "nccl" alone the exchange of places goes over NCCL, which refuses before anything is known."""
+    said = "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage\nLast error:\n{}"
+
+    def failing(last: str) -> Any:
+        def fail(*_: Any) -> None:
+            raise RuntimeError(said.format(last))
+
+        return fail
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(process_groups, "place_of", lambda device: places.Place("a", "H100", "4a"))
+    twice = "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 4a000"
+    monkeypatch.setattr(dist, "all_gather_object", failing(twice + "\nand more"))
+    with pytest.raises(GroupError, match=r"the same GPU.*rank 0 and rank 1 both on CUDA device 4a000'?].*set_device"):
+        process_groups._agreed_lines(2, None, 60.0, ("control",))
+    monkeypatch.setattr(dist, "all_gather_object", failing("socketPollConnect failed"))
+    with pytest.raises(RuntimeError, match="socketPollConnect"):
+        process_groups._agreed_lines(2, None, 60.0, ("control",))

@@ -146,7 +146,7 @@ def test_a_result_is_waited_for_before_the_next_one_starts_on_its_way(monkeypatc
                 self._coming[key] = (Mock(is_cuda=True, device="cuda:0"),)
 
     shelf = Shelf()
-    shelf._streams["cuda:0"] = "the copies"  # type: ignore[index, assignment]
+    monkeypatch.setattr(remat, "_copying", lambda _: "the copies")
     shelf._away = dict.fromkeys((0, 1, 2), ("cuda:0", ()))  # type: ignore[misc]
     now = Mock(wait_stream=lambda stream: done.append(f"wait for {stream}"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: now)
@@ -155,7 +155,7 @@ def test_a_result_is_waited_for_before_the_next_one_starts_on_its_way(monkeypatc
     assert done == [2, "wait for the copies", 1, "wait for the copies", 0]
 
 
-@pytest.mark.parametrize("mode", ["reentrant", "kept", "context"])
+@pytest.mark.parametrize("mode", ["reentrant", "kept", "context", "offloaded", "reentrant, offloaded"])
 def test_a_result_that_is_changed_in_place_is_refused_and_not_changed_twice(mode: str) -> None:
     def changed(sp: SequenceParallel) -> None:
         plan = sp.plan(6)
@@ -168,11 +168,35 @@ def test_a_result_that_is_changed_in_place_is_refused_and_not_changed_twice(mode
             "reentrant": lambda: checkpoint(remat.keeping(layer), x, use_reentrant=True),
             "kept": lambda: checkpoint(remat.keeping(layer), x, use_reentrant=False),
             "context": lambda: checkpoint(layer, x, use_reentrant=False, context_fn=remat.context_fn),
+            "offloaded": lambda: checkpoint(remat.keeping(layer, offload=True), x, use_reentrant=False),
+            "reentrant, offloaded": lambda: checkpoint(remat.keeping(layer, offload=True), x, use_reentrant=True),
         }
         ways[mode]().sum().backward()
 
     with pytest.raises((UnsupportedError, RuntimeError), match=r"in place|inplace"):  # if reentrant, torch sees it
         run_lockstep(changed, 2)
+
+
+def test_to_watch_for_changes_holds_no_memory() -> None:
+    """Else results that wait in the host's memory would take the device's as well."""
+    out = torch.randn(1, 5, 2, 4)
+    versions = remat.Versions((out,))
+    assert [x.untyped_storage().nbytes() for x in versions._counting] == [0]
+    versions.expect_unchanged()
+    out.view(-1)[:3].mul_(2)
+    with pytest.raises(UnsupportedError, match="changed in place"):
+        versions.expect_unchanged()
+
+
+def test_copies_of_a_device_go_over_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator uses memory of a stream again for that stream only: with a stream a layer nothing would be."""
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+    remat._copying.cache_clear()
+    device = torch.device("cuda", 0)
+    assert {remat._copying(device) for _ in range(3)} == {1}
+    assert remat._copying(torch.device("cuda", 1)) == 2
+    remat._copying.cache_clear()
 
 
 def test_a_function_that_was_wrapped_once_is_refused_in_its_second_forward() -> None:

@@ -1,9 +1,9 @@
 """Merging partial attention on a GPU: several parts into an accumulator in one pass over it.
 
 The same sum as `merge.merge_`, which is the oracle: there a part costs some ten passes over memory in plain torch
-operators, here the accumulator is read and written once however many parts wait. What a part holds in rows that saw
-nothing is not read. Imported only where triton is there and a GPU asks; under TRITON_INTERPRET=1 it runs on the CPU,
-for tests. It knows fp32 accumulators only: fp64 is for the CPU.
+operators, here the accumulator is read and written once however many parts wait. Rows that saw nothing are read too:
+of a row of nan libraries say -inf and nan, and the nan must stay. Imported only where triton is there and a GPU asks;
+under TRITON_INTERPRET=1 it runs on the CPU, for tests. It knows fp32 accumulators only: fp64 is for the CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _with(acc, total, part, part_lse, q0, m, rows, columns, b, h, H, E: tl.const
     more = tl.load(part_lse + (b * H + h).to(tl.int64) * m + at, mask=inside, other=float("-inf"))
     seen = inside & (more != float("-inf"))  # nan is seen, and stays
     places = ((b.to(tl.int64) * m + at) * H + h)[:, None] * E + columns[None, :]
-    values = tl.load(part + places, mask=seen[:, None] & (columns < E)[None, :], other=0.0).to(tl.float32)
+    values = tl.load(part + places, mask=inside[:, None] & (columns < E)[None, :], other=0.0).to(tl.float32)
     top = tl.maximum(total, more)
     top = tl.where(top == float("-inf"), 0.0, top)  # two rows that saw nothing
     old, new = tl.exp(total - top), tl.exp(more - top)

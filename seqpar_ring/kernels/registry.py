@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from seqpar_ring.errors import ConfigError, UnsupportedError, did_you_mean
-from seqpar_ring.kernels.base import Kernel, Request, lacks
+from seqpar_ring.kernels.base import Capabilities, Kernel, Request, lacks
 from seqpar_ring.kernels.gapless import Gapless
 from seqpar_ring.kernels.squares import Squares
 from seqpar_ring.kernels.trial import Entry, tried
@@ -51,7 +51,7 @@ def register(kernel: Kernel) -> None:
             "a kernel of this name is registered already", fix="Give the kernel another name.", name=kernel.name
         )
     try:
-        hash(kernel.capabilities)  # every call looks up what was found for them
+        hash(_declared(kernel))  # every call looks up what was found for them
     except TypeError as error:
         raise ConfigError(
             "a kernel's capabilities cannot be hashed",
@@ -97,14 +97,16 @@ def select(request: Request, name: str = AUTO) -> Choice:
 
 
 def _select(request: Request, name: str) -> Choice:
-    missing = {kernel.name: lacks(kernel.capabilities, request) for kernel in _preferred()}
-    able = [kernel for kernel in _preferred() if not missing[kernel.name]]
     if name != AUTO:
         kernel = _named(name)
-        missing[name] += () if missing[name] else _erring(kernel, request)
-        if missing[name]:
-            raise _cannot(name, missing[name], [other for other in able if other is not kernel])
+        words = lacks(kernel.capabilities, request)
+        words += () if words else _erring(kernel, request)
+        if words:
+            others = [other for other in _preferred() if other is not kernel]
+            raise _cannot(name, words, [other for other in others if not lacks(other.capabilities, request)])
         return _fitted(kernel, request, f'"{name}": asked for by name')
+    missing = {kernel.name: lacks(kernel.capabilities, request) for kernel in _preferred()}
+    able = [kernel for kernel in _preferred() if not missing[kernel.name]]
     rates: dict[str, float] = {}
     for kernel in able:
         missing[kernel.name] += _erring(kernel, request)
@@ -204,5 +206,12 @@ def _named(name: str) -> Kernel:
     return _KERNELS[name]
 
 
+def _declared(kernel: Kernel) -> Capabilities:
+    """What it could do if its library is there: whether it is, is asked of it when somebody wants to attend, for that
+    imports the library, and starts CUDA."""
+    found: Capabilities = getattr(kernel, "can", None) or kernel.capabilities
+    return found
+
+
 def _preferred() -> list[Kernel]:
-    return sorted(_KERNELS.values(), key=lambda kernel: -kernel.capabilities.priority)  # stable: then by registration
+    return sorted(_KERNELS.values(), key=lambda kernel: -_declared(kernel).priority)  # stable: then by registration

@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
+
 from seqpar_ring.schedule import Call
 
 Made = TypeVar("Made")
@@ -21,11 +23,14 @@ def remembered(
 ) -> Callable[Concatenate[Call, Rest], Made]:
     """The function, which makes nothing twice: what it made of the last `size` calls is kept, and with it the calls.
 
+    What is asked for while a CUDA graph is captured is kept for good: the graph holds nothing but addresses.
+
     Args:
         make: a pure function of a call and of hashable things.
         size: how much is kept: some plans' calls.
     """
     known: dict[tuple[Hashable, ...], tuple[Call, Made]] = {}
+    captured: dict[tuple[Hashable, ...], tuple[Call, Made]] = {}
     changing = Lock()
 
     def found(call: Call, /, *rest: Rest.args, **named: Rest.kwargs) -> Made:
@@ -37,6 +42,13 @@ def remembered(
                 known[key] = entry
                 if len(known) > size:
                     del known[next(iter(known))]
+        if capturing():
+            captured[key] = entry
         return entry[1]
 
     return found
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

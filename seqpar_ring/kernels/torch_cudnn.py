@@ -46,6 +46,7 @@ class TorchCudnnKernel:
     """aten's cuDNN attention. See the module."""
 
     name = "torch_cudnn"
+    can = CAN
 
     def __init__(self, library: Library = LIBRARY, devices: tuple[str, ...] = ("cuda",)) -> None:
         self._library, self._devices = library, devices

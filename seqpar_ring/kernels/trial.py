@@ -52,15 +52,24 @@ class Entry(NamedTuple):
 
 
 def tried(kernel: Kernel, request: Request) -> Entry:
-    """Try a kernel on the request's device, once for each kind of tensors."""
+    """Try a kernel on the request's device, once for each kind of tensors.
+
+    Raises:
+        OutOfMemoryError: there is no room for a trial; nothing is remembered of it.
+    """
     return _tried(cast(Hashable, kernel), request)
 
 
 @lru_cache(maxsize=256)
 def _tried(kernel: Any, request: Request) -> Entry:
-    fault = wrong(kernel, request, calls_for(request, kernel)) or fragile(kernel, request)
-    gaps = "" if fault else wrong(kernel, request, gaps_for(kernel))
-    return Entry(fault, gaps, 0.0 if fault else rate(kernel, request))
+    with torch.autocast(request.device.partition(":")[0], enabled=False):  # the truth would be 16 bits wide
+        fault = wrong(kernel, request, calls_for(request, kernel)) or fragile(kernel, request)
+        gaps = "" if fault else wrong(kernel, request, gaps_for(kernel))
+        try:
+            return Entry(fault, gaps, 0.0 if fault else rate(kernel, request))
+        except Exception as error:
+            _reraise_if_full(error)
+            return Entry(f"a working call of {ROWS} rows ({_said(error)})", "", 0.0)
 
 
 def calls_for(request: Request, kernel: Kernel) -> dict[str, Call]:
@@ -99,9 +108,12 @@ def wrong(kernel: Kernel, request: Request, calls: Mapping[str, Call]) -> str:
     for what, call in calls.items():
         scores = Scores(request.head_dim**-0.5, next(softcaps) if request.softcap else None)
         qkv, dout = _inputs(request, call.cu_q[-1], call.cu_k[-1])
+        _leave_nan(*qkv, dout)
         try:
             mine = _answers(kernel, qkv, dout, call, scores)
+            _synchronize(request.device)  # what fails on the device is said here, or later of something else
         except Exception as error:
+            _reraise_if_full(error)
             return f"a working call of {what} ({_said(error)})"
         truth = _answers(ReferenceKernel(), qkv, dout, call, scores)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), mine, truth, strict=True):
@@ -123,7 +135,9 @@ def fragile(kernel: Kernel, request: Request) -> str:
         qkv[0][..., 0], qkv[1][..., 0] = 1.0, LOW / scores.scale
         try:
             found = _answers(kernel, qkv, dout, call, scores)
+            _synchronize(request.device)
         except Exception as error:
+            _reraise_if_full(error)
             return f"a working call of {what} of low logits ({_said(error)})"
         for name, x in zip(("out", "lse", "dq", "dk", "dv"), found, strict=True):
             if not bool(x.isfinite().all()):
@@ -150,6 +164,19 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 3) -> float:
         _synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+def _leave_nan(*like: Tensor) -> None:
+    """Free memory of these sizes full of nan, which an allocator hands out next: what a kernel leaves unwritten would
+    often be 0, and right by chance."""
+    held = [torch.full_like(x, torch.nan) for x in like for _ in range(2)]
+    del held
+
+
+def _reraise_if_full(error: Exception) -> None:
+    """That memory is full says nothing of a kernel, and must not be remembered of it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
 
 
 def _said(error: Exception) -> str:

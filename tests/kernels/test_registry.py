@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,3 +321,23 @@ def test_a_kernel_without_windows_refuses_a_call_with_one() -> None:
     Windowless().forward(x, x, x, Call(0, 0, INF, 0, (0, 3), (0, 3)), Scores(1.0))
     with pytest.raises(UnsupportedError, match="it lacks sliding window"):
         Windowless().forward(x, x, x, Call(0, 0, 1, 0, (0, 3), (0, 3)), Scores(1.0))
+
+
+def test_no_kernel_library_is_imported_with_the_package_nor_for_another_kernel(tmp_path: Path) -> None:
+    """On a machine with a GPU: importing starts CUDA, and takes FA4's compiler seconds."""
+    (tmp_path / "flash_attn_interface.py").write_text("def flash_attn_varlen_func(): ...\n")
+    code = """
+import sys, torch
+asked = []
+torch.cuda.is_available = lambda: asked.append(1) or True
+from seqpar_ring import SequenceParallel, kernels
+from seqpar_ring.kernels import registry
+assert kernels.names()[0] == "flash3"
+assert not asked and "flash_attn_interface" not in sys.modules
+SequenceParallel(1, kernel="cpu").plan(8)
+assert "flash_attn_interface" not in sys.modules
+registry._KERNELS["flash3"].capabilities
+assert "flash_attn_interface" in sys.modules, "the test shows nothing"
+"""
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=200)

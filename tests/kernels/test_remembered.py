@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
+import weakref
+
+import pytest
+import torch
 
 from seqpar_ring.geometry import INF
-from seqpar_ring.kernels.remembered import remembered
+from seqpar_ring.kernels.remembered import capturing, remembered
 from seqpar_ring.schedule import Call
 
 
@@ -50,3 +55,20 @@ def test_the_oldest_is_forgotten() -> None:
     assert making.times == 3
     found(calls[0])
     assert making.times == 4
+
+
+def test_what_a_graph_was_captured_with_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds addresses: its lengths would be overwritten once other calls have come."""
+    found, calls = remembered(lambda one: torch.tensor(one.cu_q), size=2), [call(rows) for rows in range(1, 9)]
+    kept = []
+    for graph in (True, False):
+        monkeypatch.setattr(sys.modules[capturing.__module__], "capturing", lambda graph=graph: graph)
+        kept.append(weakref.ref(found(calls[graph])))
+    for one in calls[2:]:
+        found(one)
+    gc.collect()
+    assert [ref() is not None for ref in kept] == [True, False]
+
+
+def test_nothing_is_captured_where_cuda_has_not_begun() -> None:
+    assert not capturing()

@@ -152,3 +152,60 @@ def test_a_rate_counts_the_unmasked_pairs_of_forward_and_backward() -> None:
     runs: list[int] = []
     assert seconds(lambda: runs.append(1), "cpu", repeats=2) >= 0.0
     assert len(runs) == 3
+
+
+class Failing(Wrong):
+    """Fails once, in its calls of at least so many rows."""
+
+    def __init__(self, error: Exception, rows: int = 0) -> None:
+        super().__init__("nothing")
+        self.raised, self.rows, self.times = error, rows, 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scores: Scores) -> tuple[Tensor, Tensor]:
+        if q.shape[1] >= self.rows and not self.times:
+            self.times += 1
+            raise self.raised
+        return super().forward(q, k, v, call, scores)
+
+
+SMALL = REQUEST._replace(heads=1, kv_heads=1)
+
+
+@pytest.mark.parametrize("rows", [0, 4096], ids=["a small call", "the block that is timed"])
+def test_a_trial_without_room_says_so_and_is_made_again(rows: int) -> None:
+    """A slower kernel was taken for the rest of the process, without a word."""
+    kernel = Failing(torch.OutOfMemoryError("out of memory"), rows)
+    with pytest.raises(torch.OutOfMemoryError):
+        tried(kernel, SMALL)
+    assert tried(kernel, SMALL).wrong == ""
+
+
+def test_a_kernel_that_fails_only_where_it_is_timed_is_passed_over() -> None:
+    """Its error ended the choice, though others could do the work."""
+    found = tried(Failing(RuntimeError("too many blocks"), 4096), SMALL)
+    assert found.wrong == "a working call of 4096 rows (RuntimeError: too many blocks)"
+    assert found.rate == 0.0
+
+
+def test_a_trial_under_autocast_is_compared_with_the_truth_in_full() -> None:
+    """Matrix products of the reference were 16 bits wide there, and a right kernel nearly out of bounds."""
+    products: list[torch.dtype] = []
+
+    class Watching(Wrong):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scores: Scores) -> tuple[Tensor, Tensor]:
+            products.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+            return super().forward(q, k, v, call, scores)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tried(Watching("nothing"), SMALL).wrong == ""
+    assert set(products) == {torch.float32}
+
+
+def test_gradients_that_are_left_unwritten_are_not_right_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is often 0, which is what keys without queries get."""
+    left: list[Tensor] = []
+    full = torch.full_like
+    monkeypatch.setattr(torch, "full_like", lambda *args: left.append(full(*args)) or left[-1])
+    assert wrong(Wrong("nothing"), SMALL, gaps_for(Wrong("nothing"))) == ""
+    sizes = {tuple(x.shape[1:]) for x in left if bool(x.isnan().all())}
+    assert {(73, 1, 16), (90, 1, 16)} <= sizes
