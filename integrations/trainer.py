@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from seqpar_ring.batch import IGNORED
 from seqpar_ring.config import Settings
@@ -87,18 +87,20 @@ def ring(trainer: T, size: int | None = None, **settings: Any) -> T:
 def data_loader(loader: DataLoader[Any], sp: SequenceParallel, device: torch.device | str | None = None) -> Any:
     """A data loader for a plain loop with accelerate: the ranks of a group get the same batches, data ranks others.
 
-    Use it in place of `accelerator.prepare(loader)`. Collective over the world: a loader that shuffles does it on every
-    rank as on rank 0.
+    Use it in place of `accelerator.prepare(loader)`. Collective over the world: torch's samplers that draw do it on
+    every rank as on rank 0. A sampler of your own that draws has to draw the same on all ranks.
     """
     where = torch.device(device) if device is not None else None
     put = where is not None
-    _share_generator(loader.sampler, sp)
+    batches = loader.batch_sampler
+    for sampler in (loader.sampler, batches, getattr(batches, "sampler", None)):
+        _share_generator(sampler, sp)
     return prepare_data_loader(loader, where, sp.data_size, sp.data_rank, put_on_device=put, dispatch_batches=False)
 
 
 def _share_generator(sampler: Any, sp: SequenceParallel) -> None:
     """Let a sampler that shuffles draw as rank 0's, on every rank; accelerate does so among several data ranks only."""
-    if not isinstance(sampler, RandomSampler):
+    if not hasattr(sampler, "generator"):  # those of torch that draw have one; what else draws is its maker's care
         return
     if sampler.generator is None:
         sampler.generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
@@ -282,6 +284,19 @@ class _Ring:
         before = state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)  # type: ignore[misc]
         state.num_input_tokens_seen = before + (state.num_input_tokens_seen - before) // self.seqpar.size
+
+    def store_flos(self) -> None:
+        """As Trainer's, which sums over all ranks; each rank of a group counts the whole sequence."""
+        state: Any = vars(self)["state"]
+        before = state.total_flos
+        super().store_flos()  # type: ignore[misc]
+        state.total_flos = before + (state.total_flos - before) / self.seqpar.size
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which takes every rank for one with batches of its own where it counts steps of evaluation."""
+        for name in [name for name in logs if name.endswith("_steps_per_second") and not name.startswith("train_")]:
+            logs[name] = round(logs[name] * self.seqpar.size, 3)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _without_fillers(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """An evaluation batch without the targets of the rows with which accelerate fills the last one up.

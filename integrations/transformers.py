@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seqpar_ring.attention import ring_attention
 from seqpar_ring.batch import PLAN_KEY
-from seqpar_ring.errors import BatchError, SeqparError, UnsupportedError, VersionError
+from seqpar_ring.errors import SeqparError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
 from seqpar_ring.planner.model import of_config
@@ -42,7 +42,7 @@ from . import transformers_head as head
 from . import transformers_peft as peft
 from . import transformers_positions as positions
 from . import transformers_rules as rules
-from .transformers_calls import Calls
+from .transformers_calls import CALLS_KEY, Calls
 
 NAME = "seqpar_ring"
 """The attn_implementation under which the ring is registered."""
@@ -52,9 +52,6 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 LOG = logging.getLogger(__name__)
 """Says at INFO, once for each model, what was chosen and why."""
-
-CALLS_KEY = "seqpar_calls"
-"""Under this key one forward's tally travels beside the plan."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -145,14 +142,16 @@ class _Adapter:
         allowed.refuse_decoding(batch)
         problem: SeqparError | None = None
         try:
-            allowed.check_call(batch, self.sp)
-            _expect_labels(model, batch)
+            allowed.check_call(model, batch, self.sp)
+            allowed.expect_labels(model, batch)
             peft.check(model)
             if not self._checked:
                 rules.draws_nothing_at_random(model)
         except SeqparError as found:
             problem = found
-        self.sp.groups.agree("the call of the model", {"keys of the batch": sorted(batch)}, problem)
+        # Data ranks must know of labels, too: the loss is a sum over all of them.
+        what = f"the call of the model {'without' if batch.get('labels') is None else 'with'} labels"
+        self.sp.groups.agree(what, {"keys of the batch": sorted(batch)}, problem)
         if PLAN_KEY not in batch:
             batch = self.sp.shard_batch(batch)
         allowed.check_shares(batch[PLAN_KEY], self.sp)
@@ -169,7 +168,8 @@ class _Adapter:
             return batch
         most = self.sp.most(tokens)
         for module in self._mlps:
-            set_tiles(module, tiles(most, 0, settings.mlp).number)
+            calls.mlp_tiles = tiles(most, 0, settings.mlp).number
+            set_tiles(module, calls.mlp_tiles)
         if batch.get("labels") is not None:
             calls.tiles, calls.why_tiles = head.choose(model, most, settings.logits)
         if calls.tiles == 1:
@@ -195,7 +195,7 @@ class _Adapter:
         if calls.tiles > 1:
             output = _without_logits(output)
         if labelled in self._checked:
-            allowed.check_attention_calls(model, calls)
+            allowed.check_what_went_through_us(model, calls, labelled)
             return output
         if not self._checked and self.sp.groups.global_rank == 0:
             LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
@@ -228,7 +228,8 @@ class _Adapter:
         if "head" not in self._checked:
             self.sp.groups.agree("the head in tiles", {}, cut.difference(logits))
             self._checked.add("head")
-        return self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, tiles=calls.tiles, num_items=num_items)
+        tiled: dict[str, Any] = {"tiles": calls.tiles, "num_items": num_items, "vocabulary": logits.shape[-1]}
+        return self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, **tiled)
 
 
 @_not_compiled
@@ -260,6 +261,7 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
     if calls is not None:
         calls.attention += 1
         calls.windowed += window is not None
+        head.tile_as_its_call(module, calls.mlp_tiles)
     factor = positions.query_factor(module, plan, query.device)
     query = query if factor is None else (query * factor).to(query.dtype)
     # transformers' window counts the query's own key, as ours does. One that nothing reaches past is none.
@@ -320,22 +322,6 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     signature = inspect.signature(model.forward)
     signature.bind_partial(*args, **kwargs)  # raises TypeError as the call itself would
     return {**signature.bind_partial(*args).arguments, **kwargs}
-
-
-def _expect_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """A whole batch to train on brings its labels: of the shards nobody outside could shift and weigh them right.
-
-    Raises:
-        BatchError: no labels, in training mode, for a model that takes them.
-    """
-    trains = model.training and torch.is_grad_enabled() and "labels" in inspect.signature(model.forward).parameters
-    if trains and PLAN_KEY not in batch and batch.get("labels") is None:
-        raise BatchError(
-            "a training batch has no labels",
-            fix="Give labels with the batch. For a loss of your own shard it with sp.shard_batch, which shifts them. "
-            "To evaluate, call model.eval() or use torch.no_grad().",
-            keys=sorted(batch),
-        )
 
 
 def _adapted(model: nn.Module) -> bool:

@@ -6,10 +6,12 @@ and what is kept for its backward. What a model itself must be is in `transforme
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from seqpar_ring.batch import PLAN_KEY
@@ -18,6 +20,9 @@ from seqpar_ring.geometry import Mask
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
 from seqpar_ring.remat import Kept
+
+CALLS_KEY = "seqpar_calls"
+"""Under this key one forward's tally travels beside the plan."""
 
 HARMLESS = frozenset(
     {
@@ -57,7 +62,8 @@ DECODE = (
 @dataclass
 class Calls:
     """What one forward did: calls of attention, those of them with a window, calls of the loss. And what it keeps:
-    attention's results, the number of tiles of its head, and that head where there are more than one."""
+    attention's results, the number of tiles of its head and that head where there are more than one, and the number of
+    tiles of its MLPs."""
 
     attention: int = 0
     windowed: int = 0
@@ -66,6 +72,7 @@ class Calls:
     tiles: int = 1
     why_tiles: str = "asked for, or no labels"
     head: Any = None
+    mlp_tiles: int = 1
 
     def tally(self) -> dict[str, object]:
         """The counts, by name."""
@@ -81,6 +88,22 @@ def said(config: Any, name: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------- a call of the model
+
+
+def expect_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """A whole batch to train on brings its labels: of the shards nobody outside could shift and weigh them right.
+
+    Raises:
+        BatchError: no labels, in training mode, for a model that takes them.
+    """
+    trains = model.training and torch.is_grad_enabled() and "labels" in inspect.signature(model.forward).parameters
+    if trains and PLAN_KEY not in batch and batch.get("labels") is None:
+        raise BatchError(
+            "a training batch has no labels",
+            fix="Give labels with the batch. For a loss of your own shard it with sp.shard_batch, which shifts them. "
+            "To evaluate, call model.eval() or use torch.no_grad().",
+            keys=sorted(batch),
+        )
 
 
 def refuse_decoding(batch: Mapping[str, Any]) -> None:
@@ -101,8 +124,8 @@ def refuse_decoding(batch: Mapping[str, Any]) -> None:
         )
 
 
-def check_call(batch: Mapping[str, Any], sp: SequenceParallel) -> None:
-    """Refuse what a caller may ask of a whole model and cannot ask of a sharded one.
+def check_call(model: Any, batch: Mapping[str, Any], sp: SequenceParallel) -> None:
+    """Refuse what a caller may ask of a whole model and cannot ask of a sharded one, here or in the model's config.
 
     Raises:
         UnsupportedError: a KV cache, attention weights, router logits, embeddings in place of tokens.
@@ -111,8 +134,9 @@ def check_call(batch: Mapping[str, Any], sp: SequenceParallel) -> None:
     if batch.get("use_cache"):
         raise _cached(use_cache=batch["use_cache"])
     for name, why in NOT_OF_A_SHARD.items():
-        if batch.get(name):
-            raise UnsupportedError(f"{name} {why}", fix=f"Leave it out, or give {name}=False.", **{name: batch[name]})
+        asked = batch[name] if batch.get(name) is not None else said(model.config.get_text_config(), name)
+        if asked:
+            raise UnsupportedError(f"{name} {why}", fix=f"Leave it out, or give {name}=False.", **{name: asked})
     plan = batch.get(PLAN_KEY)
     if plan is None:
         _check_whole(batch)
@@ -186,7 +210,7 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
     """
     config, name = model.config.get_text_config(), type(model).__name__
     types = getattr(config, "layer_types", None)
-    check_attention_calls(model, calls)
+    check_what_went_through_us(model, calls, labelled)
     if types and calls.windowed != list(types).count("sliding_attention"):
         raise UnsupportedError(
             "the layers that have a sliding window and those that hand one to attention are not the same",
@@ -203,22 +227,22 @@ def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
             model=name,
             sliding_window=window,
         )
+
+
+def check_what_went_through_us(model: Any, calls: Calls, labelled: bool) -> None:
+    """After every forward: did the attention of every layer, and the loss? Either may be set to another in between.
+
+    Raises:
+        UnsupportedError: no.
+    """
     has_head = model.base_model is not model or model.get_output_embeddings() is not None
     if labelled and has_head and calls.loss != 1:
         raise UnsupportedError(
             "the model computes a loss of its own, which is a mean over this rank's tokens",
             fix=OWN_LOSS,
-            model=name,
+            model=type(model).__name__,
             loss_calls=calls.loss,
         )
-
-
-def check_attention_calls(model: Any, calls: Calls) -> None:
-    """After every forward: did the attention of every layer go through us? It may be set to another in between.
-
-    Raises:
-        UnsupportedError: no.
-    """
     layers = model.config.get_text_config().num_hidden_layers
     if calls.attention != layers:
         raise UnsupportedError(

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from seqpar_ring.errors import UnsupportedError
-from seqpar_ring.tiling import Tiles, tile_module, tiles
+from seqpar_ring.tiling import Tiles, is_tiled, set_tiles, tile_module, tiles
 
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference between the model's logits and ours, relative to the largest logit: the same products, summed in
@@ -24,6 +25,9 @@ another order."""
 
 AFTERWARDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """What configs say of logits after the head: Gemma 2 and 3 cap them, Granite divides them, Cohere multiplies them."""
+
+BESIDE = "_seqpar_mlps"
+"""Attribute of an attention module: the MLPs of its layer that can run in tiles."""
 
 WHOLE = 'Set "logits": "whole" in the settings.'
 
@@ -123,7 +127,19 @@ def tile_mlps(model: nn.Module) -> list[nn.Module]:
         )
     for module in found:
         tile_module(module)
+    for layer in (one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)):
+        mlps = tuple(one for one in layer.modules() if is_tiled(one))
+        for one in layer.modules():
+            if "Attention" in type(one).__name__:
+                vars(one)[BESIDE] = mlps  # a tuple of modules is no child
     return found
+
+
+def tile_as_its_call(attention: nn.Module, count: int) -> None:
+    """Called in a layer's attention: the layer's MLPs, which come next, have the tiles of the call that it belongs to,
+    also where it is recomputed after other calls."""
+    for mlp in vars(attention).get(BESIDE, ()):
+        set_tiles(mlp, count)
 
 
 def _is_dense(module: nn.Module) -> bool:

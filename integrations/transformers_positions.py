@@ -99,8 +99,8 @@ def _with_last_position(
     by_name = "position_ids" in kwargs
     positions = kwargs["position_ids"] if by_name else args[1]
     plan, _ = _carried(module, positions)
-    last = positions.new_full((positions.shape[0], 1), max(plan.lengths) - 1)
-    longer = torch.cat([positions, last], dim=1)
+    last = positions.new_full((positions.shape[0], 1), plan.documents.longest - 1)
+    longer = torch.cat([positions.minimum(last), last], dim=1)  # padding counts on from its document
     if by_name:
         return args, {**kwargs, "position_ids": longer}
     return (args[0], longer, *args[2:]), kwargs

@@ -42,6 +42,7 @@ class Reading:
         labels: (B, S) int64, shifted: entry i is the target of token i; None if the batch has no labels.
         position_ids: (1, S) within each document.
         padded: whether rows have padding at the right, which counts as the last document's.
+        longest: tokens of the longest document, by the positions that were given: padding may have small ones.
     """
 
     shape: tuple[int, int]
@@ -49,6 +50,7 @@ class Reading:
     labels: Tensor | None
     position_ids: Tensor
     padded: bool
+    longest: int
 
 
 class Padded(Documents):
@@ -112,7 +114,9 @@ def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
     device = next(batch[key].device for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None)
     position_ids = torch.cat([torch.arange(n, device=device) for n in found])[None]
     shifted = None if labels is None else shift_labels(labels, found)
-    return Reading(shape, found, shifted, position_ids, real is not None)
+    given = batch.get("position_ids")
+    longest = max(found) if given is None or real is None else int(given.max()) + 1
+    return Reading(shape, found, shifted, position_ids, real is not None, longest)
 
 
 def _targets(labels: Any) -> Tensor | None:

@@ -58,7 +58,7 @@ def token_mean(
         by_token = wide.reshape(flat.numel(), wide.shape[-1])
         return functional.cross_entropy(by_token, flat, ignore_index=IGNORED, reduction="sum")
 
-    problem = problem or _misfit(logits_BSV, labels_BS)
+    problem = problem or misfit(logits_BSV, labels_BS, "logits", logits_BSV.shape[-1])
     return mean_of_sums(
         summed, labels_BS, everyone, num_items=num_items, accumulation=accumulation, problem=problem
     )
@@ -123,20 +123,27 @@ def mean_of_sums(
     return mean
 
 
-def _misfit(logits_BSV: Tensor, labels_BS: Tensor) -> SeqparError | None:
-    """What is wrong with logits and labels, as far as the host need not wait for a GPU to see it."""
+def misfit(x_BSN: Tensor, labels_BS: Tensor, what: str, words: int | None) -> SeqparError | None:
+    """What is wrong with labels, as far as the host need not wait for a GPU to see it; None if nothing.
+
+    Args:
+        x_BSN: what has a row for each of them.
+        labels_BS: this rank's targets.
+        what: what that is, for messages: "logits", "hidden states".
+        words: of the vocabulary; None where nobody knows.
+    """
     if not isinstance(labels_BS, Tensor) or labels_BS.dtype is not torch.int64:
         given = labels_BS.dtype if isinstance(labels_BS, Tensor) else type(labels_BS).__name__
         return BatchError("labels are not int64", fix="Use those that shard_batch returned.", labels=given)
-    if logits_BSV.shape[:-1] != labels_BS.shape:
+    if x_BSN.shape[:-1] != labels_BS.shape:
         return PlanError(
-            "logits and labels differ in shape",
+            f"{what} and labels differ in shape",
             fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
-            logits=tuple(logits_BSV.shape),
+            **{what.partition(" ")[0]: tuple(x_BSN.shape)},
             labels=tuple(labels_BS.shape),
         )
-    if not labels_BS.is_cuda and labels_BS.numel() and not torch.compiler.is_compiling():
-        words, most = logits_BSV.shape[-1], int(labels_BS.max())
+    if words is not None and not labels_BS.is_cuda and labels_BS.numel() and not torch.compiler.is_compiling():
+        most = int(labels_BS.max())
         if most >= words:
             fix = "Use the tokenizer of this model, or resize its embeddings."
             return BatchError("a label is beyond the vocabulary", fix=fix, label=most, vocabulary=words)

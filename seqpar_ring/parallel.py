@@ -25,7 +25,7 @@ from seqpar_ring.groups import Groups
 from seqpar_ring.handles import OfThisProcess
 from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.lengths import of_each
-from seqpar_ring.loss import mean_of_sums, token_mean
+from seqpar_ring.loss import mean_of_sums, misfit, token_mean
 from seqpar_ring.plan import Documents, Plan
 from seqpar_ring.planner.job import Workload
 from seqpar_ring.planner.model import Model
@@ -90,7 +90,9 @@ class SequenceParallel(OfThisProcess):
         self._model: tuple[Model, str] | None = None
         self._settled = None if settings.undecided else Settled(settings, "")
         self._documents = lru_cache(maxsize=PLANS_KEPT)(
-            lambda lengths, kv_lengths, kind: kind(lengths, self.settle(lengths), groups.ring, kv_lengths)
+            lambda lengths, keys, kind, longest=None: kind(
+                lengths, self.settle(lengths), groups.ring, keys, longest=longest
+            )
         )
 
     def describe(self, model: Model, dtype: str = "bf16") -> None:
@@ -191,7 +193,8 @@ class SequenceParallel(OfThisProcess):
             problem = error
         self.groups.agree("shard_batch", {**shared, "decided": self.decided}, problem)
         assert reading is not None  # agree raised otherwise
-        plan = self._documents(reading.lengths, None, edge.Padded if reading.padded else Documents).plan(Mask())
+        kind = (edge.Padded, reading.longest) if reading.padded else (Documents,)
+        plan = self._documents(reading.lengths, None, *kind).plan(Mask())
         out = {key: value for key, value in batch.items() if not isinstance(value, Tensor) or not value.dim()}
         out.update({key: plan.shard(batch[key]) for key in keys})
         out["position_ids"] = plan.shard(reading.position_ids).expand(reading.shape[0], -1)
@@ -240,7 +243,7 @@ class SequenceParallel(OfThisProcess):
         more: dict[str, Any] = {"num_items": num_items, "accumulation": accumulation, "problem": problem}
         return token_mean(logits_BSV, labels_BS, self.groups.everyone, **more)
 
-    def tiled_loss(
+    def tiled_loss(  # noqa: PLR0913 - what a loss needs, and what tiles do
         self,
         hidden_BSC: Tensor,
         head: Callable[[Tensor], Tensor],
@@ -249,6 +252,7 @@ class SequenceParallel(OfThisProcess):
         tiles: int,
         num_items: int | None = None,
         accumulation: int = 1,
+        vocabulary: int | None = None,
     ) -> Tensor:
         """The same loss without the logits of all of a rank's tokens: they are made tile by tile, again in backward.
 
@@ -257,16 +261,12 @@ class SequenceParallel(OfThisProcess):
             head: from hidden states (1, n, C) to logits (1, n, V); a module, say. n may be 0.
             labels_BS, num_items, accumulation: as for `loss`.
             tiles: number of tiles, the same on all ranks: `seqpar_ring.tiling.tiles(self.most(tokens), V).number`.
+            vocabulary: V, if a label beyond it is to be raised on every rank, before anything is computed.
+
+        Raises: as `loss`.
         """
-        problem: SeqparError | None = None
-        if hidden_BSC.shape[:-1] != labels_BS.shape:
-            problem = PlanError(
-                "hidden states and labels differ in shape",
-                fix="Give the labels of this rank's tokens, shifted and sharded: shard_batch returns them.",
-                hidden=tuple(hidden_BSC.shape),
-                labels=tuple(labels_BS.shape),
-            )
-        elif tiles < 1:
+        problem = misfit(hidden_BSC, labels_BS, "hidden states", vocabulary)
+        if tiles < 1:
             problem = PlanError("there is no tile", fix="Give tiles >= 1; 1 is the whole.", tiles=tiles)
         more: dict[str, Any] = {"num_items": num_items, "accumulation": accumulation, "problem": problem}
         summed = partial(summed_cross_entropy, hidden_BSC, labels_BS, head, tiles, edge.IGNORED)

@@ -49,6 +49,7 @@ class Documents:
         ring: the ranks that a block visits: those with this rank's heads, or the whole group without head sharding.
         members: the ranks that hold, together, the tokens that this rank attends with, and share out the heads.
         layout, kv_layout: who holds which token.
+        longest: tokens of the longest document, without padding where positions tell it from what is padding.
         sides: the same over the ring, for queries and keys.
 
     Raises:
@@ -63,6 +64,7 @@ class Documents:
         sequence: Transport,
         kv_lengths: tuple[int, ...] | None = None,
         placed: layouts.Layout | None = None,
+        longest: int | None = None,
     ) -> None:
         self.lengths, self.kv_lengths, self.settings, self.sequence = lengths, kv_lengths, settings, sequence
         heads = settings.head_degree
@@ -79,6 +81,7 @@ class Documents:
             self.k_side = layouts.make(settings.layout, kv_lengths, self.ring.world, balance, least=0)
             self.kv_layout = layouts.split(self.k_side, heads)
         self.sizes = self.layout.sizes
+        self.longest = longest or max(lengths)
         self._plans: dict[Mask, Plan] = {}
 
     @cached_property

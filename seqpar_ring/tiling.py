@@ -97,6 +97,11 @@ def tile_module(module: nn.Module) -> None:
         module.__class__ = type(f"Tiled{kind.__name__}", (_Tiled, kind), {"__module__": kind.__module__})
 
 
+def is_tiled(module: nn.Module) -> bool:
+    """Whether `tile_module` changed it."""
+    return isinstance(module, _Tiled)
+
+
 def set_tiles(module: nn.Module, count: int) -> None:
     """Number of tiles in which a module that `tile_module` changed computes from now on."""
     assert isinstance(module, _Tiled)

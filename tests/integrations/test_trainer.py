@@ -129,12 +129,21 @@ def test_tokens_of_a_group_are_counted_once(pool4: RankPool, tmp_path: Path, whi
     assert pool4.run(cases.tokens_seen, run, str(tmp_path), which) == [expected] * 4
 
 
-def test_a_shuffled_loader_deals_each_sample_once(pool4: RankPool) -> None:
-    first, same, other, too = pool4.run(cases.shuffled, 8, size=2)
+def test_work_of_a_group_is_counted_once(pool4: RankPool, tmp_path: Path) -> None:
+    """Trainer sums operations over all ranks, and takes each for one with evaluation batches of its own."""
+    run = Run(size=2, kind="padded", steps=2)
+    for operations, per_second, steps in pool4.run(cases.work_counted, run, str(tmp_path)):
+        assert operations == pytest.approx(cases.ROWS * cases.TOKENS, rel=1e-6)
+        assert per_second == pytest.approx(steps, rel=0.02)  # figures of three digits
+
+
+@pytest.mark.parametrize("how", cases.SAMPLERS)
+def test_a_shuffled_loader_deals_each_sample_once(pool4: RankPool, how: str) -> None:
+    first, same, other, too = pool4.run(cases.shuffled, 8, how, size=2)
     assert first == same
     assert other == too
     assert sorted(first + other) == list(range(8))
-    one, *others = pool4.run(cases.shuffled, 8, size=4)
+    one, *others = pool4.run(cases.shuffled, 8, how, size=4)
     assert others == [one] * 3
 
 

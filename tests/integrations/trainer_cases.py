@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import hf_cases
 import torch
 from torch import Tensor, nn
+from torch.utils import data as sampling
 
 from seqpar_ring import SequenceParallel, executor
 
@@ -230,7 +231,26 @@ def tokens_seen(sp: SequenceParallel, run: Run, folder: str, which: str) -> int:
         return int(trainer.state.num_input_tokens_seen)
 
 
-def shuffled(sp: SequenceParallel, count: int) -> list[int]:
+def work_counted(sp: SequenceParallel, run: Run, folder: str) -> tuple[float, float, float]:
+    """Operations of training as Trainer counts them, over those of one token; and steps of an evaluation, twice: as its
+    metrics say in a second, and as many as its batches."""
+    with as_torchrun(sp):
+        trainer = trainer_of(run, folder)
+        trainer.train()
+        each = 6 * trainer.model.num_parameters(exclude_embeddings=True)
+        found = trainer.evaluate()
+        per_second = found["eval_steps_per_second"] / found["eval_samples_per_second"]
+        return trainer.state.total_flos / each, per_second * ROWS, len(trainer.get_eval_dataloader())
+
+
+SAMPLERS: dict[str, Callable[[range], dict[str, Any]]] = {
+    "shuffle": lambda data: {"shuffle": True},
+    "batches": lambda data: {"batch_sampler": sampling.BatchSampler(sampling.RandomSampler(data), 1, False)},
+    "a subset": lambda data: {"sampler": sampling.SubsetRandomSampler(data)},
+}
+
+
+def shuffled(sp: SequenceParallel, count: int, how: str = "shuffle") -> list[int]:
     """What a rank sees of `count` samples in an epoch of our data loader, where the ranks' generators differ."""
     with as_torchrun(sp):
         from accelerate import Accelerator
@@ -238,7 +258,7 @@ def shuffled(sp: SequenceParallel, count: int) -> list[int]:
 
         Accelerator(cpu=True)
         torch.manual_seed(42 + sp.groups.global_rank)  # as accelerate's set_seed(42, device_specific=True) does
-        loader = torch.utils.data.DataLoader(range(count), shuffle=True)  # type: ignore[arg-type]
+        loader = torch.utils.data.DataLoader(range(count), **SAMPLERS[how](range(count)))  # type: ignore[arg-type]
         return [int(i) for i in data_loader(loader, sp)]
 
 
