@@ -16,7 +16,7 @@ from seqpar_ring.planner.hardware import machine
 from seqpar_ring.planner.job import Workload
 from seqpar_ring.planner.model import of_config
 from seqpar_ring.planner.savefile import block as plain
-from seqpar_ring.planner.savefile import choices_of, dtype_of
+from seqpar_ring.planner.savefile import choices_of, dtype_of, micro_batch
 from seqpar_ring.planner.search import Fixed, Option, search
 
 AUTO = "auto"
@@ -54,9 +54,8 @@ def decide(block: Mapping[str, Any], config: Mapping[str, Any], model: Any, worl
         fix = "Give a model of transformers, or a size."
         raise ConfigError('"size" is "auto", and the model has no configuration', fix=fix, model=type(model).__name__)
     gpus, rank = world
-    workload = Workload(
-        of_config(described.to_dict(), type(model).__name__), (block["tokens"],), dtype_of(config) or "fp32"
-    )
+    shapes, batch = of_config(described.to_dict(), type(model).__name__), micro_batch(config) or 1
+    workload = Workload(shapes, (block["tokens"],), dtype_of(config) or "fp32", batch)
     on = machine(block["hardware"], block.get("fabric"), block.get("node"))
     fixed = {k: v for k, v in block.items() if k not in ("tokens", "hardware", "fabric") and v not in (AUTO, None)}
     found = search(workload, on, gpus, Fixed(settings=fixed, **choices_of(config, "the DeepSpeed config")))
@@ -78,5 +77,5 @@ def _said(option: Option) -> str:
     return (
         f"{s.size}, heads {s.heads}, {s.layout}, {s.schedule}, block_tokens {s.block_tokens}: predicted "
         f"{option.step.seconds:.3g} s a step and {option.memory.peak / 2**30:.1f} GiB a device"
-        f"{'' if option.choice.checkpointing else ', without checkpointing'}"
+        f", {'with' if option.choice.checkpointing else 'without'} checkpointing"
     )

@@ -22,6 +22,7 @@ from seqpar_ring import layout as layouts
 from seqpar_ring.compat import Ring
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import BatchError, PlanError, UnsupportedError
+from seqpar_ring.lengths import of_each
 from seqpar_ring.sharding import TokenOrder
 
 from .megatron_layout import Packed
@@ -124,7 +125,7 @@ def shard_batch(
         PlanError: lengths below 1, too few rows.
         ConfigError: an unknown layout.
     """
-    documents = (lengths,) if isinstance(lengths, int) else tuple(lengths)
+    documents = of_each(lengths, "lengths", PlanError)
     order = _order(layout, documents, dist.get_world_size(cp_group), dist.get_rank(cp_group))
     tensors, size, device = _read(batch, sum(documents))
     here = _rows(order, multiple, rows)

@@ -73,8 +73,9 @@ def plan(  # noqa: PLR0913 - options of a command line
     question = take.question(written, config, setting)
     if largest and not (question.seq_len or question.documents):
         question = question._replace(seq_len="1K")  # not looked at, but a question has a length
-    if fewest and question.gpus is None:
-        question = question._replace(gpus=1)
+    if fewest and question.gpus is None:  # not looked at either
+        size = question.fixed.settings.get("size")
+        question = question._replace(gpus=size if isinstance(size, int) and size > 0 else 1)
     what = asked(question)
     if largest or fewest:
         code = _limits(what, largest, as_json)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError, did_you_mean
 from seqpar_ring.layout import LAYOUTS
-from seqpar_ring.lengths import MOST_DOCUMENTS, tokens, tokens_of_each
+from seqpar_ring.lengths import MOST_DOCUMENTS, MOST_TOKENS, tokens, tokens_of_each
 from seqpar_ring.planner.hardware import Machine, machine
 from seqpar_ring.planner.job import ITEMSIZE, Workload
 from seqpar_ring.planner.model import load_model
@@ -97,6 +97,9 @@ def asked(given: Given) -> Asked:
         raise ConfigError("the devices do not fill whole nodes", fix=fix, gpus=given.gpus, node=on.node)
     on.device.paces(dtype)
     lengths = documents(given.documents, given.seq_len)
+    if sum(lengths) > MOST_TOKENS:
+        fix = "Give a shorter sequence; nothing runs a longer one."
+        raise ConfigError("more tokens than can be counted", fix=fix, tokens=sum(lengths), most=MOST_TOKENS)
     workload = Workload(model, lengths, dtype, given.batch or 1, given.causal is not False)
     _check_fixed(given.fixed, given.gpus)
     return Asked(workload, on, given.gpus, given.fixed, given)
@@ -159,6 +162,9 @@ def _check_fixed(fixed: Fixed, gpus: int) -> None:
         raise ConfigError("the size does not divide the devices", fix=fix, size=size, gpus=gpus)
     whole = {"node": size} if settings.get("schedule") == "double_ring" else {}
     Settings.parse({**whole, **settings, "size": size}, "the settings")
+    if settings.get("offload") is True and settings.get("remat") == "none":
+        fix = "Leave one of them out: what is not kept cannot wait in the host's memory."
+        raise ConfigError("offload moves what remat keeps, and it keeps nothing", fix=fix, offload=True, remat="none")
     if fixed.zero is not None and fixed.zero not in (0, 1, 2, 3):
         raise ConfigError("there is no such ZeRO stage", fix="Give 0, 1, 2 or 3.", zero=fixed.zero)
     if fixed.offload_parameters and fixed.zero not in (None, 3):

@@ -30,11 +30,13 @@ class Degree(NamedTuple):
         return self.size // self.heads
 
 
-def sizes(gpus: int, workload: Workload, asked: int | None) -> Iterator[Degree]:
+def sizes(gpus: int, workload: Workload, machine: Machine, asked: int | None) -> Iterator[Degree]:
     """Sizes of a sequence group, with one head degree each."""
     for size in divisors(gpus) if asked is None else [asked]:
-        few = size > workload.tokens
-        yield Degree(size, 1, f"the sequence has {workload.tokens} tokens" if few else "")
+        why = f"the sequence has {workload.tokens} tokens" if size > workload.tokens else ""
+        if size < machine.node < gpus and machine.node % size:
+            why = f"a node has {machine.node} devices, and groups of {size} one after the other would be of two nodes"
+        yield Degree(size, 1, why)
 
 
 def head_degrees(size: int, workload: Workload, machine: Machine, asked: int | None) -> Iterator[Degree]:

@@ -146,7 +146,8 @@ def exchanged(what: str, row: Row, settings: Settings, on: tuple[int, Machine]) 
     width |= {"o": row.heads * row.value_dim, "l": row.heads}
     numbers = sum(width[letter.lower()] * (row.wide if letter.isupper() else row.itemsize) for letter in what)
     sent = tokens / settings.size * numbers * (degree - 1) / degree
-    return len(what) * machine.inner.latency + sent / machine.inner.bandwidth
+    sharing = min(machine.inner.shared_by, machine.node)  # all devices of a node exchange at once
+    return len(what) * machine.inner.latency + sent * sharing / machine.inner.bandwidth
 
 
 def kernel_seconds(work: Loads, pace: Pace, row: Row, passes: float) -> Floats:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
 from seqpar_ring.geometry import Mask
+from seqpar_ring.lengths import MOST_TOKENS
 from seqpar_ring.packing import Balance
 from seqpar_ring.planner import activations
 from seqpar_ring.planner.activations import Layer, alive, saved
@@ -110,7 +111,7 @@ def memory(workload: Workload, choice: Choice, device: Device, buckets: Buckets 
 
 
 def largest(workload: Workload, choice: Choice, device: Device, buckets: Buckets | None = None) -> int:
-    """The most tokens of one document that fit, to a thousandth; 0 if not even one for each rank does."""
+    """The most tokens of one document that fit, to a thousandth, or can be counted; 0 if not even one for each rank."""
     size = choice.settings.size
 
     def fits(tokens: int) -> bool:
@@ -118,7 +119,9 @@ def largest(workload: Workload, choice: Choice, device: Device, buckets: Buckets
 
     low, high = 0, size
     while fits(high):
-        low, high = high, 2 * high
+        if high >= MOST_TOKENS:
+            return MOST_TOKENS
+        low, high = high, min(2 * high, MOST_TOKENS)
     while high - low > max(1, low // 1000):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

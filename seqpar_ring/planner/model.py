@@ -226,7 +226,7 @@ def of_config(config: Mapping[str, Any], name: str) -> Model:
     fields.require(*NEEDED)
     heads, hidden, layers = fields("num_attention_heads"), fields("hidden_size"), fields("num_hidden_layers")
     head_dim = fields("head_dim", max(1, hidden // heads))
-    value_dim, kv_heads, latent = head_dim, fields("num_key_value_heads", heads), None
+    value_dim, kv_heads, latent = head_dim, _kv_heads(fields, heads, model_type), None
     if fields.get("kv_lora_rank"):
         latent = Latent(fields.get("q_lora_rank"), fields("kv_lora_rank"), fields("qk_rope_head_dim"))
         head_dim, value_dim, kv_heads = latent.rotary + fields("qk_nope_head_dim"), fields("v_head_dim"), heads
@@ -253,6 +253,14 @@ def of_config(config: Mapping[str, Any], name: str) -> Model:
         latent=latent,
         positions=fields.get("max_position_embeddings"),
     )
+
+
+def _kv_heads(fields: _Fields, heads: int, model_type: str) -> int:
+    """Falcon and GPT-BigCode say with a switch that all query heads share one key head."""
+    if fields.get("new_decoder_architecture"):
+        return fields("num_kv_heads", heads)
+    of_all = fields.config.get("multi_query", model_type == "gpt_bigcode")
+    return fields("num_key_value_heads", 1 if of_all else heads)
 
 
 class _Fields:

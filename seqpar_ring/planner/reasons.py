@@ -6,7 +6,7 @@ What the user decided says so. Nothing is compared that was not priced, here or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from seqpar_ring.planner.asked import Asked, decided
@@ -23,6 +23,10 @@ USUAL = {
     "contiguous": "equal work on all ranks where every key is seen",
 }
 """What is known of a layout where no other was compared."""
+
+
+COMPARED = ("size", "heads", "layout", "schedule", "block_tokens")
+"""Settings of which a reason names another value."""
 
 
 class Reason(NamedTuple):
@@ -44,14 +48,14 @@ def reasons(found: Found, asked: Asked) -> tuple[Reason, ...]:
 def _of_settings(best: Option, found: Found, asked: Asked) -> Iterator[Reason]:
     """Size, head degree, layout, schedule, block: against the best option that differs in it."""
     chosen, fixed = best.choice.settings, decided(asked.fixed.settings)
-    for name in ("size", "heads", "layout", "schedule", "block_tokens"):
+    for name in COMPARED:
         value = getattr(chosen, name)
         if chosen.size == chosen.heads and name in ("layout", "schedule", "block_tokens") and name not in fixed:
             continue  # no ring runs, so these decide nothing
         if name in fixed:
             why = "as asked"
         else:
-            why = _compared(best, found, lambda option, name=name: getattr(option.choice.settings, name))  # type: ignore[misc]
+            why = _compared(best, found, name)
             if not why:
                 why = USUAL.get(str(value), "") if name == "layout" else "nothing else fits or makes sense here"
         yield Reason(name, _shown(name, value), why)
@@ -59,19 +63,34 @@ def _of_settings(best: Option, found: Found, asked: Asked) -> Iterator[Reason]:
         yield Reason("node", str(chosen.node), "devices of a node" if "node" not in fixed else "as asked")
 
 
-def _compared(best: Option, found: Found, of: Callable[[Option], Any]) -> str:
-    """What the best option with another value costs; empty if there is none."""
-    other = next((option for option in found.options if of(option) != of(best)), None)
-    if other is None:
+def _compared(best: Option, found: Found, name: str) -> str:
+    """What the best option with another value costs, one that differs in nothing else if there is one; empty if none.
+
+    What else differs is said.
+    """
+    others = [option for option in found.options if _differing(option, best, name)]
+    if not others:
         return ""
-    value = of(other)
+    alone = (option for option in others if _differing(option, best) == [name])
+    other = next(alone, others[0])
+    value = getattr(other.choice.settings, name)
     what = "a rank's block" if value == "auto" else f"{value:,}" if isinstance(value, int) else str(value)
+    beside = [each for each in _differing(other, best) if each != name]
+    if beside:
+        said = ", ".join(f"{each} {_shown(each, getattr(other.choice.settings, each))}" for each in beside)
+        what = f"{what} (with {said})"
     slower = other.seconds_a_token / best.seconds_a_token - 1
     if slower > AS_FAST - 1:
         return f"{what} takes {slower:.1%} longer"
     if other.memory.peak > best.memory.peak:
         return f"{what} is as fast, and needs {_gib(other.memory.peak)} instead of {_gib(best.memory.peak)}"
     return f"{what} is as fast"
+
+
+def _differing(option: Option, best: Option, *among: str) -> list[str]:
+    """Which of these settings, of all that are compared if none is named, two options have not in common."""
+    mine, theirs = option.choice.settings, best.choice.settings
+    return [name for name in among or COMPARED if getattr(mine, name) != getattr(theirs, name)]
 
 
 class _Variants:

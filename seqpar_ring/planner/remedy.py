@@ -7,6 +7,7 @@ devices; what the user decided stays. They are limits by memory alone: whether i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import lcm
 from typing import Any, NamedTuple
 
 from seqpar_ring.config import Settings
@@ -55,19 +56,25 @@ WAYS = (
 )
 """From what costs least time to what needs least memory."""
 
+QUICK = 64
+"""Ranks of a ring that is priced in no time."""
+
 
 def largest_sequences(asked: Asked) -> tuple[Limit, ...]:
     """For each way the largest sequence of one document that fits on these devices, shared by all of them."""
-    device = asked.machine.device
-    return tuple(
-        Limit(way.words, choice, tokens=largest(asked.workload, choice, device))
-        for way in WAYS
-        if (choice := _choice(asked, way, asked.gpus)) is not None
-    )
+    device, found = asked.machine.device, []
+    for way in WAYS:
+        each = [
+            Limit(way.words, choice, tokens=largest(asked.workload, choice, device))
+            for choice in _choices(asked, way, asked.gpus)
+        ]
+        if each:
+            found.append(max(each, key=lambda limit: limit.tokens or 0))
+    return tuple(found)
 
 
 def fewest_devices(asked: Asked) -> tuple[Limit, ...]:
-    """For each way the fewest devices, of powers of two, that hold this sequence."""
+    """For each way the fewest devices, of those that are tried (`_numbers`), that hold this sequence."""
     found = (_fewest(asked, way) for way in WAYS)
     return tuple(limit for limit in found if limit is not None)
 
@@ -80,8 +87,8 @@ def remedies(asked: Asked) -> Iterator[str]:
     best = max(largest_sequences(asked), key=lambda limit: limit.tokens or 0, default=None)
     if best is not None and best.tokens:
         yield (
-            f"{asked.gpus:,} of these devices hold a sequence of {best.tokens:,} tokens at most "
-            f"({best.way}, ZeRO {best.choice.zero})."
+            f"{asked.gpus:,} of these devices hold a sequence of up to {best.tokens:,} tokens "
+            f"({best.way}, ZeRO {best.choice.zero}, heads over {best.choice.settings.head_degree})."
         )
     elif best is not None:
         yield f"{asked.gpus:,} of these devices hold no sequence of any length: the model's states are too large."
@@ -100,25 +107,50 @@ def _enough(asked: Asked, given: str) -> Iterator[str]:
         if limit is not None:
             yield f"{given}{limit.gpus:,} devices hold this sequence ({limit.way}, ZeRO {limit.choice.zero})."
     if not needed:
-        yield f"{given or 'As decided, '}no number of devices up to {MOST_DEVICES:,} holds this sequence."
+        unit, decided_first = _unit(asked), "As decided, " if asked.fixed != Fixed() else ""
+        tried = "powers of two" if unit == 1 else f"{unit} times a power of two, and whole nodes of such groups"
+        said = f"no number of devices up to {MOST_DEVICES:,} that was tried holds this sequence: {tried}."
+        start = given or decided_first
+        yield start + said if start else said[0].upper() + said[1:]
 
 
 def _fewest(asked: Asked, way: Way) -> Limit | None:
     """The fewest devices with which this way does; None where it contradicts what the user decided."""
-    device, choice, gpus = asked.machine.device, None, 1
-    while gpus <= MOST_DEVICES:
-        here = _choice(asked, way, gpus)  # none where so many devices cannot be shared out as decided
-        if here is not None:
+    device, choice = asked.machine.device, None
+    for gpus in _numbers(asked):
+        for here in _choices(asked, way, gpus):  # none where so many devices cannot be shared out as decided
             choice = here
             needed = memory(asked.workload, choice, device)
             if needed.peak <= device.memory and needed.host <= device.host_memory:
                 return Limit(way.words, choice, gpus=gpus)
-        gpus *= 2
     return None if choice is None else Limit(way.words, choice)
 
 
-def _choice(asked: Asked, way: Way, gpus: int) -> Choice | None:
-    """This way with what the user decided; None where that contradicts it."""
+def _unit(asked: Asked) -> int:
+    """Of which numbers of devices are multiples: the size of a sequence group, where it is decided."""
+    size = decided(asked.fixed.settings).get("size", 1)
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def _numbers(asked: Asked) -> list[int]:
+    """Devices that are tried: powers of two times the size that is decided, in one node or in whole ones."""
+    unit, node = _unit(asked), asked.machine.node
+    doubled = [first << k for first in {unit, lcm(unit, node)} for k in range(MOST_DEVICES.bit_length())]
+    return sorted({n for n in doubled if n <= MOST_DEVICES and (n <= node or n % node == 0)})
+
+
+def _choices(asked: Asked, way: Way, gpus: int) -> list[Choice]:
+    """This way with what the user decided, and heads shared out as far as they go or, in rings that are quick to price,
+    not at all; none where that contradicts what is decided."""
+    size = decided(asked.fixed.settings).get("size", gpus)
+    degrees = {_heads(asked, size), *([1] if size <= QUICK else [])} if gpus % size == 0 else set()
+    made = (_choice(asked, way, (gpus, size, heads)) for heads in sorted(degrees, reverse=True))
+    return [choice for choice in made if choice is not None]
+
+
+def _choice(asked: Asked, way: Way, among: tuple[int, int, int]) -> Choice | None:
+    """The same over so many devices, with this size and this head degree."""
+    gpus, size, heads = among
     fixed, settings = asked.fixed, decided(asked.fixed.settings)
     choice: dict[str, Any] = {"checkpointing": True, "zero": 3, "offload_optimizer": False, "offload_parameters": False}
     for name in choice:
@@ -131,10 +163,7 @@ def _choice(asked: Asked, way: Way, gpus: int) -> Choice | None:
     if any(settings.get(name, value) != value for name, value in way.settings.items()):
         return None
     layout = "packed" if len(asked.workload.lengths) > 1 else "zigzag" if asked.workload.causal else "contiguous"
-    size = settings.get("size", gpus)
-    if gpus % size:
-        return None
-    block = {"layout": layout, "heads": _heads(asked, size), **way.settings, **settings, "size": size}
+    block = {"layout": layout, "heads": heads, **way.settings, **settings, "size": size}
     try:
         return Choice(gpus, Settings.parse(block, "the choice"), **choice)
     except SeqparError:
@@ -142,7 +171,7 @@ def _choice(asked: Asked, way: Way, gpus: int) -> Choice | None:
 
 
 def _heads(asked: Asked, size: int) -> int:
-    """The largest degree of head sharding in a node: it leaves the smallest ring, which is the quickest to price."""
+    """The largest degree of head sharding in a node: it leaves the smallest ring."""
     model = asked.workload.model
     most = min(asked.machine.node, model.kv_heads, size)
     return max(d for d in range(1, most + 1) if size % d == 0 and model.kv_heads % d == 0 and model.heads % d == 0)

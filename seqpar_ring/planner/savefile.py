@@ -26,6 +26,8 @@ BLOCKS = ("ring", "seqpar_ring")
 CHOICES = ("checkpointing", "zero", "offload_optimizer", "offload_parameters")
 MADE_FOR = ("model", "hardware", "fabric", "seq_len", "documents", "gpus", "node", "batch", "dtype", "causal")
 
+MICRO_BATCH = "train_micro_batch_size_per_gpu"
+
 HEAD = """\
 # Written by `seqpar-ring plan --save`. `ring` is a settings block: SequenceParallel(**ring), or the "seqpar_ring" block
 # of a DeepSpeed config. `seqpar-ring plan --config` and `timeline --config` take the whole file.
@@ -104,6 +106,8 @@ def load(path: Path) -> Given:
     choices = {**choices_of(config, where), **_choices(config, where)}
     made_for = {**named_hardware, **_made_for(config, where)}
     dtype = made_for.pop("dtype", "") or dtype_of(config)
+    if (batch := micro_batch(config)) is not None:
+        made_for.setdefault("batch", batch)
     return Given(dtype=dtype, fixed=Fixed(settings=decided(settings), **choices), **made_for)
 
 
@@ -123,16 +127,32 @@ def _choices(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "format" in config and config["format"] != FORMAT:
         fix = f"This version reads format {FORMAT}; make the plan anew."
         raise ConfigError(f"{where} has another format", fix=fix, format=config["format"])
-    return {name: choices[name] for name in CHOICES if choices.get(name) is not None}
+    _expect(isinstance(choices, Mapping), where, "choices", choices)
+    found = {name: choices[name] for name in CHOICES if choices.get(name) is not None}
+    for name, value in found.items():
+        _expect(type(value) is (int if name == "zero" else bool), where, f"choices.{name}", value)
+    return found
+
+
+def _expect(right: bool, where: str, key: str, value: object) -> None:
+    """A saved plan is for people to change, too."""
+    if not right:
+        fix = "Write numbers and true or false without quotes, or make the plan anew."
+        raise ConfigError(f"{where} has a wrong value", fix=fix, **{key: value})
 
 
 def _made_for(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     made_for = config.get("made_for", {}) if "format" in config else {}
+    _expect(isinstance(made_for, Mapping), where, "made_for", made_for)
     for key in made_for:
         if key not in MADE_FOR:
             fix = did_you_mean(str(key), MADE_FOR)
             raise ConfigError(f"{where} has an unknown entry", fix=fix, key=f"made_for.{key}")
     texts = ("model", "hardware", "fabric", "seq_len", "documents", "dtype")
+    for key, value in made_for.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        right = isinstance(value, bool) if key == "causal" else isinstance(value, str | int) if key in texts else whole
+        _expect(right, where, f"made_for.{key}", value)
     return {name: str(value) if name in texts else value for name, value in made_for.items()}
 
 
@@ -158,9 +178,17 @@ def choices_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
-    """What a DeepSpeed config trains in, if it says so."""
-    for key in ("bf16", "fp16"):
-        part = config.get(key)
-        if isinstance(part, Mapping) and part.get("enabled") is True:
+    """What a DeepSpeed config trains in: fp32 where it asks for nothing else. "" where it leaves that open."""
+    switches = {key: config.get(key) for key in ("bf16", "fp16")}
+    asked = {key: part.get("enabled") for key, part in switches.items() if isinstance(part, Mapping)}
+    for key, enabled in asked.items():
+        if enabled is True:
             return key
-    return ""
+    is_open = "auto" in asked.values() or not {"zero_optimization", MICRO_BATCH} & set(config)
+    return "" if is_open else "fp32"
+
+
+def micro_batch(config: Mapping[str, Any]) -> int | None:
+    """Sequences that a group holds at a time, by a DeepSpeed config; None where it does not say."""
+    found = config.get(MICRO_BATCH)
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None

@@ -85,7 +85,7 @@ class Found(NamedTuple):
     @property
     def too_large(self) -> bool:
         """Whether there is no option for want of memory, and not because of what was decided."""
-        return not self.options and (not self.refused or any(refused.too_large for refused in self.refused))
+        return not self.options and any(refused.too_large for refused in self.refused)
 
 
 Progress = Callable[[str], None]
@@ -150,7 +150,7 @@ class _Search:
 
     def _degrees(self) -> Iterator[candidates.Degree]:
         asked = self._settings.get("size"), self._settings.get("heads")
-        for sized in candidates.sizes(self._gpus, self._workload, asked[0]):
+        for sized in candidates.sizes(self._gpus, self._workload, self._machine, asked[0]):
             if sized.why_not:
                 self._refuse(f"size {sized.size}", sized.why_not)
                 continue
@@ -200,7 +200,8 @@ class _Search:
         remats = [asked["remat"]] if asked.get("remat", "auto") != "auto" else ["attention", "none"]
         tiles = [asked["mlp"]] if "mlp" in asked else ["whole", MLP_TILE]
         offloads = [asked["offload"]] if "offload" in asked else [False, True]
-        modes = [(False, "attention", "whole", False)] if fixed.checkpointing is not True else []
+        kept = asked.get("remat", "auto").replace("auto", "attention"), asked.get("offload", False)
+        modes = [(False, kept[0], "whole", kept[1])] if fixed.checkpointing is not True else []
         modes += (
             [(True, *mode) for mode in product(remats, tiles, offloads)] if fixed.checkpointing is not False else []
         )

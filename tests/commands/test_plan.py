@@ -223,7 +223,11 @@ def test_what_is_missing_is_named(option: str, capsys: pytest.CaptureFixture[str
         ("format: 2\nring: {size: 2}\n", "has another format"),
         ("ring: {size: 2, laoyut: zigzag}\n", 'Did you mean "layout"?'),
         ("zero_optimization: {stage: high}\n", "wrong zero_optimization.stage"),
-        ("zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}\n", "offloaded with ZeRO 1 to 3 only"),
+        (
+            "zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}\nbf16: {enabled: true}\n",
+            "offloaded with ZeRO 1 to 3 only",
+        ),
+        ("zero_optimization: {stage: 1}\n", "no attention rates for this dtype [dtype='fp32']"),
         ("format: 1\nring: {size: 2}\nmade_for: {models: x}\n", 'Did you mean "model"?'),
     ],
 )
@@ -249,3 +253,10 @@ def test_planning_needs_no_torch_and_json_no_rich_and_stands_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.split("\n")[0] == "0 []"
     assert json.loads(done.stdout)["fits"]
+
+
+def test_the_fewest_devices_may_be_asked_for_with_a_decided_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was said not to divide one device, which nobody had asked for."""
+    code, out, _ = plan(capsys, *JOB[:2], *JOB[4:], "--seq-len", "512K", "--fewest", "--setting", "size=4")
+    assert code == 0
+    assert "devices" in out

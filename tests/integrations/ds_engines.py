@@ -145,11 +145,11 @@ def device_set_first(sp: SequenceParallel, args: Any = None) -> list[str]:
     from seqpar_ring.integrations.deepspeed import initialize
 
     found: list[str] = []
-    place, accelerator = process_groups._place, get_accelerator()
+    place, accelerator = process_groups.place_of, get_accelerator()
 
-    def placed(mesh: Any) -> Any:
+    def placed(device: Any) -> Any:
         found.append("groups")
-        return place(mesh)
+        return place(device)
 
     made = OwnModel()
     config = {
@@ -158,7 +158,7 @@ def device_set_first(sp: SequenceParallel, args: Any = None) -> list[str]:
         "seqpar_ring": {"size": sp.world_size},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process_groups, "_place", placed)
+        patch.setattr(process_groups, "place_of", placed)
         patch.setattr(accelerator, "set_device", lambda index: found.append(f"device {index}"))
         optimizer = optimizer_of("sgd", made.parameters())
         initialize(args, made, optimizer, config=config)[0].destroy()

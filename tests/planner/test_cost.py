@@ -86,6 +86,16 @@ def test_what_is_exchanged_around_a_ring_is_counted_tensor_by_tensor() -> None:
     assert exchanged(FORWARD, ROW, Settings.parse({"size": 8}), (tokens, where)) == 0
 
 
+def test_heads_are_exchanged_over_a_link_that_a_node_shares_by_all_of_it_at_once() -> None:
+    """As if each device had the whole adapter, it was, and sharing out heads the fastest where it is the slowest."""
+    settings, shared = Settings.parse({"size": 8, "heads": 8}), machine("h100", "100gbe")
+    alone = shared.model_copy(update={"inner": shared.inner.model_copy(update={"shared_by": 1})})
+    assert shared.inner.shared_by == shared.node == 8
+    latency = 5 * shared.inner.latency
+    seconds = [exchanged(FORWARD, ROW, settings, (65536, where)) - latency for where in (shared, alone)]
+    assert seconds[0] == pytest.approx(8 * seconds[1])
+
+
 def test_queries_travel_in_backward_where_that_is_fewer_bytes() -> None:
     assert ring(size=4).travels == "kv"
     many_keys = Ring((4096,), Mask(), Settings.parse({"size": 4}), Row(8, 8, 128, 128, 2), (on(), "bf16"))

@@ -285,3 +285,19 @@ def test_layers_that_are_no_attention_are_refused_and_not_priced_as_attention() 
 def test_a_model_may_be_made_by_hand() -> None:
     model = Model("mine", "llama", 2, 64, 96, 4, 2, 16, 16, 128, spans=(Span(2),))
     assert model == of_config({"model_type": "llama", **SIZES, "num_hidden_layers": 2}, "mine")._replace(positions=None)
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_heads"),
+    [
+        ({"model_type": "gpt_bigcode"}, 1),
+        ({"model_type": "gpt_bigcode", "multi_query": False}, 4),
+        ({"model_type": "falcon", "multi_query": True}, 1),
+        ({"model_type": "falcon", "multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 2}, 2),
+        ({"model_type": "llama"}, 4),
+    ],
+)
+def test_a_switch_may_say_that_all_queries_share_one_key_head(config: dict[str, Any], kv_heads: int) -> None:
+    """StarCoder was planned with 48 key heads in place of one."""
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    assert of_config({**sizes, "num_attention_heads": 4, **config}, "x").kv_heads == kv_heads

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from seqpar_ring.errors import ConfigError
+from seqpar_ring.lengths import MOST_TOKENS
 from seqpar_ring.planner.asked import Asked, Given, asked, documents, pairs
 from seqpar_ring.planner.memory import memory
-from seqpar_ring.planner.reasons import reasons
-from seqpar_ring.planner.remedy import fewest_devices, largest_sequences, remedies
+from seqpar_ring.planner.reasons import COMPARED, _shown, reasons
+from seqpar_ring.planner.remedy import _numbers, fewest_devices, largest_sequences, remedies
 from seqpar_ring.planner.report import Answer, answer, as_data
 from seqpar_ring.planner.savefile import as_saved, load, merged, save
 from seqpar_ring.planner.search import Fixed, search
@@ -130,6 +131,27 @@ def test_what_memory_does_not_forbid_is_not_called_too_large() -> None:
     assert as_data(refused)["would_fit"] == []
 
 
+def test_a_reason_compares_with_an_option_that_differs_in_nothing_else_or_says_in_what(found: Answer) -> None:
+    """Numbers of another size were given for another degree of heads."""
+    assert found.best is not None
+    for reason in found.reasons:
+        if reason.choice not in COMPARED or " takes " not in reason.why:
+            continue
+        value, _, slower = reason.why.partition(" takes ")
+        percent = float(slower.split("%")[0])
+        value, _, beside = value.partition(" (with ")
+        chosen = {name: getattr(found.best.choice.settings, name) for name in COMPARED}
+        others = {part.rpartition(" ")[0]: part.rpartition(" ")[2] for part in beside.rstrip(")").split(", ") if part}
+        wanted = {name: _shown(name, v) for name, v in chosen.items()} | others | {reason.choice: value}
+        same = [
+            option
+            for option in found.found.options
+            if all(_shown(name, getattr(option.choice.settings, name)) == wanted[name] for name in COMPARED)
+        ]
+        costs = {round(100 * (o.seconds_a_token / found.best.seconds_a_token - 1), 1) for o in same}
+        assert percent in costs, (reason, costs)
+
+
 # ------------------------------------------------------------------------------------------------ limits
 
 
@@ -156,6 +178,51 @@ def test_the_fewest_devices_of_each_way_hold_the_sequence() -> None:
         assert limit.gpus
         assert limit.choice.gpus == limit.gpus
         assert fits(what, limit.choice)
+
+
+@pytest.mark.parametrize(("size", "most"), [(24, 3072), (6, 3072), (None, 4096)])
+def test_devices_that_are_tried_are_multiples_of_a_decided_size_in_whole_nodes(size: int | None, most: int) -> None:
+    """Powers of two are none of 24: no number of devices was said to hold what 240 hold."""
+    what = asked(JOB._replace(gpus=24, fixed=Fixed({"size": size} if size else {})))
+    tried = _numbers(what)
+    assert tried
+    assert all(n % (size or 1) == 0 and (n <= 8 or n % 8 == 0) for n in tried)
+    assert max(tried) == most
+    assert min(tried) == (size or 1)
+
+
+def test_a_job_of_groups_of_24_that_fits_on_240_devices_is_not_said_to_fit_nowhere() -> None:
+    what = asked(Given("llama-3.1-405b", "h200", "nvlink+ndr", "256K", gpus=24, fixed=Fixed({"size": 24})))
+    held = [limit.gpus for limit in fewest_devices(what) if limit.gpus]
+    assert held
+    assert all(gpus % 24 == 0 for gpus in held)
+    assert not any("no number of devices" in line and line.startswith("As decided") for line in remedies(what))
+
+
+def test_the_largest_sequence_is_asked_for_with_and_without_shared_heads() -> None:
+    """A ring alone may hold more."""
+    what = asked(JOB)
+    plain = {limit.way: limit.tokens for limit in largest_sequences(what._replace(fixed=Fixed({"heads": 1})))}
+    for limit in largest_sequences(what):
+        assert (limit.tokens or 0) >= (plain[limit.way] or 0)
+
+
+def test_no_sequence_is_longer_than_can_be_counted() -> None:
+    what = asked(Given("smollm2-135m", "b200", "nvlink+ndr", "1K", gpus=4096))
+    assert {limit.tokens for limit in largest_sequences(what) if "host" in limit.way} == {MOST_TOKENS}
+    with pytest.raises(ConfigError, match="more tokens than can be counted"):
+        asked(JOB._replace(seq_len="4G"))
+
+
+def test_settings_that_contradict_each_other_are_no_want_of_memory() -> None:
+    with pytest.raises(ConfigError, match="offload moves what remat keeps"):
+        asked(JOB._replace(fixed=Fixed({"remat": "none", "offload": True})))
+
+
+def test_what_was_decided_stays_where_nothing_is_recomputed() -> None:
+    what = asked(JOB._replace(seq_len="8K", fixed=Fixed({"remat": "none"}, checkpointing=False)))
+    best = search(what.workload, what.machine, what.gpus, what.fixed).options[0]
+    assert best.choice.settings.remat == "none"
 
 
 def test_ways_that_contradict_what_was_decided_are_left_out() -> None:
@@ -198,3 +265,46 @@ def test_a_file_that_cannot_be_written_is_named(found: Answer, tmp_path: Path) -
     assert found.best is not None
     with pytest.raises(ConfigError, match="the plan cannot be saved"):
         save(tmp_path / "no" / "plan.yaml", found.asked, found.best)
+
+
+DEEPSPEED = {"zero_optimization": {"stage": 3}, "seqpar_ring": {"size": "auto"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "batch"),
+    [
+        ({}, "fp32", None),
+        ({"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 4}, "bf16", 4),
+        ({"bf16": {"enabled": False}}, "fp32", None),
+        ({"bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}, "", None),
+    ],
+)
+def test_a_deepspeed_config_says_its_dtype_and_its_micro_batch(
+    config: dict[str, object], dtype: str, batch: int | None, tmp_path: Path
+) -> None:
+    """fp32 without a switch, as DeepSpeed trains; it was planned as bf16, and every micro-batch as one sequence."""
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({**DEEPSPEED, **config}))
+    assert (load(file).batch, load(file).dtype) == (batch, dtype)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("gpus", "8"), ("batch", 1.5), ("causal", "no"), ("model", ["a"])],
+)
+def test_a_saved_plan_with_a_wrong_value_is_refused_by_its_name(
+    found: Answer, tmp_path: Path, key: str, value: object
+) -> None:
+    assert found.best is not None
+    saved = as_saved(found.asked, found.best)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({**saved, "made_for": {**saved["made_for"], key: value}}))
+    with pytest.raises(ConfigError, match=f"has a wrong value.*made_for.{key}="):
+        load(file)
+    file.write_text(json.dumps({**saved, "choices": {**saved["choices"], "checkpointing": "no"}}))
+    with pytest.raises(ConfigError, match=r"has a wrong value.*choices.checkpointing='no'"):
+        load(file)
+    for wrong in ({"made_for": None}, {"choices": [1]}):
+        file.write_text(json.dumps({**saved, **wrong}))
+        with pytest.raises(ConfigError, match="has a wrong value"):
+            load(file)

@@ -125,12 +125,21 @@ class TestCandidates:
     """What could be, before it is priced."""
 
     def test_every_divisor_is_a_size_but_not_above_the_tokens(self) -> None:
-        assert [d.size for d in sizes(12, Workload(LLAMA, (4096,)), None)] == divisors(12) == [1, 2, 3, 4, 6, 12]
-        assert [d.why_not for d in sizes(8, Workload(LLAMA, (3,)), None)] == [
+        one_node = on().model_copy(update={"node": 12})
+        found = [d.size for d in sizes(12, Workload(LLAMA, (4096,)), one_node, None)]
+        assert found == divisors(12) == [1, 2, 3, 4, 6, 12]
+        assert [d.why_not for d in sizes(8, Workload(LLAMA, (3,)), on(), None)] == [
             "",
             "",
             *["the sequence has 3 tokens"] * 2,
         ]
+
+    def test_groups_that_would_be_of_two_nodes_are_left_out(self) -> None:
+        """They are of ranks one after the other, and were priced as if all were like the first."""
+        why = {d.size: d.why_not for d in sizes(24, Workload(LLAMA, (4096,)), on(), None)}
+        assert [size for size in why if not why[size]] == [1, 2, 4, 8, 12, 24]
+        assert why[3] == "a node has 8 devices, and groups of 3 one after the other would be of two nodes"
+        assert [d.why_not for d in sizes(6, Workload(LLAMA, (4096,)), on(), None)] == [""] * 4  # there is one node
 
     def test_heads_are_shared_out_only_where_that_is_even_and_near(self) -> None:
         degrees = list(head_degrees(64, Workload(LLAMA, (4096,)), on(), None))
