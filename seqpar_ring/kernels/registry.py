@@ -209,8 +209,8 @@ def _named(name: str) -> Kernel:
 def _declared(kernel: Kernel) -> Capabilities:
     """What it could do if its library is there: whether it is, is asked of it when somebody wants to attend, for that
     imports the library, and starts CUDA."""
-    found: Capabilities = getattr(kernel, "can", None) or kernel.capabilities
-    return found
+    found = getattr(kernel, "can", None)
+    return found if isinstance(found, Capabilities) else kernel.capabilities
 
 
 def _preferred() -> list[Kernel]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -63,7 +63,8 @@ class Device(_Described):
         name: what it is.
         source: where the numbers are from.
         peak: FLOP per second of its data sheet, dense, in 16 bits; what MFU is counted against.
-        matmul: FLOP per second that large products of matrices attain.
+        matmul: FLOP per second that large products of matrices attain, in 16 bits or whatever was measured.
+        matmul_of: the same by dtype, where it was measured for several: {"bf16": .., "fp32": ..}.
         attention: paces by dtype: "bf16", "fp32".
         memory: bytes that tensors can use.
         bandwidth: bytes per second of its memory, as merges and sums of partial results attain it.
@@ -80,6 +81,7 @@ class Device(_Described):
     source: str
     peak: float = Field(gt=0)
     matmul: float = Field(gt=0)
+    matmul_of: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     attention: dict[str, Attention] = Field(min_length=1)
     memory: float = Field(gt=0)
     bandwidth: float = Field(gt=0)
@@ -89,6 +91,11 @@ class Device(_Described):
     links: dict[str, str] = Field(default_factory=dict)
     reported: tuple[str, ...] = ()
     kernel: Literal["flash", "cpu"] = "flash"
+
+    def products(self, dtype: str) -> float:
+        """FLOP per second of large products of matrices in this dtype; fp16 counts as bf16."""
+        found: float = self.matmul_of.get("bf16" if dtype == "fp16" else dtype, self.matmul)
+        return found
 
     def paces(self, dtype: str) -> Attention:
         """The paces of this dtype; those of bf16 are fp16's too, if fp16 has none of its own.

@@ -142,7 +142,7 @@ def step(prices: Prices, choice: Choice) -> Step:
     far = choice.gpus > machine.node  # then the collectives of all ranks cross nodes
     again = forward if choice.checkpointing and choice.settings.remat == "none" else 0.0
     tokens = workload.tokens * batch / choice.settings.size
-    layers_once, head = _dense(model, workload.itemsize, machine, tokens)
+    layers_once, head = _dense(workload, machine, tokens)
     recomputed = layers_once if choice.checkpointing else 0.0
     if choice.settings.mlp != "whole":
         recomputed += layers_once * _share_of_mlps(model)  # a tile is run again in its own backward
@@ -181,18 +181,17 @@ def model_flop(workload: Workload) -> float:
     return workload.batch * (6.0 * model.active_parameters * workload.tokens + attention)
 
 
-def _dense(model: Model, itemsize: int, machine: Machine, tokens: float) -> tuple[float, float]:
+def _dense(workload: Workload, machine: Machine, tokens: float) -> tuple[float, float]:
     """Seconds of all layers forward, but for attention; and of the head, forward and backward."""
+    model, itemsize, rate = workload.model, workload.itemsize, machine.device.products(workload.dtype)
     head = model.vocabulary * model.hidden
     flop = 2.0 * tokens * (model.active_parameters - head)
     experts = model.experts
     width = model.intermediate if experts is None else experts.active * experts.width + experts.shared
     matrices = 3 if model.gated else 2
     touched = model.layers * tokens * itemsize * (TOUCHED_HIDDEN * model.hidden + TOUCHED_MLP * matrices * width / 2)
-    layers = flop / machine.device.matmul + touched / machine.device.bandwidth
-    logits = (
-        3 * 2.0 * tokens * head / machine.device.matmul + 4 * tokens * model.vocabulary * 4 / machine.device.bandwidth
-    )
+    layers = flop / rate + touched / machine.device.bandwidth
+    logits = 3 * 2.0 * tokens * head / rate + 4 * tokens * model.vocabulary * 4 / machine.device.bandwidth
     return layers, logits
 
 

@@ -239,6 +239,7 @@ def _built(found: Found, described: dict[str, str]) -> Device:
         source=source,
         peak=best,
         matmul=found.matmul.get("bf16", best),
+        matmul_of=found.matmul if len(found.matmul) > 1 else {},
         attention={dtype: p.attention for dtype, p in zip(_dtypes(found), found.paced, strict=True)},
         memory=found.memory[0],
         bandwidth=found.bandwidth["both"],

@@ -88,6 +88,8 @@ class DistributedTransport(BaseTransport):
     def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
         """See `Transport.agree`. Costs one all_gather of three integers while all is well."""
         error = self._or_broken(error)
+        if error is not None and self._lanes.get("control") in LOST:
+            raise error  # there is nobody to tell
         said = claim(what, record, error)
         digests = self._gather_integers(digest(said), what)
         if all(d == digests[0] and not d[0] for d in digests):

@@ -14,7 +14,7 @@ from seqpar_ring.planner.hardware import BACKWARD, Machine, Pace, machine
 from seqpar_ring.planner.job import Choice, Workload
 from seqpar_ring.planner.loads import Loads
 from seqpar_ring.planner.model import Model, Span, load_model
-from seqpar_ring.planner.step import Prices, Step, _collectives, mask_of, model_flop, step
+from seqpar_ring.planner.step import Prices, Step, _collectives, _dense, mask_of, model_flop, step
 from seqpar_ring.schedule import Row
 
 ROW = Row(32, 8, 128, 128, 2)
@@ -197,3 +197,15 @@ def test_gradients_of_many_nodes_go_over_all_links_of_a_node_at_once() -> None:
 def test_an_optimizer_on_the_host_takes_longer() -> None:
     near, far = priced(131072, 8), priced(131072, 8, offload_optimizer=True)
     assert far.optimizer > 10 * near.optimizer
+
+
+@pytest.mark.parametrize(("measured", "factor"), [({}, 1.0), ({"bf16": 690e12, "fp32": 69e12}, 10.0)])
+def test_products_of_matrices_are_priced_in_the_dtype_of_the_job(measured: dict[str, float], factor: float) -> None:
+    """fp32 was priced with the rate of 16 bits, though a probe had measured both."""
+    where = on(matmul_of=measured)
+    where = on(matmul_of=measured, attention={"bf16": where.device.paces("bf16"), "fp32": where.device.paces("bf16")})
+    model = load_model("llama-3.1-8b")._replace(vocabulary=1)  # what is touched there is as long in both
+    half, single = (_dense(Workload(model, (65536,), dtype), where, 65536.0)[0] for dtype in ("bf16", "fp32"))
+    touched = [_dense(Workload(model, (65536,), dtype), on(matmul=1e30), 65536.0)[0] for dtype in ("bf16", "fp32")]
+    assert (single - touched[1]) / (half - touched[0]) == pytest.approx(factor, rel=1e-6)
+    assert where.device.products("fp16") == where.device.products("bf16") == 690e12

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqpar_ring.errors import TransportError
+from seqpar_ring.errors import PlanError, TransportError
 from seqpar_ring.groups import Groups
 from seqpar_ring.testing import RankPool
 from seqpar_ring.transport import Recv, Send
@@ -82,6 +82,9 @@ def say_what_calls_after_a_failure_say(groups: Groups) -> list[str]:
             with pytest.raises(TransportError) as found:
                 call()
             said.append(str(found.value))
+    if groups.rank == 0:
+        with pytest.raises(PlanError, match="wrong here"):  # what is wrong on this rank is not hidden by it
+            groups.ring.agree("plan", {}, PlanError("wrong here", fix="None."))
     return said
 
 
