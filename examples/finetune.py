@@ -54,6 +54,9 @@ def main(  # noqa: PLR0913 - a parameter is an option of the command line
         world = ranks()
         job = Job.load(config, overrides)
         engine = job.engine_config(lr, fp32=verify or slow_in_16_bits())
+        if verify:  # one micro-batch is compared, and its gradient would be a part of a step's
+            engine = {**engine, "gradient_accumulation_steps": 1}
+            engine.pop("train_batch_size", None)
         job.check(Settings.parse(engine[BLOCK], where=f'"{BLOCK}" in {job.deepspeed}'), world)
         good = carry_out(job, engine, read(job.text), verify)
     except SeqparError as error:

@@ -35,7 +35,10 @@ def main(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     asked = json.loads(config.read_text())
     asked[BLOCK]["size"] = size
-    asked["gradient_accumulation_steps"] = ROWS * size // int(os.environ["WORLD_SIZE"])
+    world = int(os.environ["WORLD_SIZE"])
+    if ROWS * size % world:
+        raise typer.BadParameter(f"{world} ranks, {size} a sequence, cannot share out the {ROWS} rows of a step evenly")
+    asked["gradient_accumulation_steps"] = ROWS * size // world
     model = tiny.model()
     engine, *_ = initialize(model=model, model_parameters=list(model.parameters()), config=asked)
     sp = engine.seqpar_ring

@@ -210,12 +210,26 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
         "expert_parallel": None if idle else block,
         # It deals out states by the number of data ranks, of which the ranks of a sequence are one.
         "checkpoint.writer": (config.get("checkpoint") or {}).get("writer"),
+        # Losses are such that gradients are averaged; a sum would be so many times too large as there are ranks.
+        "gradient_allreduce_op": "sum" if str(config.get("gradient_allreduce_op")).lower() == "sum" else None,
+        # It cuts the rows of a data rank once more by the number of all ranks, and drops the rest.
+        "data_efficiency.data_sampling.curriculum_learning": True if _draws_by_difficulty(config) else None,
         "a pipeline model": True if pipeline and isinstance(model, pipeline) else None,
         "DeepSpeed's expert layers": True if experts else None,
     }
     for name, value in reasons.items():
         if value is not None:
             raise _cannot_be_combined(name, value)
+
+
+def _draws_by_difficulty(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's data efficiency library deals out the samples: each of its blocks has a switch."""
+    block: Any = config
+    for name in ("data_efficiency", "data_sampling", "curriculum_learning"):
+        block = block.get(name) if isinstance(block, Mapping) else None
+        if not isinstance(block, Mapping) or not block.get("enabled"):
+            return False
+    return True
 
 
 def _cannot_be_combined(name: str, value: Any) -> UnsupportedError:

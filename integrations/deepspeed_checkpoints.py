@@ -13,6 +13,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ SHARDED = {0: "nothing", 1: "optimizer states", 2: "optimizer states", 3: "param
 
 STATES = "*_states.pt"
 """Files of a checkpoint that DeepSpeed writes: some for each rank, so fewer ranks leave those of more behind."""
+
+CONVERTED = {"exp_avg", "exp_avg_sq"}
+"""States of an optimizer, beside the step, that a universal checkpoint holds."""
 
 UNIVERSAL = "_universal"
 """Added to a checkpoint's tag for its universal conversion."""
@@ -93,8 +97,9 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
         The client_state that it was saved with.
 
     Raises:
-        ConfigError: no such checkpoint, one of another model, one of as many ranks in a ZeRO stage with other files, or
-            one whose conversion failed; on every rank.
+        ConfigError: no such checkpoint, one of another model, one of as many ranks in a ZeRO stage with other files,
+            one of other ranks whose optimizer has states that cannot be converted (amsgrad, momentum of SGD), or whose
+            conversion failed; on every rank.
         VersionError: a DeepSpeed that lacks what is needed here.
     """
     sp = _group(engine)
@@ -105,6 +110,8 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
         _expect_same_model(Path(folder) / found / RECORD, engine)
         part = f"*zero_pp_rank_*_mp_rank_{engine.mpu.get_model_parallel_rank():02d}_optim_states.pt"
         parts = len(list((Path(folder) / found).glob(part)))
+        if parts not in (0, sp.world_size):
+            _expect_convertible(Path(folder) / found / RECORD, parts, sp.world_size)
     except SeqparError as error:
         problem = error
     sp.groups.everyone.agree("load", {"tag": found, "parts": parts}, problem)
@@ -141,28 +148,28 @@ def conversion(folder: str | Path, tag: str) -> list[str]:
 def _convert(sp: SequenceParallel, folder: Path, tag: str, parts: int) -> None:
     """Convert on the first rank, into a folder that gets its name when it is whole; the others wait and see."""
     done, everyone = folder / (tag + UNIVERSAL), sp.groups.everyone
-    run: subprocess.Popen[str] | None = None
-    command = conversion(folder, tag)
-    if sp.groups.global_rank == 0 and _outdated(done, folder / tag):
-        _clear(folder, tag, states=False)
-        LOG.info("checkpoint %s was saved by %d ranks: converting it for %d", tag, parts, sp.world_size)
-        partial = [*command[:-1], str(done) + ".partial"]
-        # What it prints goes where the user looks; only what went wrong is kept for the message.
-        run = subprocess.Popen(partial, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while int(everyone.all_reduce(torch.tensor([int(run is not None and run.poll() is None)]))):
-        time.sleep(HEARTBEAT)
+    command, partial = conversion(folder, tag), Path(f"{done}.partial")
+    run: subprocess.Popen[bytes] | None = None
     problem = None
-    if run is not None and run.returncode:
-        said = (run.stderr.read() if run.stderr else "").strip().splitlines()[-1:]
-        problem = ConfigError(
-            "the checkpoint could not be converted for another number of ranks",
-            fix=f"Run this, and look at what it says: {' '.join(command)}",
-            saved_by=parts,
-            ranks=sp.world_size,
-            error=said,
-        )
-    elif run is not None:
-        Path(str(done) + ".partial").rename(done)
+    with tempfile.TemporaryFile() as errors:  # of a pipe, which nobody reads meanwhile, bars of progress fill the room
+        if sp.groups.global_rank == 0 and _outdated(done, folder / tag):
+            _clear(folder, tag, states=False)
+            LOG.info("checkpoint %s was saved by %d ranks: converting it for %d", tag, parts, sp.world_size)
+            run = subprocess.Popen([*command[:-1], str(partial)], stdout=subprocess.DEVNULL, stderr=errors)
+        while int(everyone.all_reduce(torch.tensor([int(run is not None and run.poll() is None)]))):
+            time.sleep(HEARTBEAT)
+        if run is not None and run.returncode:
+            errors.seek(0)
+            problem = ConfigError(
+                "the checkpoint could not be converted for another number of ranks",
+                fix=f"Run this, and look at what it says: {' '.join(command)}",
+                saved_by=parts,
+                ranks=sp.world_size,
+                error=errors.read().decode(errors="replace").strip().splitlines()[-1:],
+            )
+        elif run is not None:
+            partial.rename(done)
+            (folder / "latest_universal").write_text(done.name)  # it named the folder as it was called until now
     everyone.agree("converting the checkpoint", {}, problem)
 
 
@@ -230,6 +237,7 @@ def _record(engine: Any) -> dict[str, Any]:
         "stage": engine.zero_optimization_stage(),
         "ranks": sp.world_size,
         "settings": sp.settings.model_dump(),
+        "optimizer_states": _states(engine),
     }
 
 
@@ -247,6 +255,27 @@ def _expect_same_model(file: Path, engine: Any) -> None:
                 model=mine[name],
                 file=file,
             )
+
+
+def _expect_convertible(file: Path, parts: int, ranks: int) -> None:
+    """DeepSpeed's conversion knows Adam's states, drops others, and fails without these."""
+    saved = json.loads(file.read_text()).get("optimizer_states") if file.exists() else None
+    if saved and set(saved) - {"step"} != CONVERTED:
+        raise ConfigError(
+            "the optimizer has states that DeepSpeed cannot convert for another number of ranks",
+            fix=f"Load it with {parts} ranks, or train with an optimizer whose states are those of Adam.",
+            states=sorted(saved),
+            converted=sorted(CONVERTED),
+            saved_by=parts,
+            ranks=ranks,
+        )
+
+
+def _states(engine: Any) -> list[str]:
+    """Names of what the optimizer keeps of a parameter; none where it has not stepped."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    states = getattr(optimizer, "state", {}) or {}
+    return sorted({str(name) for state in states.values() if isinstance(state, Mapping) for name in state})
 
 
 def _expect_same_files(file: Path, engine: Any) -> None:

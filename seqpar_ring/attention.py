@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from seqpar_ring import operator
 from seqpar_ring.errors import PlanError, UnsupportedError
+from seqpar_ring.kernels.base import wide
 from seqpar_ring.plan import Plan
 from seqpar_ring.reshard import shares
 
@@ -112,6 +113,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
             **({"expected_keys": plan.local_keys} if crossed else {}),
             plan=plan,
         )
+    if not q.layout == k.layout == v.layout == torch.strided:
+        raise PlanError("q, k and v are not dense", fix="Give x.to_dense().", layouts=[q.layout, k.layout, v.layout])
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = {name: f"{x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v))}
         raise PlanError("q, k and v differ in dtype or device", fix="Cast them to one dtype and device.", **kinds)
@@ -119,10 +122,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         raise PlanError("q and k have no width", fix="Give heads of a width of at least 1.", **shapes)
 
 
-def _is_positive(value: object) -> bool:
-    """Whether this is one positive finite number, of Python, numpy or torch."""
+def _is_positive(value: object, dtype: torch.dtype) -> bool:
+    """Whether this is one positive finite number, of Python, numpy or torch, and still is where logits are made."""
+    limits = torch.finfo(wide(dtype))
     try:
-        return not isinstance(value, (bool, str)) and 0 < float(cast(float, value)) < torch.inf
+        return not isinstance(value, (bool, str)) and limits.tiny <= float(cast(float, value)) <= limits.max
     except (TypeError, ValueError, RuntimeError):
         return False
 
@@ -140,8 +144,8 @@ def _check_logits(
     for name, value in numbers.items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise UnsupportedError(f"{name} has no gradient here", fix=f"Detach it; a learned {name} is not supported.")
-        if value is not None and not _is_positive(value):
-            fix = "Give a positive finite number, or None for the usual one."
+        if value is not None and not _is_positive(value, q.dtype):
+            fix = "Give a positive finite number, also in the dtype of the logits, or None for the usual one."
             raise PlanError(f"{name} must be a positive number", fix=fix, **{name: value})
     if any(x is not None and not isinstance(x, Tensor) for x in (sinks, slopes)):
         given = type(sinks).__name__, type(slopes).__name__
@@ -178,6 +182,7 @@ def _record(
         **plan.agreed,
         "batch, heads, kv heads, key width, value width": (*q.shape[::2], *k.shape[2:], *v.shape[3:]),
         "dtype": str(q.dtype),
+        "device": q.device.type,
         "gradients": torch.is_grad_enabled() and any(x.requires_grad for x in qkv),
         **options,
     }

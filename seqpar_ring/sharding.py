@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from seqpar_ring.errors import SeqparError
 from seqpar_ring.geometry import Ints, RunColumns, ramp
@@ -72,11 +71,10 @@ class _Shard(torch.autograd.Function):
         return x.index_select(dim, order.mine(x.device))
 
     @staticmethod
-    @once_differentiable  # what is exchanged here has no graph: a second derivative would lack its term
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         dim, order, ring = ctx.args
         agree_to_gather(grad, dim, ring)
-        return _whole(grad, dim, order, ring), None, None, None
+        return gather_tokens(grad, dim, order, ring), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -86,10 +84,21 @@ class _Gather(torch.autograd.Function):
         return _whole(x, dim, order, ring)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        dim, order, ring = ctx.args
-        return ring.all_reduce(grad.contiguous()).index_select(dim, order.mine(grad.device)), None, None, None
+        return _SumShard.apply(grad, *ctx.args), None, None, None
+
+
+class _SumShard(torch.autograd.Function):
+    """What gathering does to gradients, as a function that has one itself: second derivatives are exchanged, too."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, dim: int, order: TokenOrder, ring: Transport) -> Tensor:
+        ctx.args = dim, order, ring
+        return ring.all_reduce(grad.contiguous()).index_select(dim, order.mine(grad.device))
+
+    @staticmethod
+    def backward(ctx: Any, second: Tensor) -> tuple[Tensor, None, None, None]:
+        return gather_tokens(second, *ctx.args), None, None, None
 
 
 def agree_to_gather(x: Tensor, dim: int, ring: Transport, problem: SeqparError | None = None) -> None:
@@ -101,7 +110,12 @@ def agree_to_gather(x: Tensor, dim: int, ring: Transport, problem: SeqparError |
         DisagreementError: dtypes or dimensions differ.
     """
     shape = tuple(n for i, n in enumerate(x.shape) if i != dim % max(x.dim(), 1))
-    record = {"gathered along": dim % max(x.dim(), 1), "dtype": str(x.dtype), "other dimensions": shape}
+    record = {
+        "gathered along": dim % max(x.dim(), 1),
+        "dtype": str(x.dtype),
+        "other dimensions": shape,
+        "gradients": torch.is_grad_enabled() and x.requires_grad,
+    }
     ring.agree_at_first("gather", record, problem, always=not x.is_cuda)
 
 

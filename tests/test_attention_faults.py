@@ -6,6 +6,7 @@ the comparison with dense attention, and bad arguments, which have to end in a n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -437,16 +438,24 @@ def test_forward_mode_derivatives_are_refused_and_not_zero(way: str) -> None:
         run_lockstep(run, 1)
 
 
-def test_second_derivatives_through_sharding_are_refused_and_not_dropped() -> None:
-    def run(sp: SequenceParallel, way: str) -> None:
-        plan = sp.plan(6)
-        x = torch.randn(1, 6 if way == "shard" else plan.local_tokens, requires_grad=True)
-        (grad,) = torch.autograd.grad((getattr(plan, way)(x) ** 3).sum(), x, create_graph=True)
-        (grad**2).sum().backward()
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("way", ["shard", "gather"])
+def test_second_derivatives_go_through_sharding(way: str, world: int) -> None:
+    """autograd.grad dropped them without a word where another path led to its input; of x ** 3 they are 6 x."""
 
-    for way in ("shard", "gather"):
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            run_lockstep(lambda sp, way=way: run(sp, way), 2)
+    def run(sp: SequenceParallel) -> tuple[Tensor, Tensor]:
+        plan, factor = sp.plan(7), 1.0 + sp.rank
+        whole = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)[None]
+        x = (whole if way == "shard" else plan.shard(whole)).requires_grad_()
+        other = plan.shard(x) if way == "shard" else plan.gather(x)
+        (grad,) = torch.autograd.grad((other**3).sum(), x, create_graph=True)
+        (found,) = torch.autograd.grad(factor * (grad**2).sum() + x.sum(), x)
+        factors = sum(range(1, world + 1))
+        expected = 1 + 36 * x.detach() ** 3 * (factors if way == "shard" else factor * world**2)
+        return found, expected
+
+    for found, expected in run_lockstep(run, world):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_ranks_of_which_only_some_differentiate_are_told_so() -> None:
@@ -492,3 +501,66 @@ def test_nan_stays_where_it_belongs_and_visible(world: int, where: str) -> None:
 
     seen = run_lockstep(run, world)[0]["out"].isnan().any(-1).any(-1)[0]
     assert seen.nonzero().flatten().tolist() == ([15] if where == "q" else [15, 16, 17])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_overflow_are_not_taken_for_rows_that_see_a_zero(dtype: torch.dtype) -> None:
+    """Of finite queries and keys: a block of nothing but -inf counted in the merge with the weight of a logit of 0."""
+    q = torch.full((1, 4, 1, 8), 1e19, dtype=dtype)
+    k = torch.cat([torch.full((1, 2, 1, 8), -1e19), torch.zeros(1, 2, 1, 8)], 1).to(dtype)
+    v = torch.cat([torch.ones(1, 2, 1, 8), torch.full((1, 2, 1, 8), 5.0)], 1).to(dtype)
+
+    def run(sp: SequenceParallel) -> tuple[Tensor, Tensor, Tensor]:
+        plan = sp.plan(4, causal=False)
+        mine = [plan.shard(x).requires_grad_() for x in (q, k, v)]
+        out, lse = ring_attention(*mine, plan, return_lse=True)
+        out.sum().backward()
+        return plan.gather(out.detach()), plan.gather(lse, 2), plan.gather(mine[2].grad)  # type: ignore[arg-type]
+
+    for world in (1, 2):
+        out, lse, dv = run_lockstep(run, world, layout="contiguous")[0]
+        assert bool((out == 5).all())
+        torch.testing.assert_close(lse, torch.full_like(lse, math.log(2)))
+        torch.testing.assert_close(dv[0, :, 0, 0].float(), torch.tensor([0.0, 0.0, 2.0, 2.0]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 1e-46), ("softcap", 1e39), ("softcap", 1e-46)])
+def test_a_number_that_is_none_in_the_dtype_of_the_logits_is_refused(name: str, value: float) -> None:
+    """They were 0 or infinite in fp32, and the answers nan."""
+
+    def run(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        for dtype in (torch.float64, torch.bfloat16):
+            x = torch.randn(1, plan.local_tokens, 2, 4, dtype=dtype)
+            ring_attention(x, x, x, plan, **{name: value})  # type: ignore[arg-type]
+
+    with pytest.raises(PlanError, match=f"{name} must be a positive number"):
+        run_lockstep(run, 2)
+
+
+def on_one_rank(kind: str, x: Tensor) -> Tensor:
+    return {"sparse": x.to_sparse(), "meta": x.to("meta")}[kind]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("sparse", PlanError), ("meta", DisagreementError)])
+def test_another_kind_of_tensor_on_one_rank_is_said_on_all(kind: str, error: type[Exception]) -> None:
+    """It failed in the middle of a pass, where the others went on or waited."""
+
+    def run(sp: SequenceParallel) -> str:
+        plan = sp.plan(6)
+        x = torch.randn(1, plan.local_tokens, 2, 4)
+        with pytest.raises(error) as found:
+            ring_attention(*[on_one_rank(kind, x) if sp.rank else x] * 3, plan)
+        return str(found.value)
+
+    for said in run_lockstep(run, 2):
+        assert ("not dense" if kind == "sparse" else "rank 0='cpu', rank 1='meta'") in said
+
+
+def test_ranks_that_differ_in_wanting_gradients_of_what_they_gather_are_told_so() -> None:
+    def run(sp: SequenceParallel) -> None:
+        plan = sp.plan(6)
+        plan.gather(torch.ones(1, plan.local_tokens, requires_grad=sp.rank == 0)).sum()
+
+    with pytest.raises(DisagreementError, match=r"gather: .*'gradients'"):
+        run_lockstep(run, 2)

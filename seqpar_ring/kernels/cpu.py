@@ -5,7 +5,7 @@ additive masks; so each segment of a call is cut (`geometry.split`) into full pa
 slabs of a window, and parts that share query rows are merged in fp32. It has four traps, closed here: an empty block
 kills the process (no part is ever empty), rows of stride other than 1 are read wrongly (copied first), without GQA
 (older torch) key heads must be repeated, and a row whose logits are all nan or -inf gets out 0 and lse 0 where there
-are few keys, which a merge would take for a row that saw something (what is not finite goes to the reference). Keys or
+are few keys, which a merge would take for a row that saw something (what may overflow goes to the reference). Keys or
 values that are narrower are padded with zeros, since it wants one width. It does no softcap and no position biases.
 16-bit inputs are computed in fp32, see `_narrow`. Keys and values are copied so that the rows of a head lie together,
 which makes the op 1 to 2 % faster, forward and backward; a copy of queries, of which every row is read once, gains no
@@ -105,7 +105,7 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
-        if not _finite(q_BSHD, k_BSGD):
+        if not _bounded(q_BSHD, k_BSGD, scores.scale):
             return self._reference.forward(q_BSHD, k_BSGD, v_BSGE, call, scores)
         width, value_width = max(q_BSHD.shape[3], v_BSGE.shape[3]), v_BSGE.shape[3]
         batch, length, heads, _ = q_BSHD.shape
@@ -126,7 +126,7 @@ class CpuKernel:
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`. Gradients come in fp32 (fp64), of large blocks or long documents in the inputs'."""
         admit(self, kept[:3], call, scores)
-        if not _finite(kept.q, kept.k):
+        if not _bounded(kept.q, kept.k, scores.scale):
             return self._reference.backward(dout_BSHE, kept, call, scores)
         dtype = wide(kept.q.dtype)
         parts = [p for rows in (cut(call) if kept.q.numel() else ()) for p in rows.parts]
@@ -236,9 +236,19 @@ def _heads_first(x_BSHD: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     return _readable(_padded(x_BSHD.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), width))
 
 
-def _finite(*tensors: Tensor) -> bool:
-    """Whether no number is infinite or nan; False too where a sum overflows. One read of each, and no memory."""
-    return all(bool(x.sum(dtype=wide(x.dtype)).isfinite()) for x in tensors)
+def _bounded(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether no logit can be infinite or nan, whatever the order of its sum. One read of each, and no memory."""
+    most = _largest(q) * _largest(k) * q.shape[-1] * 2 * max(scale, 1.0)  # twice: kernels take powers of 2 of them
+    return most < torch.finfo(wide(q.dtype)).max  # nan is not, nor what is inf
+
+
+def _largest(x: Tensor) -> float:
+    """The largest absolute value; nan if there is one; 0 of nothing."""
+    if not x.numel():
+        return 0.0
+    in_memory = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))  # ten times as fast as across it
+    low, high = map(float, in_memory.aminmax())
+    return torch.nan if low != low else max(-low, high)
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

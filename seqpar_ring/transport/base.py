@@ -278,7 +278,7 @@ class BaseTransport(ABC):
                 shape=tuple(x.shape),
                 dim=dim,
             )
-        mine = x.detach().contiguous()
+        mine = x.detach().resolve_conj().resolve_neg().contiguous()  # backends send what lies in memory
         shapes = [[*x.shape[:dim], size, *x.shape[dim + 1 :]] for size in sizes]
         parts = [mine if r == self.rank else mine.new_empty(shape) for r, shape in enumerate(shapes)]
         others = [r for r in range(self.world) if r != self.rank]

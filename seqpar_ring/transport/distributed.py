@@ -78,7 +78,8 @@ class DistributedTransport(BaseTransport):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Transport.all_reduce`."""
-        total = x.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
+        mine = x.detach().resolve_conj().resolve_neg()
+        total = mine.to(self.device, copy=True, memory_format=torch.contiguous_format)
         self.stats.count("control", 2 * (self.world - 1) * total.nbytes // self.world)
         group = self._group("control")
         with self._collective("all_reduce"):

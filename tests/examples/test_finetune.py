@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -98,7 +99,11 @@ def test_two_ranks_train_on_the_users_text_and_plain_transformers_loads_the_resu
 
 
 def test_verify_prints_differences_of_rounding_and_trains_nothing(tmp_path: Path, books: list[Path]) -> None:
-    done = real_torchrun(tmp_path, SCRIPT, "--text", *books, "--verify", "--output", "out")
+    """Also of a job that accumulates gradients: one micro-batch is compared, not its share of a step."""
+    asked = json.loads((ROOT / "configs" / "deepspeed_zero1.json").read_text())
+    file = tmp_path / "accumulating.json"
+    file.write_text(json.dumps({**asked, "gradient_accumulation_steps": 2}))
+    done = real_torchrun(tmp_path, SCRIPT, "--text", *books, "--verify", "--output", "out", "--deepspeed", file)
     assert done.returncode == 0, done.stdout + done.stderr
     assert figure(r"^OK +loss: relative difference (\S+),", done.stdout) <= 1e-6
     assert figure(r"^OK +gradients: relative difference (\S+),", done.stdout) <= 1e-5

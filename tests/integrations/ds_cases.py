@@ -70,6 +70,8 @@ def model() -> Any:
 def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.3)
+    if name == "amsgrad":
+        return torch.optim.AdamW(parameters, lr=3e-3, amsgrad=True)
     return torch.optim.AdamW(parameters, lr=3e-3)
 
 

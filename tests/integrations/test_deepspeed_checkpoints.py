@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import ds_cases
 import ds_resume
 import pytest
 from ds_cases import ACCUMULATION, Run
+from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
 
+from seqpar_ring import SequenceParallel
+from seqpar_ring.errors import ConfigError
 from seqpar_ring.testing import RankPool
 
 BEFORE, STEPS = 4, 8
@@ -66,6 +70,7 @@ def test_a_tag_that_is_written_again_by_fewer_ranks_holds_what_was_written_last(
     pool2.run(ds_resume.saved_under, folder, two, ("best", "other"))
     pool1.run(ds_resume.gone_on, folder, Run(1, 1, "adamw", 1), 1, "best")
     assert (tmp_path / "best_universal").exists()
+    assert (tmp_path / "latest_universal").read_text() == "best_universal"
     pool1.run(ds_resume.saved_under, folder, one, ("best",))
     assert not (tmp_path / "best_universal").exists()
     expected = ds_cases.one_process(Run(1, 1, "adamw", STEPS))[0][BEFORE * ACCUMULATION :]
@@ -108,3 +113,44 @@ def test_what_cannot_go_on_is_refused_before_anything_is_loaded(
         pool2.run(ds_resume.saved_after, str(folder), run)
     for message in pool2.run(ds_resume.not_loaded, str(folder), run, what):
         assert all(text in message for text in texts), message
+
+
+@pytest.mark.slow
+def test_an_optimizer_with_states_that_are_not_converted_is_refused(
+    pool1: RankPool, pool2: RankPool, tmp_path: Path
+) -> None:
+    """They were dropped, and the first step failed with a KeyError."""
+    run = Run(1, 2, "amsgrad", 1)
+    pool2.run(ds_resume.saved_after, str(tmp_path), run)
+    (message,) = pool1.run(ds_resume.not_loaded, str(tmp_path), Run(1, 1, "amsgrad", 1), "")
+    assert "states that DeepSpeed cannot convert" in message
+    assert "max_exp_avg_sq" in message
+    assert "Load it with 2 ranks" in message
+    for losses, _ in pool2.run(ds_resume.gone_on, str(tmp_path), Run(1, 2, "amsgrad", 2), 1):
+        assert len(losses) == ACCUMULATION
+
+
+CONVERSION = """
+import pathlib, sys
+for _ in range(3000):
+    sys.stderr.write("a bar of progress that is as long as those of tqdm are, and is written again\\r\\n" * 2)
+{end}
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_conversion_may_say_more_than_a_pipe_holds(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waited for somebody to read its bars of progress, and the ranks for it."""
+    script = CONVERSION.format(end="sys.exit('no room')" if fails else "pathlib.Path(sys.argv[-1]).mkdir()")
+    target = str(tmp_path / "tag_universal")
+    monkeypatch.setattr(checkpoints, "conversion", lambda folder, tag: [sys.executable, "-c", script, target])
+    monkeypatch.setattr(checkpoints, "HEARTBEAT", 0.05)
+    (tmp_path / "tag").mkdir()
+    if fails:
+        with pytest.raises(ConfigError, match=r"could not be converted.*no room"):
+            checkpoints._convert(SequenceParallel(1), tmp_path, "tag", 2)
+    else:
+        checkpoints._convert(SequenceParallel(1), tmp_path, "tag", 2)
+        assert Path(target).is_dir()

@@ -52,6 +52,19 @@ def test_deepspeeds_own_loader_gives_the_ranks_of_a_sequence_the_same_samples(po
         ({"seqpar_ring": {"size": 2}, "sequence_parallel_size": 2}, {}, "UnsupportedError", "sequence_parallel_size"),
         ({"seqpar_ring": {"size": 2}, "expert_parallel": {"enabled": True}}, {}, "UnsupportedError", "expert_parallel"),
         ({"seqpar_ring": {"size": 2}, "checkpoint": {"writer": {}}}, {}, "UnsupportedError", "checkpoint.writer"),
+        ({"seqpar_ring": {"size": 2}, "gradient_allreduce_op": "SUM"}, {}, "UnsupportedError", "gradient_allreduce_op"),
+        (
+            {
+                "seqpar_ring": {"size": 2},
+                "data_efficiency": {
+                    "enabled": True,
+                    "data_sampling": {"enabled": True, "curriculum_learning": {"enabled": True}},
+                },
+            },
+            {},
+            "UnsupportedError",
+            "data_efficiency.data_sampling.curriculum_learning",
+        ),
         ({"seqpar-ring": {"size": 2}}, {}, "ConfigError", 'Did you mean "seqpar_ring"?'),
         ({"seqpar_ring": {"size": 2}}, {"mpu": "mine"}, "UnsupportedError", "mpu='mine'"),
         ({"seqpar_ring": {"size": 2}}, {"mesh_param": (1, 2)}, "UnsupportedError", "mesh_param"),
@@ -84,6 +97,7 @@ def test_a_wrong_config_is_refused_on_every_rank(
 
 def test_what_asks_for_no_split_is_not_refused(pool2: RankPool) -> None:
     idle = {"sequence_parallel_size": 1, "expert_parallel": {"enabled": False, "autoep_size": 2}, "checkpoint": {}}
+    idle |= {"gradient_allreduce_op": "mean", "data_efficiency": {"enabled": True, "data_sampling": {"enabled": True}}}
     config = {"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 1, **idle}
     assert pool2.run(ds_engines.refusal, [config], {}) == [("none", "")] * 2
 

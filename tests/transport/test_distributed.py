@@ -129,3 +129,19 @@ def test_agreeing_is_cheap_enough_for_every_new_plan(pool4: RankPool) -> None:
     assert (
         min(pool4.run_groups(time_agreement, 50)) < 0.05
     )  # under a millisecond on an idle machine; tests share theirs
+
+
+def gather_conjugated(groups: Groups) -> tuple[list[complex], list[float], complex]:
+    """Of tensors that torch conjugates or negates when it reads them."""
+    numbers = torch.complex(torch.ones(1), torch.full((1,), 1.0 + groups.rank))
+    gathered = groups.ring.all_gather(numbers.conj(), [1, 1])
+    negated = groups.ring.all_gather(numbers.conj().imag, [1, 1])
+    return gathered.tolist(), negated.tolist(), groups.ring.all_reduce(numbers.conj()).item()
+
+
+def test_what_is_conjugated_when_it_is_read_is_sent_as_it_reads(pool2: RankPool) -> None:
+    """Backends send what lies in memory, or fail, and the group was taken for lost."""
+    for gathered, negated, total in pool2.run_groups(gather_conjugated):
+        assert gathered == [1 - 1j, 1 - 2j]
+        assert negated == [-1.0, -2.0]
+        assert total == 2 - 3j
