@@ -331,13 +331,9 @@ class Plan(OfThisProcess):
     def _misfit(self, x: Tensor, dim: int, tokens: int, what: str) -> PlanError | None:
         if -x.dim() <= dim < x.dim() and x.shape[dim] == tokens:
             return None
-        return PlanError(
-            f"a tensor does not hold {what} along dim {dim}",
-            fix=f"Give a tensor with {tokens} entries along that dim, or make a plan for these lengths.",
-            shape=tuple(x.shape),
-            expected=tokens,
-            plan=self,
-        )
+        fix = f"Give a tensor with {tokens} entries along that dim, or make a plan for these lengths."
+        values: dict[str, object] = {"shape": tuple(x.shape), "expected": tokens, "plan": self}
+        return PlanError(f"a tensor does not hold {what} along dim {dim}", fix=fix, **values)
 
 
 def plan_of(handle: int) -> Plan:
