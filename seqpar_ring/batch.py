@@ -97,8 +97,8 @@ def read(batch: Batch, lengths: Sequence[int] | None = None) -> Reading:
         )
     labels, mask = _targets(batch.get("labels")), batch.get("attention_mask")
     if labels is not None and tuple(labels.shape) != shape:
-        fix, given = "Give one label for each token, not shifted; -100 where there is no target.", tuple(labels.shape)
-        raise BatchError("labels and input_ids differ in shape", fix=fix, labels=given, input_ids=shape)
+        fix, theirs = "Give one label for each token, not shifted; -100 where there is no target.", tuple(labels.shape)
+        raise BatchError("labels and input_ids differ in shape", fix=fix, labels=theirs, input_ids=shape)
     real = _real_tokens(mask, shape)
     if labels is not None and real is not None and bool((labels[~real.to(labels.device)] != IGNORED).any()):
         raise BatchError(
