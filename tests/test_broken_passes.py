@@ -5,12 +5,12 @@ Messages are told apart by their order alone, so whatever is sent and not receiv
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from saying import said_of
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -121,14 +121,6 @@ def test_what_ranks_could_not_agree_on_is_not_taken_for_agreed() -> None:
     short.add("a")
     short.add("b")
     assert [short.knows(x) for x in "ab"] == [False, True]
-
-
-def said_of(act: Callable[[], object]) -> str:
-    try:
-        act()
-    except SeqparError as error:
-        return f"{type(error).__name__}: {error}"
-    return "went on"
 
 
 def mesh_of_two(groups: Groups) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from saying import said_of
 
 from seqpar_ring import compat
 from seqpar_ring.compat.rings import ring_of
-from seqpar_ring.errors import GroupError, SeqparError
+from seqpar_ring.errors import GroupError
 from seqpar_ring.groups import Groups
 from seqpar_ring.testing import RankPool
 
@@ -63,23 +63,15 @@ def test_a_world_without_groups_of_several_ranks_has_nothing_to_make(pool2: Rank
     assert pool2.run_groups(nothing) == [None, None]
 
 
-def message(ask: Callable[[], None]) -> str:
-    try:
-        ask()
-    except SeqparError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
-
-
 def wrong(_: Groups) -> list[str]:
     first = dist.get_rank() == 0
     group: Any = dist.group.WORLD
     return [
-        message(lambda: compat.own_lanes(*([] if first else [group]))),
-        message(lambda: compat.own_lanes(*(["ring"] if first else [group]))),  # type: ignore[list-item]
-        message(lambda: compat.own_lanes(group, lanes=["kv", "dvk"])),
-        message(lambda: compat.own_lanes(group, lanes=["kv"] if first else ["kv", "dkv"])),
-        message(lambda: compat.own_lanes(group, lanes=["control"])),
+        said_of(lambda: compat.own_lanes(*([] if first else [group]))),
+        said_of(lambda: compat.own_lanes(*(["ring"] if first else [group]))),  # type: ignore[list-item]
+        said_of(lambda: compat.own_lanes(group, lanes=["kv", "dvk"])),
+        said_of(lambda: compat.own_lanes(group, lanes=["kv"] if first else ["kv", "dkv"])),
+        said_of(lambda: compat.own_lanes(group, lanes=["control"])),
     ]
 
 

@@ -34,9 +34,14 @@ def sizes(gpus: int, workload: Workload, machine: Machine, asked: int | None) ->
     """Sizes of a sequence group, with one head degree each."""
     for size in divisors(gpus) if asked is None else [asked]:
         why = f"the sequence has {workload.tokens} tokens" if size > workload.tokens else ""
-        if size < machine.node < gpus and machine.node % size:
+        if straddles(size, gpus, machine.node):
             why = f"a node has {machine.node} devices, and groups of {size} one after the other would be of two nodes"
         yield Degree(size, 1, why)
+
+
+def straddles(size: int, gpus: int, node: int) -> bool:
+    """Whether some groups of so many devices, one after the other, are of two nodes though one could hold them."""
+    return size < node < gpus and node % size != 0
 
 
 def head_degrees(size: int, workload: Workload, machine: Machine, asked: int | None) -> Iterator[Degree]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import SeqparError
 from seqpar_ring.planner.asked import MOST_DEVICES, Asked, decided
+from seqpar_ring.planner.candidates import straddles
 from seqpar_ring.planner.job import Choice
 from seqpar_ring.planner.memory import largest, memory
 from seqpar_ring.planner.search import MLP_TILE, Fixed
@@ -143,8 +144,10 @@ def _choices(asked: Asked, way: Way, gpus: int) -> list[Choice]:
     """This way with what the user decided, and heads shared out as far as they go or, in rings that are quick to price,
     not at all; none where that contradicts what is decided."""
     size = decided(asked.fixed.settings).get("size", gpus)
-    degrees = {_heads(asked, size), *([1] if size <= QUICK else [])} if gpus % size == 0 else set()
-    made = (_choice(asked, way, (gpus, size, heads)) for heads in sorted(degrees, reverse=True))
+    if gpus % size or straddles(size, gpus, asked.machine.node):
+        return []
+    degrees = [_heads(asked, size), *([1] if size <= QUICK else [])]
+    made = dict.fromkeys(_choice(asked, way, (gpus, size, heads)) for heads in degrees)  # one, where that is decided
     return [choice for choice in made if choice is not None]
 
 

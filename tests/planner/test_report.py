@@ -199,6 +199,12 @@ def test_a_job_of_groups_of_24_that_fits_on_240_devices_is_not_said_to_fit_nowhe
     assert not any("no number of devices" in line and line.startswith("As decided") for line in remedies(what))
 
 
+def test_devices_are_not_said_to_hold_what_the_search_would_leave_out() -> None:
+    """Groups of six in nodes of eight: beyond one node some would be of two."""
+    what = asked(JOB._replace(gpus=6, seq_len="1M", fixed=Fixed({"size": 6})))
+    assert {limit.gpus for limit in fewest_devices(what)} <= {6, None}
+
+
 def test_the_largest_sequence_is_asked_for_with_and_without_shared_heads() -> None:
     """A ring alone may hold more."""
     what = asked(JOB)
