@@ -261,7 +261,7 @@ class SequenceParallel(OfThisProcess):
             head: from hidden states (1, n, C) to logits (1, n, V); a module, say. n may be 0.
             labels_BS, num_items, accumulation: as for `loss`.
             tiles: number of tiles, the same on all ranks: `seqpar_ring.tiling.tiles(self.most(tokens), V).number`.
-            vocabulary: V, if a label beyond it is to be raised on every rank, before anything is computed.
+            vocabulary: V, if a label beyond it is to be raised on every rank before anything is computed; not on a GPU.
 
         Raises: as `loss`.
         """
