@@ -195,3 +195,47 @@ def test_the_reason_why_something_was_not_timed_is_among_the_figures(monkeypatch
     table = report.tables(found)
     assert "| pass forward, way theirs | 2 | 1.25 | 0.5 |" in table
     assert "| way others | 4 | not timed: its answer is not exact |  |" in table
+
+
+def figures(path: Path, *rows: tuple[str, str, str]) -> str:
+    """A file such as `make bench` writes, of rows (metric, value, unit)."""
+    lines = ["benchmark,setting,ranks,metric,value,unit,date,commit,hardware"]
+    for metric, value, unit in rows:
+        lines.append(f'peers,"way ours, pass both",2,{metric},{value},{unit},2026-01-02,abc1234,a box')
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_two_runs_are_compared_by_their_ratios_and_counts(tmp_path: Path) -> None:
+    before = figures(tmp_path / "a.csv", ("ratio", "1.02", "x"), ("steps", "52", "operators"), ("wall", "4", "s"))
+    after = figures(tmp_path / "b.csv", ("ratio", "1.05", "x"), ("steps", "52", "operators"), ("wall", "9", "s"))
+    done = run("compare.py", before, after)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "| peers | x | 1 | 1.029 | 1.029 | 1.029 | 1 of 1 the same |" in done.stdout
+    assert "| peers | s | 1 | 2.250 | 2.250 | 2.250 | no |" in done.stdout
+    assert "Not the same" not in done.stdout
+
+
+@pytest.mark.parametrize(("metric", "value"), [("ratio", "1.2"), ("ratio", "0.85"), ("steps", "53"), ("ratio", "nan")])
+def test_what_did_not_come_out_again_is_listed(metric: str, value: str, tmp_path: Path) -> None:
+    rows = {"ratio": ("ratio", "1.02", "x"), "steps": ("steps", "52", "operators")}
+    before = figures(tmp_path / "a.csv", *rows.values())
+    rows[metric] = (metric, value, rows[metric][2])
+    done = run("compare.py", before, figures(tmp_path / "b.csv", *rows.values()))
+    assert done.returncode == 1, done.stderr
+    [listed] = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert listed.startswith("  peers: way ours, pass both, 2 ranks: " + metric)
+    assert listed.endswith(f"now {value}")
+
+
+def test_what_is_no_file_of_figures_is_not_compared(tmp_path: Path) -> None:
+    good = figures(tmp_path / "a.csv", ("ratio", "1.02", "x"))
+    other = tmp_path / "b.csv"
+    other.write_text("name,value\na,1\n")
+    for second, says in ((other, "not a file of figures"), (tmp_path / "none.csv", "cannot read figures")):
+        done = run("compare.py", good, str(second))
+        assert done.returncode == 2
+        assert says in done.stderr
+    done = run("compare.py", good, figures(tmp_path / "c.csv", ("another", "1", "x")))
+    assert done.returncode == 2
+    assert "no figure in common" in done.stderr

@@ -13,9 +13,11 @@ from torch import Tensor
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import CpuKernel, Kept, ReferenceKernel, Scores, cpu
+from seqpar_ring.kernels.base import wide
 from seqpar_ring.kernels.cpu import LONG, cut, shares_heads
 from seqpar_ring.planner.flight import KERNELS, _made
 from seqpar_ring.schedule import Call, Row
+from seqpar_ring.testing import relative_error
 
 SCORES = Scores(0.3)
 SQUARE = Call(0, 0, INF, 0, (0, 11), (0, 11))
@@ -154,6 +156,42 @@ def test_backward_of_long_documents_is_in_16_bits_where_that_is_fast(
     kernel = Spied()
     kernel.backward(*kept(CORNER, torch.bfloat16), CORNER, Scores(0.3, keys=keys))
     assert {x.dtype for seen in kernel.seen for x in seen[:5]} == {computed}
+
+
+@pytest.mark.parametrize(
+    ("keys", "tiles", "dtype", "computed"),
+    [
+        (LONG, True, torch.bfloat16, torch.bfloat16),
+        (LONG, False, torch.bfloat16, torch.float32),
+        (LONG - 1, True, torch.bfloat16, torch.float32),
+        (LONG, True, torch.float16, torch.float32),
+        (LONG, True, torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("call", [SQUARE, CORNER, WINDOW], ids=["square", "corner", "window"])
+def test_forward_of_long_documents_is_in_bf16_where_tiles_of_it_are_multiplied(
+    call: Call, keys: int, tiles: bool, dtype: torch.dtype, computed: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that share rows are merged in fp32: each is rounded once, and the whole no second time."""
+    monkeypatch.setattr(cpu, "TILES", tiles)
+    kernel = Spied()
+    q, k, v, _ = tensors(call, dtype)
+    out, lse = kernel.forward(q, k, v, call, Scores(0.3, keys=keys))
+    assert {x.dtype for seen in kernel.seen for x in seen[:3]} == {computed}
+    assert lse.dtype is wide(dtype)
+    exact, exact_lse = ReferenceKernel().forward(q.double(), k.double(), v.double(), call, Scores(0.3))
+    narrow = computed is torch.bfloat16  # in which the op takes powers of 2 to four digits
+    assert relative_error(out, exact) < (4e-3 if narrow else 1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=3e-4 if narrow else 1e-5)
+
+
+def test_a_forward_of_no_parts_is_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "TILES", True)
+    q, k, v, _ = tensors(SQUARE, torch.bfloat16)
+    nothing = Call(0, 0, INF, 0, (0, 11), (0, 0))
+    out, lse = CpuKernel().forward(q[:, :11], k[:, :0], v[:, :0], nothing, SCORES)
+    assert out.dtype is lse.dtype is torch.float32
+    assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("call", [SQUARE, CORNER])
