@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from seqpar_ring.kernels.cpu import TILES
+
 
 def described() -> dict[str, object]:
     """Hardware (GPUs, or the processor where there are none), cores, versions and commit, as plain values."""
@@ -22,7 +24,8 @@ def described() -> dict[str, object]:
     return {
         "hardware": f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else processor,
         "processor": processor,
-        "instructions": torch.backends.cpu.get_cpu_capability(),  # of which torch's CPU kernels make use
+        # Of which torch's CPU kernels make use.
+        "instructions": torch.backends.cpu.get_cpu_capability() + (" AMX" if TILES else ""),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
