@@ -85,12 +85,13 @@ def ours(plan: Plan) -> Attend:
     return attend
 
 
-def _ours(blocks: float | None = None, schedule: str = "ring") -> Callable[[Rank], Attend]:
-    """With so many of a rank's blocks at a time, or as it is by default."""
+def _ours(blocks: float | None = None, schedule: str = "ring", by_heads: bool = False) -> Callable[[Rank], Attend]:
+    """With so many of a rank's blocks at a time, or as it is by default; or all ranks share out the heads."""
 
     def make(at: Rank) -> Attend:
         size = "auto" if blocks is None else math.ceil(at.tokens / at.world * blocks)
-        settings = at.sp.settings.model_copy(update={"block_tokens": size, "schedule": schedule})
+        degree = at.world if by_heads else 1
+        settings = at.sp.settings.model_copy(update={"block_tokens": size, "schedule": schedule, "heads": degree})
         return ours(SequenceParallel.over(at.sp.groups, settings).plan(at.tokens))
 
     return make
@@ -279,6 +280,7 @@ _ALL = (
     Way(OURS, "", "zigzag", _ours()),
     Way("seqpar_ring, 4 pieces", "", "zigzag", _ours(1 / 4)),
     Way("seqpar_ring, direct", "", "zigzag", _ours(schedule="direct")),
+    Way("seqpar_ring, heads", "", "contiguous", _ours(by_heads=True)),
     Way("ring-flash-attn, zigzag", _RFA, "zigzag", _loop("zigzag_ring_flash_attn_func")),
     Way("ring-flash-attn, ring", _RFA, "contiguous", _loop("ring_flash_attn_func")),
     Way("ring-flash-attn, stripe", _RFA, "striped", _loop("stripe_flash_attn_func")),

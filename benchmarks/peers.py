@@ -43,6 +43,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 SOME = (
     OURS,
     "seqpar_ring, direct",
+    "seqpar_ring, heads",
     "ring-flash-attn, zigzag",
     "ring-flash-attn, ring",
     "ring-flash-attn, stripe",

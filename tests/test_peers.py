@@ -18,7 +18,7 @@ from seqpar_ring.testing import RankPool, relative_error
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-OURS = ("seqpar_ring", "seqpar_ring, 4 pieces", "seqpar_ring, direct")
+OURS = ("seqpar_ring", "seqpar_ring, 4 pieces", "seqpar_ring, direct", "seqpar_ring, heads")
 SHAPES = [(37, 37, True), (37, 37, False), (16, 41, True), (5, 41, False)]
 
 

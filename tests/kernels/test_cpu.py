@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -183,6 +184,44 @@ def test_forward_of_long_documents_is_in_bf16_where_tiles_of_it_are_multiplied(
     narrow = computed is torch.bfloat16  # in which the op takes powers of 2 to four digits
     assert relative_error(out, exact) < (4e-3 if narrow else 1e-6)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=3e-4 if narrow else 1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    segments=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 17, 64, 131]), st.sampled_from([1, 2, 5, 33, 100, 513])),
+        min_size=1,
+        max_size=3,
+    ),
+    edges=st.sampled_from([(INF, 0), (INF, INF), (7, 0), (5, 3)]),
+    widths=st.sampled_from([(8, 8), (5, 5), (33, 16), (64, 64), (128, 40)]),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2)]),
+)
+def test_any_call_in_bf16_errs_by_its_rounding_only(
+    segments: list[tuple[int, int]], edges: tuple[int, int], widths: tuple[int, int], heads: tuple[int, int]
+) -> None:
+    """Odd numbers of rows and odd widths among them: tiles are multiplied of packed pairs."""
+    queries, keys = (tuple(accumulate((segment[i] for segment in segments), initial=0)) for i in (0, 1))
+    call, scores = Call(0, 0, *edges, queries, keys), Scores(widths[0] ** -0.5, keys=LONG)
+    shapes = (queries, heads[0], widths[0]), (keys, heads[1], widths[0]), (keys, heads[1], widths[1])
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, dout = (
+        torch.randn((2, ends[-1], h, w), generator=generator).bfloat16()
+        for ends, h, w in (*shapes, (queries, heads[0], widths[1]))
+    )
+    out, lse = ReferenceKernel().forward(q.double(), k.double(), v.double(), call, scores)
+    truth = ReferenceKernel().backward(
+        dout.double(), Kept(q.double(), k.double(), v.double(), out, lse), call, scores
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "TILES", True)
+        patch.setattr(cpu, "FAST_IN_16_BITS", True)
+        mine, mine_lse = CpuKernel().forward(q, k, v, call, scores)
+        grads = CpuKernel().backward(dout, Kept(q, k, v, out.bfloat16(), lse.float()), call, scores)
+    torch.testing.assert_close(mine_lse.double(), lse, rtol=0, atol=1e-3)
+    for one, other, bound in zip((mine, *grads), (out, *truth), (5e-3, 3e-2, 3e-2, 3e-2), strict=True):
+        if other.norm() > 1e-6:  # of a row with one key dq and dk are 0
+            assert relative_error(one, other) < bound
 
 
 def test_a_forward_of_no_parts_is_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
