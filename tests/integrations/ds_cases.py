@@ -38,7 +38,10 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Run:
-    """One set-up: ZeRO stage, ranks of a sequence, optimizer, optimizer steps, dtype, and how targets are weighed."""
+    """One set-up: ZeRO stage, ranks of a sequence, optimizer, optimizer steps, dtype, and how targets are weighed.
+
+    Of the first step the gradients are kept; with the optimizer "still", which changes nothing, those of every step.
+    """
 
     stage: int
     size: int
@@ -68,6 +71,8 @@ def model() -> Any:
 
 
 def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
+    if name == "still":
+        return torch.optim.SGD(parameters, lr=0.0)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.3)
     if name == "amsgrad":
@@ -111,12 +116,12 @@ def document_sum(made: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
 
 
 def one_process(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses of every micro-batch, gradient norms of every step, and the gradients of the first step by name."""
+    """Losses of every micro-batch, gradient norms of every step, and the gradients that are kept, by name."""
     made = model()
     if run.bf16:
         made = made.bfloat16()
     optimizer = optimizer_of(run.optimizer, made.parameters())
-    losses, norms, first = [], [], {}
+    losses, norms, kept = [], [], []
     for step in range(run.steps):
         micro = [[document_sum(made, row(step, m, i, run.kind)) for i in range(ROWS)] for m in range(ACCUMULATION)]
         counts = [sum(n for _, n in rows) for rows in micro]
@@ -125,11 +130,17 @@ def one_process(run: Run) -> tuple[list[float], list[float], dict[str, Tensor]]:
             loss = sum((total for total, _ in rows), torch.zeros(())) / weight
             (loss / ACCUMULATION).backward()
             losses.append(loss.item())
-        first = first or {name: p.grad.float().clone() for name, p in made.named_parameters() if p.grad is not None}
+        if step == 0 or run.optimizer == "still":
+            kept.append({name: p.grad.float().clone() for name, p in made.named_parameters() if p.grad is not None})
         norms.append(torch.nn.utils.clip_grad_norm_(made.parameters(), run.clip).item())
         optimizer.step()
         optimizer.zero_grad()
-    return losses, norms, first
+    return losses, norms, together(kept)
+
+
+def together(kept: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Gradients of one step as they are, of several as rows of one tensor."""
+    return kept[0] if len(kept) == 1 else {name: torch.stack([grads[name] for grads in kept]) for name in kept[0]}
 
 
 def micro_batches(step: int, sp: SequenceParallel, kind: str = "packed") -> list[dict[str, Tensor]]:
@@ -218,7 +229,7 @@ def train(sp: SequenceParallel, run: Run) -> tuple[list[float], list[float], dic
 
     engine = engine_of(sp, run)
     ring: SequenceParallel = engine.seqpar_ring
-    losses, norms, first = [], [], {}
+    losses, norms, kept = [], [], []
     for step in range(run.steps):
         batches = micro_batches(step, ring, run.kind)
         items = ring.count_targets(batches) if run.weigh_step else None
@@ -228,14 +239,14 @@ def train(sp: SequenceParallel, run: Run) -> tuple[list[float], list[float], dic
             losses.append(loss.item())
             if m == ACCUMULATION - 1:
                 get = safe_get_full_grad if run.stage else lambda p: p.grad
-                grads = {n: get(p).float().clone() for n, p in engine.module.named_parameters()} if step == 0 else {}
-                first = first or grads
+                if step == 0 or run.optimizer == "still":
+                    kept.append({n: get(p).float().clone() for n, p in engine.module.named_parameters()})
                 by_hand = total_norm(engine.module) if run.stage == 0 else 0.0
             engine.step()
         norm = engine.get_global_grad_norm()
         norms.append(by_hand if norm is None else float(norm))
     engine.destroy()
-    return losses, norms, first
+    return losses, norms, together(kept)
 
 
 def step_loss(engine: Any, sp: SequenceParallel, batch: dict[str, Tensor], items: int | None, run: Run) -> Tensor:
