@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from report import COLUMNS
+from report import Figure
 
 from seqpar_ring.errors import ConfigError
 
@@ -66,7 +66,7 @@ def read(path: Path) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read figures: {error}", fix="name a CSV file that make bench wrote") from None
-    lacking = [name for name in COLUMNS[:6] if not rows or name not in rows[0]]
+    lacking = [name for name in Figure._fields if not rows or name not in rows[0]]
     if lacking:
         raise ConfigError(
             "not a file of figures", fix="name a CSV file that make bench wrote", path=path, lacks=", ".join(lacking)
@@ -111,11 +111,13 @@ def main() -> int:
     parser.add_argument("after", type=Path, help="CSV file of the newer run")
     parser.add_argument("--within", type=float, default=0.1, help="relative difference of two ratios that are the same")
     chosen = parser.parse_args()
+    if not chosen.within >= 0:
+        parser.error(f"--within {chosen.within:g}: at least 0")
     try:
         runs = {name: read(getattr(chosen, name)) for name in ("before", "after")}
-    except ConfigError as error:
+        pairs = paired(runs["before"], runs["after"])
+    except (ConfigError, ValueError) as error:  # a value that is no number
         parser.error(str(error))
-    pairs = paired(runs["before"], runs["after"])
     for name, rows in runs.items():
         machines = sorted({" ".join(row.get(key) or "" for key in MACHINE) for row in rows})
         print(f"{name:6}: {'; '.join(machines)}: {len(rows)} figures, {len(rows) - len(pairs)} of them in it alone")

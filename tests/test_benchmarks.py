@@ -239,3 +239,9 @@ def test_what_is_no_file_of_figures_is_not_compared(tmp_path: Path) -> None:
     done = run("compare.py", good, figures(tmp_path / "c.csv", ("another", "1", "x")))
     assert done.returncode == 2
     assert "no figure in common" in done.stderr
+    done = run("compare.py", good, figures(tmp_path / "d.csv", ("ratio", "fast", "x")))
+    assert done.returncode == 2
+    assert "'fast'" in done.stderr
+    done = run("compare.py", good, good, "--within", "-0.1")
+    assert done.returncode == 2
+    assert "--within -0.1: at least 0" in done.stderr

@@ -114,7 +114,8 @@ class CpuKernel:
             return self._reference.forward(q_BSHD, k_BSGD, v_BSGE, call, scores)
         width, value_width = max(q_BSHD.shape[3], v_BSGE.shape[3]), v_BSGE.shape[3]
         batch, length, heads, _ = q_BSHD.shape
-        found, masks = cut(call) if q_BSHD.numel() else (), cast(Masks, {})
+        masks: Masks = {}
+        found = cut(call) if q_BSHD.numel() else ()
         narrow = TILES and bool(found) and _narrow(q_BSHD.dtype, (p for rows in found for p in rows.parts), scores.keys)
         qkv = self._by_head((q_BSHD, k_BSGD, v_BSGE), q_BSHD.dtype if narrow else wide(q_BSHD.dtype), width)
         if len(found) == 1 and found[0].q1 - found[0].q0 == length:
