@@ -15,11 +15,10 @@ import numpy as np
 
 from seqpar_ring import layout as layouts
 from seqpar_ring.config import Settings
-from seqpar_ring.geometry import Ints, Mask, count
+from seqpar_ring.geometry import Ints, Mask
 from seqpar_ring.packing import Balance
 from seqpar_ring.planner.loads import Floats, loads
 from seqpar_ring.schedule import Flows, Route, Row, Sides
-from seqpar_ring.schedule.pieces import joined
 
 CANONICAL = 1 << 14
 """Tokens a rank from which on one document's schedule is that of this many, stretched: only rows at borders differ."""
@@ -241,9 +240,9 @@ def _sent(flows: Flows, shape: tuple[int, int]) -> tuple[Ints, Ints]:
 def _laid_together(flows: Flows, route: Route, shape: tuple[int, int]) -> tuple[Floats, Floats]:
     """Rows of the blocks that a step computes with: those that must be laid together, and all."""
     sizes = (route.sides.k if flows.travels == "kv" else route.sides.q).sizes
-    parts = {n: route.cut(backward=True).of(n) for n in set(sizes)}
-    ends = np.array([[0, *np.cumsum([count(rows) for rows in parts[n]])] for n in sizes], dtype=np.int64)
-    uses, kv, many = flows.uses, flows.kv, route.cut(backward=True).number
+    cut = route.cut(backward=True)
+    ends = np.array([cut.own(n) for n in sizes], dtype=np.int64)
+    uses, kv, many = flows.uses, flows.kv, cut.number
     came = np.zeros(shape[1] * shape[1] * many, dtype=np.int64)  # of a block only what is needed comes
     came[(kv.dst * shape[1] + kv.owner) * many + kv.piece] = kv.rows
     rows = ends[uses.owner, uses.end] - ends[uses.owner, uses.piece]
@@ -251,14 +250,7 @@ def _laid_together(flows: Flows, route: Route, shape: tuple[int, int]) -> tuple[
     whole, blocks = np.zeros(shape), np.zeros(shape)
     np.add.at(whole, (uses.step, uses.rank), rows)
     np.add.at(blocks, (uses.step, uses.rank), 1)
-    view = np.where(blocks > 1, whole, 0.0)
-    if many > 1:
-        own = uses.owner == uses.rank
-        columns = (column[own].tolist() for column in (uses.step, uses.rank, uses.piece, uses.end))
-        for step, rank, first, end in zip(*columns, strict=True):
-            if len(joined(parts[sizes[rank]][first:end])) > 1:
-                view[step, rank] = whole[step, rank]
-    return view, whole
+    return np.where(blocks > 1, whole, 0.0), whole
 
 
 def held_rows(flows: Flows) -> tuple[Ints, Ints, Ints]:

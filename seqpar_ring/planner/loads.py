@@ -25,7 +25,7 @@ from seqpar_ring.geometry import (
     windows,
 )
 from seqpar_ring.layout import Layout, cut
-from seqpar_ring.schedule import Flows, Sides
+from seqpar_ring.schedule import Flows, Sides, UseColumns
 from seqpar_ring.schedule.pieces import Pieces
 
 Floats = NDArray[np.float64]
@@ -63,8 +63,7 @@ def loads(flows: Flows, sides: Sides, pieces: Pieces) -> Loads:
     key = rank * len(sides.regions) + mine.doc
     order = np.argsort(key, kind="stable")
     mine, key = mine.take(order), key[order]
-    blocks = uses.owner * pieces.number + uses.piece, uses.owner * pieces.number + uses.end
-    which, rows = _ranges(blocks, pieces.columns(cargo.sizes), pieces.number)
+    which, rows = _ranges(uses, pieces, cargo.sizes)
     # Uses are looked at in slices of about AT_ONCE pairs of runs.
     runs_of_rank = int(np.diff(home.bounds).max()) * max(1, int(np.diff(cargo.bounds).max()))
     stride = max(1, AT_ONCE // max(1, runs_of_rank))
@@ -80,23 +79,21 @@ def loads(flows: Flows, sides: Sides, pieces: Pieces) -> Loads:
     return found
 
 
-def _ranges(
-    blocks: tuple[Ints, Ints], columns: tuple[Ints, Ints, Ints, Ints], pieces: int
-) -> tuple[Ints, tuple[Ints, Ints]]:
-    """For each range of rows of each use's pieces, from the first block to the last: which use, first and end row."""
-    owner, piece, begin, end = columns
-    key = owner * pieces + piece  # ascending
-    first = np.searchsorted(key, blocks[0], "left")
-    counts = np.searchsorted(key, blocks[1], "left") - first
+def _ranges(uses: UseColumns, pieces: Pieces, sizes: tuple[int, ...]) -> tuple[Ints, tuple[Ints, Ints]]:
+    """For each range of rows that each use is of: which use, first and end row."""
+    owner, piece, begin, end = pieces.columns(sizes)
+    key = owner * pieces.number + piece  # ascending
+    block = uses.owner * pieces.number + uses.piece
+    own = uses.owner == uses.rank
+    first = np.searchsorted(key, block, "left")
+    counts = np.where(own, 1, np.searchsorted(key, block, "right") - first)
     which = np.repeat(np.arange(len(first)), counts)
     at = np.repeat(first, counts) + ramp(counts)
-    a, b = begin[at], end[at]
-    if pieces == 1:
-        return which, (a, b)
-    order = np.lexsort((a, which))  # pieces that follow each other are one range, as the executor lays them out
-    which, a, b = which[order], a[order], b[order]
-    fresh = np.flatnonzero(np.r_[True, (which[1:] != which[:-1]) | (a[1:] != b[:-1])][: len(which)])
-    return which[fresh], (a[fresh], b[np.r_[fresh[1:], len(which)] - 1])
+    cuts = np.array([pieces.own(n) for n in sizes])
+    mine, at = own[which], np.minimum(at, len(key) - 1)  # an own part may be of pieces that are empty
+    a = np.where(mine, cuts[uses.owner, uses.piece][which], begin[at])
+    b = np.where(mine, cuts[uses.owner, uses.end][which], end[at])
+    return which, (a, b)
 
 
 class _Seen(NamedTuple):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from seqpar_ring.geometry import count
 from seqpar_ring.schedule.needs import Needs
-from seqpar_ring.schedule.pieces import joined
 from seqpar_ring.schedule.timetable import Timetable, timetable
 from seqpar_ring.schedule.traffic import Block, Move, Traffic, Use
 from seqpar_ring.schedule.visits import BUILDERS, Builder, Fabric, Visit
@@ -56,8 +55,9 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv", r
         path = builder(owner, fabric)
         relayed = any(visit.source != owner for visit in path)
         for step, first, end in table.own:
-            if rows := joined(needs.parts[owner][first:end]):
-                uses.append(Use(step, owner, Block(owner, rows)))
+            a, b = needs.own[owner][first], needs.own[owner][end]
+            if a < b:
+                uses.append(Use(step, owner, Block(owner, ((a, b),))))
         for p, part in enumerate(needs.parts[owner]):
             if not part:
                 continue

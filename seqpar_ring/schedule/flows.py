@@ -23,7 +23,8 @@ Flags = NDArray[np.bool_]
 
 
 class UseColumns(NamedTuple):
-    """At `step`, `rank` computes with the pieces `piece .. end` of `owner`: one, but of its own rows. See `Use`."""
+    """At `step`, `rank` computes with piece `piece` of `owner`, or with the parts `piece .. end` of its own rows, which
+    are cut in their order (`Pieces.own`). See `Use`."""
 
     step: Ints
     rank: Ints
@@ -151,7 +152,7 @@ def _flows(sent: _Sent, needs: Needs, table: Timetable, travels: str) -> Flows:
     step, rank, post, source = sent.visits
     uses, moves = [np.zeros((5, 0), dtype=np.int64)], [np.zeros((8, 0), dtype=np.int64)]
     for at, first, end in table.own:
-        own = np.flatnonzero([any(part[first:end]) for part in needs.parts])
+        own = np.flatnonzero([cuts[first] < cuts[end] for cuts in needs.own])
         uses.append(np.stack([np.full_like(own, at), own, own, np.full_like(own, first), np.full_like(own, end)]))
     for piece, (each, there) in enumerate(zip(sent.rows, sent.there, strict=True)):
         when = np.array([table.step(piece, s) for s in range(1 + int(step.max(initial=0)))])

@@ -42,6 +42,7 @@ class Needs:
         self.world, self.pieces, self.sizes = len(cargo), pieces.number, cargo.sizes
         self._regions = regions
         self.parts = [pieces.of(n) for n in self.sizes]
+        self.own = [pieces.own(n) for n in self.sizes]
         owner, piece, begin, end = pieces.columns(self.sizes)
         shared = _shared(home, cargo)
         mine, self._rank = _of_shared(home.runs, home.rank, shared)

@@ -5,12 +5,12 @@ that all later ranks need with all their queries, the second one that few need; 
 ranks, and no rank waits for another that has more to do. "halves": pieces of the first half go before those of the
 second. Then what few need travels apart, and a ring sends up to a quarter less: that is for links that take longer
 than the work. Where nothing returns, a pass ends with the work of the piece that came last, and nothing can hide under
-it: so in forward the last piece goes in two parts.
+it: so in forward the last piece goes in two parts. A rank's own rows do not travel, and are cut in their order: a part
+of them is a range, which lies together in memory and under a causal mask is one step of a staircase.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,15 +34,18 @@ class Pieces(NamedTuple):
 
     def of(self, rows: int) -> list[Rows]:
         """The rows of each piece of a block of so many rows; pieces may be empty."""
-        halves = [2 * p for p in range(self.number + 1)]
-        if self.tapered:
-            halves[-2:] = halves[-2] - 1, halves[-2]
+        halves = self._halves()
         half, many = (rows + 1) // 2, halves[-1]
         chunks = [(0, rows)] if self.cut == "halves" or self.number == 1 else [(0, half), (half, rows - half)]
         return [
             _ranges(*((at + n * begin // many, at + n * end // many) for at, n in chunks))
             for begin, end in pairwise(halves)
         ]
+
+    def own(self, rows: int) -> list[int]:
+        """Where a rank's own rows, so many, are cut into as many parts: the first row of each, and the end."""
+        halves = self._halves()
+        return [rows * at // halves[-1] for at in halves]
 
     def columns(self, sizes: tuple[int, ...]) -> tuple[Ints, Ints, Ints, Ints]:
         """(owner, piece, first row, end row) of the ranges of all pieces of blocks of these sizes."""
@@ -55,10 +58,12 @@ class Pieces(NamedTuple):
         owner, piece, begin, end = np.array(found, dtype=np.int64).reshape(-1, 4).T
         return owner, piece, begin, end
 
-
-def joined(parts: Sequence[Rows]) -> Rows:
-    """The rows of several pieces, in order."""
-    return _ranges(*sorted(range_ for rows in parts for range_ in rows))
+    def _halves(self) -> list[int]:
+        """Where the pieces begin and end, in halves of a full one."""
+        halves = [2 * p for p in range(self.number + 1)]
+        if self.tapered:
+            halves[-2:] = halves[-2] - 1, halves[-2]
+        return halves
 
 
 def _ranges(*ranges: tuple[int, int]) -> Rows:

@@ -19,7 +19,7 @@ AHEAD = 2
 
 
 class Own(NamedTuple):
-    """At `step` every rank computes with the pieces `first .. end` of its own rows."""
+    """At `step` every rank computes with the parts `first .. end` of its own rows, which are as many as pieces."""
 
     step: int
     first: int

@@ -141,7 +141,7 @@ def test_a_reason_compares_with_an_option_that_differs_in_nothing_else_or_says_i
         percent = float(slower.split("%")[0])
         value, _, beside = value.partition(" (with ")
         chosen = {name: getattr(found.best.choice.settings, name) for name in COMPARED}
-        others = {part.rpartition(" ")[0]: part.rpartition(" ")[2] for part in beside.rstrip(")").split(", ") if part}
+        others = {part.partition(" ")[0]: part.partition(" ")[2] for part in beside.rstrip(")").split(", ") if part}
         wanted = {name: _shown(name, v) for name, v in chosen.items()} | others | {reason.choice: value}
         same = [
             option

@@ -45,9 +45,13 @@ class Told(NamedTuple):
 
 
 def of_flows(found: Flows, needs: Needs) -> Told:
-    """Columns, row by row; of a rank's own pieces those that hold rows. Blocks are told as in `of_traffic`."""
+    """Columns, row by row; a rank's own rows by their numbers. Blocks are told as in `of_traffic`."""
     uses, kv, dkv = (np.stack(columns, axis=1).tolist() for columns in (found.uses, found.kv, found.dkv))
-    told = [(*use, *(p for p in range(first, end) if needs.parts[use[2]][p])) for *use, first, end in uses]
+
+    def used(rank: int, owner: int, first: int, end: int) -> tuple[int, ...]:
+        return (needs.own[owner][first], needs.own[owner][end]) if rank == owner else tuple(range(first, end))
+
+    told = [(step, rank, owner, *used(rank, owner, first, end)) for step, rank, owner, first, end in uses]
     first: dict[tuple[int, ...], int] = {}
     for _, _, _, dst, owner, piece, _, alike in kv:
         first[owner, piece, alike] = min(dst, first.get((owner, piece, alike), dst))
@@ -61,10 +65,14 @@ def of_traffic(traffic: Traffic, needs: Needs) -> Told:
     def piece(owner: int, first: int) -> int:
         return next(p for p, part in enumerate(needs.parts[owner]) if any(a <= first < b for a, b in part))
 
-    def pieces(block: Block) -> list[int]:
-        return sorted({piece(block.owner, row) for a, b in block.rows for row in range(a, b)})
+    def used(rank: int, block: Block) -> tuple[int, ...]:
+        if rank == block.owner:
+            [rows] = block.rows
+            return rows
+        [found] = {piece(block.owner, row) for a, b in block.rows for row in range(a, b)}
+        return (found,)
 
-    uses = [(step, rank, block.owner, *pieces(block)) for step, rank, block in traffic.uses]
+    uses = [(step, rank, block.owner, *used(rank, block)) for step, rank, block in traffic.uses]
     first = {block: min(m.dst for m in traffic.kv if m.block == block) for block in {m.block for m in traffic.kv}}
 
     def told(move: Move) -> tuple[int, ...]:
