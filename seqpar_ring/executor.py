@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.cargo import Cargo, Fields, part
-from seqpar_ring.kernels import Kept, Kernel, Scores
+from seqpar_ring.kernels import Kept, Kernel, Resting, Scores
 from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
 from seqpar_ring.plan import Plan
 from seqpar_ring.run import Run, Sum
@@ -25,6 +25,7 @@ Pair = tuple[Tensor, Tensor]
 def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scores: Scores) -> Pair:
     """The forward pass: (out_BSHE in a wide dtype or q's, lse_BHS in fp32 or fp64)."""
     q, k, v = qkv
+    scores = scores._replace(resting=Resting("q", {}))
     partial = _Partial(q, v.shape[3])
 
     def compute(work: Work, view: Fields) -> None:
@@ -58,6 +59,7 @@ def _keys_travel(
     assert out is not None
     assert delta is not None
     dq = _Home(Cargo((q,), lse.dtype), q.shape[1])
+    scores = scores._replace(resting=Resting("q", {}))
     mine: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by rows: most calls of a pass take the same few
     run = Run(plan, plan.backward_pass, (k, v), lse.dtype)
 
@@ -86,6 +88,7 @@ def _queries_travel(
     """Queries visit the keys, with dout and what softmax needs of their rows; dq goes back to them."""
     q, k, v, _, lse, delta = kept
     assert delta is not None
+    scores = scores._replace(resting=Resting("k", {}))
     dkv = _Home(Cargo((k, v), lse.dtype), k.shape[1])
     run = Run(plan, plan.query_pass, (q, dout, lse.transpose(1, 2), delta.transpose(1, 2)), lse.dtype, gradients=1)
 

@@ -35,7 +35,8 @@ class Tile(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A piece of one segment: "full" (all pairs), "causal" (square, j <= i) or "band" (`lo <= j - i <= hi` locally)."""
+    """A piece of one segment: "full" (all pairs), "causal" (j <= i, square or of more rows than keys) or "band"
+    (`lo <= j - i <= hi` locally)."""
 
     q0: int
     q1: int
@@ -113,11 +114,12 @@ def window(t: Tile) -> tuple[int, int]:
     return (INF if t.lo <= 1 - m else n - m - t.lo), (INF if t.hi >= n - 1 else t.hi - n + m)
 
 
-def split(m: int, n: int, left: int, right: int, rows: int = 1024) -> tuple[Part, ...]:
+def split(m: int, n: int, left: int, right: int, rows: int = 1024, tall: bool = False) -> tuple[Part, ...]:
     """One segment (m queries, n keys, bottom-right window) as parts for a kernel without windows.
 
-    Without a lower edge this is at most three parts, full and square causal only. With one, the queries are cut into
-    slabs of about the window's width (at most `rows`) and each slab keeps its band, for the kernel to apply as a mask.
+    Without a lower edge this is at most three parts, full and causal only: square ones, or with `tall` also one of more
+    rows than keys, where the rows below the square see all of them. With a lower edge, the queries are cut into slabs
+    of about the window's width (at most `rows`) and each slab keeps its band, for the kernel to apply as a mask.
     Parts are disjoint and cover exactly the allowed pairs; rows and columns that hold nothing are in no part.
     """
     if not m or not n:
@@ -127,17 +129,19 @@ def split(m: int, n: int, left: int, right: int, rows: int = 1024) -> tuple[Part
         return ()
     m, n = t.q1 - t.q0, t.k1 - t.k0
     if t.lo <= 1 - m:
-        parts = _without_lower_edge(m, n, min(t.hi, n - 1))
+        parts = _without_lower_edge(m, n, min(t.hi, n - 1), tall)
     else:
         parts = _slabs(t, max(min(rows, max(t.hi - t.lo + 1, 256)), 1))
     return tuple(Part(p.q0 + t.q0, p.q1 + t.q0, p.k0 + t.k0, p.k1 + t.k0, p.kind, p.lo, p.hi) for p in parts)
 
 
-def _without_lower_edge(m: int, n: int, hi: int) -> list[Part]:
+def _without_lower_edge(m: int, n: int, hi: int, tall: bool) -> list[Part]:
     """Row i sees columns 0 .. i + hi: a full block of hi columns, a causal square of the rest, full rows below it."""
     side = n - hi  # at least 1, and at most m: the tile is trimmed
     if side == 1:  # a causal square of one cell cuts nothing
         return [Part(0, m, 0, n, "full", -INF, INF)]
+    if tall and not hi:
+        return [Part(0, m, 0, n, "causal", -INF, 0)]
     parts = [Part(0, side, hi, n, "causal", -INF, 0)]
     if hi:
         parts.append(Part(0, side, 0, hi, "full", -INF, INF))

@@ -22,6 +22,17 @@ from seqpar_ring.geometry import INF
 from seqpar_ring.schedule import Call
 
 
+class Resting(NamedTuple):
+    """The side whose rows stay on their rank during a pass: the same memory, unchanged, in all of its calls.
+
+    `side` is "q" (where keys and values travel) or "k"; what a kernel finds out of these rows it may put into `notes`
+    for the calls that follow, by memory: the other side's memory holds one block after another.
+    """
+
+    side: str
+    notes: dict[tuple[object, ...], float]
+
+
 class Scores(NamedTuple):
     """How logits are made: `scale * (q . k)`, and with a softcap c then `c * tanh(logit / c)`.
 
@@ -31,6 +42,8 @@ class Scores(NamedTuple):
 
     `keys`: as many keys at least as the last query of each document sees, in all calls together; 0 where nobody knows.
     No logit depends on it: a kernel may choose its precision by it, as a long sum has more rounding of its own.
+
+    `resting`: the side that stays, where the call is one of a pass.
     """
 
     scale: float
@@ -39,6 +52,7 @@ class Scores(NamedTuple):
     q_positions: Tensor | None = None
     k_positions: Tensor | None = None
     keys: int = 0
+    resting: Resting | None = None
 
 
 class Kept(NamedTuple):

@@ -1,15 +1,15 @@
 """Block attention by torch's own CPU flash kernel, which needs nothing installed.
 
 The kernel is a private op of aten, so it is named in this file only. It knows full blocks, top-left causal blocks and
-additive masks; so each segment of a call is cut (`geometry.split`) into full parts, square causal parts and masked
-slabs of a window, and parts that share query rows are merged in fp32. It has four traps, closed here: an empty block
-kills the process (no part is ever empty), rows of stride other than 1 are read wrongly (copied first), without GQA
-(older torch) key heads must be repeated, and a row whose logits are all nan or -inf gets out 0 and lse 0 where there
-are few keys, which a merge would take for a row that saw something (what may overflow goes to the reference). Keys or
-values that are narrower are padded with zeros, since it wants one width. It does no softcap and no position biases.
-16-bit inputs are mostly computed in fp32, see `_narrow`. Keys and values are copied so that the rows of a head lie
-together, which makes the op 1 to 2 % faster, forward and backward; a copy of queries, of which every row is read once,
-gains no more than it costs.
+additive masks; so each segment of a call is cut (`geometry.split`) into full parts, causal parts of as many rows as
+keys or more, and masked slabs of a window, and parts that share query rows are merged in fp32. It has four traps,
+closed here: an empty block kills the process (no part is ever empty), rows of stride other than 1 are read wrongly
+(copied first), without GQA (older torch) key heads must be repeated, and a row whose logits are all nan or -inf gets
+out 0 and lse 0 where there are few keys, which a merge would take for a row that saw something (what may overflow goes
+to the reference). Keys or values that are narrower are padded with zeros, since it wants one width. It does no softcap
+and no position biases. 16-bit inputs are mostly computed in fp32, see `_narrow`. Keys and values are copied so that the
+rows of a head lie together, which makes the op 1 to 2 % faster, forward and backward; a copy of queries, of which every
+row is read once, gains no more than it costs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.geometry import Part, split
-from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
+from seqpar_ring.kernels.base import Capabilities, Kept, Resting, Scores, admit, wide
 from seqpar_ring.kernels.delta import stand_in
 from seqpar_ring.kernels.merge import merge_
 from seqpar_ring.kernels.reference import ReferenceKernel
@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
 
 @lru_cache(maxsize=256)  # some steps of some plans; a thousand documents cost 7 ms and half a megabyte a call
-def cut(call: Call) -> tuple[Rows, ...]:
+def cut(call: Call, tall: bool = True) -> tuple[Rows, ...]:
     """The call's parts, in rows of the call's slices, grouped by the query rows they share. Pure, hence cached.
 
     `split` gives parts whose query rows are equal or disjoint; the grouping relies on it.
@@ -80,7 +80,7 @@ def cut(call: Call) -> tuple[Rows, ...]:
     for q0, q1, k0, k1 in zip(call.cu_q, call.cu_q[1:], call.cu_k, call.cu_k[1:], strict=False):
         parts = [
             p._replace(q0=p.q0 + q0, q1=p.q1 + q0, k0=p.k0 + k0, k1=p.k1 + k0)
-            for p in split(q1 - q0, k1 - k0, call.left, call.right)
+            for p in split(q1 - q0, k1 - k0, call.left, call.right, tall=tall)
         ]
         found += [Rows(*rows, tuple(same)) for rows, same in groupby(parts, key=lambda p: (p.q0, p.q1))]
     return tuple(found)
@@ -96,6 +96,7 @@ class CpuKernel:
         self._forward, self._backward = cast(Op, forward), cast(Op, backward)
         self._reference = ReferenceKernel()
         self._shares_heads: bool | None = None  # whether the op does GQA; found out when first needed
+        self._tall: bool | None = None  # the same of causal parts of more rows than keys
         self.capabilities = Capabilities(
             dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
             devices=("cpu",),
@@ -110,12 +111,12 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
-        if not _bounded(q_BSHD, k_BSGD, scores.scale):
+        if not _bounded(q_BSHD, k_BSGD, scores):
             return self._reference.forward(q_BSHD, k_BSGD, v_BSGE, call, scores)
         width, value_width = max(q_BSHD.shape[3], v_BSGE.shape[3]), v_BSGE.shape[3]
         batch, length, heads, _ = q_BSHD.shape
         masks: Masks = {}
-        found = cut(call) if q_BSHD.numel() else ()
+        found = self._cut(call) if q_BSHD.numel() else ()
         narrow = TILES and bool(found) and _narrow(q_BSHD.dtype, (p for rows in found for p in rows.parts), scores.keys)
         qkv = self._by_head((q_BSHD, k_BSGD, v_BSGE), q_BSHD.dtype if narrow else wide(q_BSHD.dtype), width)
         if len(found) == 1 and found[0].q1 - found[0].q0 == length:
@@ -133,10 +134,10 @@ class CpuKernel:
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`. Gradients come in fp32 (fp64), of large blocks or long documents in the inputs'."""
         admit(self, kept[:3], call, scores)
-        if not _bounded(kept.q, kept.k, scores.scale):
+        if not _bounded(kept.q, kept.k, scores):
             return self._reference.backward(dout_BSHE, kept, call, scores)
         dtype = wide(kept.q.dtype)
-        parts = [p for rows in (cut(call) if kept.q.numel() else ()) for p in rows.parts]
+        parts = [p for rows in (self._cut(call) if kept.q.numel() else ()) for p in rows.parts]
         narrow = FAST_IN_16_BITS and kept.out is not None and _narrow(kept.q.dtype, parts, scores.keys)
         computed = kept.q.dtype if narrow else dtype
         head_width, value_width = kept.q.shape[3], kept.v.shape[3]
@@ -157,6 +158,11 @@ class CpuKernel:
                 dv[:, p.k0 : p.k1] += part_dv
         groups = kept.k.shape[2]
         return dq[..., :head_width], _fold(dk, groups)[..., :head_width], _fold(dv, groups)[..., :value_width]
+
+    def _cut(self, call: Call) -> tuple[Rows, ...]:
+        if self._tall is None:
+            self._tall = takes_tall(self._forward, self._backward)
+        return cut(call, self._tall)
 
     def _attend(self, qkv: Heads, rows: Rows, scale: float, masks: Masks) -> tuple[Tensor, Tensor]:
         """(out_BSHE, lse_BHS) of some rows: the op's own for a single part, else the parts merged."""
@@ -213,6 +219,29 @@ def shares_heads(forward: Op) -> bool:
     return bool((out == 1.0).all())
 
 
+def takes_tall(forward: Op, backward: Op) -> bool:
+    """Whether the op takes causal blocks of more rows than keys, in which the rows below the square see all keys.
+
+    Asked of the op itself, in fp64: the answer of three rows and two keys beside that of the square and the last row.
+    """
+    q, k, v, dout = torch.randn(4, 1, 1, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    k, v = k[:, :, :2], v[:, :, :2]
+
+    def answer(rows: slice, causal: bool) -> tuple[Tensor, ...]:
+        of_rows, gradient = q[:, :, rows], dout[:, :, rows]
+        out, lse = forward(of_rows, k, v, 0.0, causal, attn_mask=None, scale=1.0)
+        return out, *backward(gradient, of_rows, k, v, out, lse, 0.0, causal, attn_mask=None, scale=1.0)
+
+    try:
+        whole = answer(slice(3), True)
+    except (RuntimeError, ValueError):
+        return False
+    square, last = answer(slice(2), True), answer(slice(2, 3), False)
+    by_rows = [torch.cat(both, 2) for both in zip(square[:2], last[:2], strict=True)]
+    by_keys = [a + b for a, b in zip(square[2:], last[2:], strict=True)]
+    return all(torch.allclose(x, y, 1e-9, 1e-12) for x, y in zip(whole, by_rows + by_keys, strict=True))
+
+
 def _aten(name: str) -> Op | None:
     """The op, or None where this torch lacks it: then `absent` is set and every call is refused before it."""
     found = getattr(torch.ops.aten, name, None)
@@ -245,10 +274,21 @@ def _heads_first(x_BSHD: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     return _readable(_padded(x_BSHD.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format), width))
 
 
-def _bounded(q: Tensor, k: Tensor, scale: float) -> bool:
-    """Whether no logit can be infinite or nan, whatever the order of its sum. One read of each, and no memory."""
-    most = _largest(q) * _largest(k) * q.shape[-1] * 2 * max(scale, 1.0)  # twice: kernels take powers of 2 of them
+def _bounded(q: Tensor, k: Tensor, scores: Scores) -> bool:
+    """Whether no logit can be infinite or nan, whatever the order of its sum. No memory, and one read of each, of the
+    rows that rest one a pass."""
+    largest_q, largest_k = (_noted(side, x, scores.resting) for side, x in (("q", q), ("k", k)))
+    most = largest_q * largest_k * q.shape[-1] * 2 * max(scores.scale, 1.0)  # twice: kernels take powers of 2 of them
     return most < torch.finfo(wide(q.dtype)).max  # nan is not, nor what is inf
+
+
+def _noted(side: str, x: Tensor, resting: Resting | None) -> float:
+    if resting is None or resting.side != side:
+        return _largest(x)
+    key = x.data_ptr(), x.shape, x.stride()
+    if key not in resting.notes:
+        resting.notes[key] = _largest(x)
+    return resting.notes[key]
 
 
 def _largest(x: Tensor) -> float:

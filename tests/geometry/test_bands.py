@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqpar_ring.geometry import INF, Band, Run, Tile, area, causal, full, join, split, tile, window
+from seqpar_ring.geometry import INF, Band, Part, Run, Tile, area, causal, full, join, split, tile, window
 
 edges = st.one_of(st.just(-INF), st.integers(-12, 12))
 
@@ -70,14 +70,14 @@ def test_a_trimmed_tile_is_one_bottom_right_window_with_no_negative_side(runs: t
 sides = st.integers(0, 9)
 
 
-@given(sides, sides, st.one_of(st.just(INF), sides), sides, st.integers(1, 4))
+@given(sides, sides, st.one_of(st.just(INF), sides), sides, st.integers(1, 4), st.booleans())
 def test_split_cuts_a_segment_into_disjoint_parts_that_cover_it(
-    m: int, n: int, left: int, right: int, rows: int
+    m: int, n: int, left: int, right: int, rows: int, tall: bool
 ) -> None:
     truth = [(i, j) for i in range(m) for j in range(n) if -left <= (j - i) - (n - m) <= right]
     got = [
         (i, j)
-        for p in split(m, n, left, right, rows)
+        for p in split(m, n, left, right, rows, tall)
         for i in range(p.q0, p.q1)
         for j in range(p.k0, p.k1)
         if p.lo <= (j - p.k0) - (i - p.q0) <= p.hi
@@ -90,14 +90,22 @@ def test_split_gives_a_square_causal_segment_as_one_part() -> None:
     assert (part.kind, part.q1, part.k1) == ("causal", 7, 7)
 
 
-def test_split_gives_parts_that_their_kind_describes() -> None:
-    for m in range(1, 7):
+def test_split_gives_a_causal_segment_of_more_rows_than_keys_as_one_part_where_that_is_taken() -> None:
+    (part,) = split(9, 4, INF, 5, tall=True)
+    assert part == Part(0, 9, 0, 4, "causal", -INF, 0)
+    assert [(p.kind, p.q0, p.q1) for p in split(9, 4, INF, 5)] == [("causal", 0, 4), ("full", 4, 9)]
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("right", [0, 3])
+def test_split_gives_parts_that_their_kind_describes(tall: bool, right: int) -> None:
+    for m in range(1, 9):
         for n in range(1, 9):
-            for part in split(m, n, INF, 0):
-                square = part.q1 - part.q0 == part.k1 - part.k0
+            for part in split(m, n, INF, right, tall=tall):
+                rows, keys = part.q1 - part.q0, part.k1 - part.k0
                 assert part.kind in ("full", "causal")
                 assert (part.lo, part.hi) == ((-INF, INF) if part.kind == "full" else (-INF, 0))
-                assert square or part.kind == "full"
+                assert part.kind == "full" or rows == keys or (tall and rows > keys)
 
 
 def test_join_makes_zigzags_diagonal_one_causal_tile() -> None:

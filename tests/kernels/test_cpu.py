@@ -34,7 +34,7 @@ class Spied(CpuKernel):
         super().__init__()
         self.seen: list[tuple[Tensor, ...]] = []
         self.masks: list[Tensor | None] = []
-        self._shares_heads = True  # not to be asked of the op, which would be noted
+        self._shares_heads = self._tall = True  # not to be asked of the op, which would be noted
         self._forward, self._backward = self._spy(self._forward), self._spy(self._backward)
 
     def _spy(self, op: Any) -> Any:
