@@ -8,7 +8,7 @@ choice of what travels in backward. It checks nothing (`ring_attention` has) but
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor
 from seqpar_ring import executor
 from seqpar_ring.kernels import Kept, Request, Scores, architecture_of, deterministic
 from seqpar_ring.plan import TRAVELS, Plan, plan_of
-from seqpar_ring.reshard import Heads, shares, to_heads, to_tokens
+from seqpar_ring.reshard import Heads, Share, Tensors, shares, to_heads, to_tokens
 
 Results = TypeVar("Results")
 
@@ -54,27 +54,21 @@ class _Sharing(NamedTuple):
     q_heads: Heads
     k_heads: Heads
 
-    @property
-    def _first(self) -> int:
+    def out(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensors:
+        """Tensors with all query heads, and with all key heads, as tensors of all members' tokens."""
+        return self._exchanged(to_heads, queries, keys)
+
+    def back(self, queries: Sequence[Tensor], keys: Sequence[Tensor] = ()) -> Tensors:
+        """The other way."""
+        return self._exchanged(to_tokens, queries, keys)
+
+    def _exchanged(self, way: Callable[..., Tensors], queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensors:
         members = self.plan.documents.members
         assert members is not None
-        return self.plan.sequence.rank - members.rank
-
-    def _rows(self, keys: bool) -> tuple[int, ...]:
-        members, documents = self.plan.documents.members, self.plan.documents
-        assert members is not None
-        sizes = (documents.kv_layout if keys else documents.layout).sizes
-        return sizes[self._first : self._first + members.world]
-
-    def out(self, x: Tensor, keys: bool = False) -> Tensor:
-        members = self.plan.documents.members
-        assert members is not None
-        return to_heads(x, members, self._rows(keys), self.k_heads if keys else self.q_heads)
-
-    def back(self, x: Tensor, keys: bool = False) -> Tensor:
-        members = self.plan.documents.members
-        assert members is not None
-        return to_tokens(x, members, self._rows(keys), self.k_heads if keys else self.q_heads)
+        first, documents = self.plan.sequence.rank - members.rank, self.plan.documents
+        rows = [side.sizes[first : first + members.world] for side in (documents.layout, documents.kv_layout)]
+        of_query, of_key = Share(rows[0], self.q_heads), Share(rows[1], self.k_heads)
+        return way([*queries, *keys], members, [of_query] * len(queries) + [of_key] * len(keys))
 
     def mine(self, by_head: Tensor | None) -> Tensor | None:
         members = self.plan.documents.members
@@ -129,7 +123,7 @@ def _forward(
     q, k, v = qkv
     dtype, sharing = q.dtype, _sharing(mine, q, k)
     if sharing is not None:
-        q, k, v = sharing.out(q), sharing.out(k, keys=True), sharing.out(v, keys=True)
+        q, k, v = sharing.out([q], [k, v])
         sinks, slopes = sharing.mine(sinks), sharing.mine(slopes)
     kernel = mine.kernel(request_for(q, k, v, mine, softcap, slopes is not None)).kernel
     out, lse = executor.forward(mine, (q, k, v), kernel, Scores(scale, softcap, slopes, keys=mine.fewest_keys))
@@ -137,7 +131,8 @@ def _forward(
         out, lse = _drain(out, lse, sinks)
     out = out.to(dtype)
     if sharing is not None:
-        out, lse = sharing.back(out), sharing.back(lse.transpose(1, 2)).transpose(1, 2)
+        out, lse_BSH = sharing.back([out, lse.transpose(1, 2)])
+        lse = lse_BSH.transpose(1, 2)
     return out.contiguous(), lse.contiguous()
 
 
@@ -188,9 +183,9 @@ def _backward(  # noqa: PLR0913 - the same, one by one
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     dsinks = q.new_zeros(0) if sinks is None else _sink_gradient(sinks, lse, delta)
     if sharing is not None:
-        q, k, v = sharing.out(q), sharing.out(k, keys=True), sharing.out(v, keys=True)
-        dout, out = sharing.out(dout), sharing.out(out)
-        lse, delta = (sharing.out(x.transpose(1, 2)).transpose(1, 2) for x in (lse, delta))
+        by_query = [q, dout, out, lse.transpose(1, 2), delta.transpose(1, 2)]
+        q, dout, out, lse, delta, k, v = sharing.out(by_query, [k, v])
+        lse, delta = lse.transpose(1, 2), delta.transpose(1, 2)
         slopes = sharing.mine(slopes)
     request = request_for(q, k, v, mine, softcap, slopes is not None)
     kernel, travels = mine.kernel(request).kernel, mine.backward_travels(request).value
@@ -199,7 +194,7 @@ def _backward(  # noqa: PLR0913 - the same, one by one
         mine, dout, Kept(q, k, v, out, lse, delta), kernel, scores, queries_travel=travels == TRAVELS["q"]
     )
     if sharing is not None:
-        dq, dk, dv = sharing.back(dq), sharing.back(dk, keys=True), sharing.back(dv, keys=True)
+        dq, dk, dv = sharing.back([dq], [dk, dv])
     dq, dk, dv = (x.to(dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, dsinks
 

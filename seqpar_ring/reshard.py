@@ -8,6 +8,7 @@ ranks get the same one, and what they give back is summed. All to all, by messag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,17 @@ from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.transport import Messenger, Recv, Send
 
 Heads = list[tuple[int, int]]
-"""For each rank the heads that are its own, `first .. end`."""
+"""For each rank the heads that are its own, `first .. end`: ascending, and of two ranks the same or none in common."""
+
+Tensors = tuple[Tensor, ...]
+
+
+class Share(NamedTuple):
+    """Of one tensor: the tokens of each of the ranks that share out its heads, and the heads of each."""
+
+    rows: tuple[int, ...]
+    heads: Heads
+
 
 
 def shares(heads: int, kv_heads: int, degree: int) -> tuple[Heads, Heads]:
@@ -39,39 +50,67 @@ def shares(heads: int, kv_heads: int, degree: int) -> tuple[Heads, Heads]:
     return [(j * heads // degree, (j + 1) * heads // degree) for j in range(degree)], [(k, k + each) for k in first]
 
 
-def to_heads(x: Tensor, members: Messenger, rows: Sequence[int], heads: Heads) -> Tensor:
-    """All members' tokens, this rank's heads.
+def to_heads(tensors: Sequence[Tensor], members: Messenger, shared: Sequence[Share]) -> Tensors:
+    """All members' tokens, this rank's heads, of some tensors in one exchange.
 
     Args:
-        x: (B, S, H, ...), this rank's tokens with all heads.
+        tensors: (B, S, H, ...) each, this rank's tokens with all heads.
         members: the ranks that share out the heads.
-        rows: tokens of each of them.
-        heads: heads of each of them.
+        shared: how, for each tensor.
     """
-    first, end = heads[members.rank]
-    parts = [x.new_empty((x.shape[0], n, end - first, *x.shape[3:])) for n in rows]
-    parts[members.rank] = x[:, :, first:end]
     others = [r for r in range(members.world) if r != members.rank]
-    sends = [Send(r, x[:, :, heads[r][0] : heads[r][1]].contiguous()) for r in others]
-    members.exchange(sends, [Recv(r, parts[r]) for r in others]).wait()
-    return torch.cat(parts, 1)
+    sends: list[Send] = []
+    recvs: list[Recv] = []
+    apart: list[tuple[Tensor, Tensor]] = []  # where rows belong that do not lie together there, and where they come to
+    found = []
+    for x, (rows, heads) in zip(tensors, shared, strict=True):
+        first, end = heads[members.rank]
+        whole = x.new_empty((x.shape[0], sum(rows), end - first, *x.shape[3:]))
+        places = whole.split(rows, 1)
+        places[members.rank].copy_(x[:, :, first:end])
+        found.append(whole)
+        for r in others:
+            place = places[r] if places[r].is_contiguous() else torch.empty_like(places[r]).contiguous()
+            if place is not places[r]:
+                apart.append((places[r], place))
+            sends.append(Send(r, x[:, :, heads[r][0] : heads[r][1]].contiguous()))
+            recvs.append(Recv(r, place))
+    members.exchange(sends, recvs).wait()
+    for place, came in apart:
+        place.copy_(came)
+    return tuple(found)
 
 
-def to_tokens(x: Tensor, members: Messenger, rows: Sequence[int], heads: Heads) -> Tensor:
+def to_tokens(tensors: Sequence[Tensor], members: Messenger, shared: Sequence[Share]) -> Tensors:
     """This rank's tokens, all heads: the other way. What several ranks computed of one head is summed.
 
     Args:
-        x: (B, all members' tokens, this rank's heads, ...).
-        members, rows, heads: as in `to_heads`.
+        tensors: (B, all members' tokens, this rank's heads, ...) each.
+        members, shared: as in `to_heads`.
     """
-    mine, total = rows[members.rank], max(end for _, end in heads)
     others = [r for r in range(members.world) if r != members.rank]
-    parts = list(x.split(list(rows), 1))
-    sends = [Send(r, parts[r].contiguous()) for r in others]
-    got = {r: x.new_empty((x.shape[0], mine, heads[r][1] - heads[r][0], *x.shape[3:])) for r in others}
-    members.exchange(sends, [Recv(r, got[r]) for r in others]).wait()
-    got[members.rank] = parts[members.rank]
-    out = x.new_zeros((x.shape[0], mine, total, *x.shape[3:]))
-    for r in range(members.world):
-        out[:, :, heads[r][0] : heads[r][1]] += got[r]
-    return out
+    sends: list[Send] = []
+    recvs: list[Recv] = []
+    came: list[list[Tensor]] = []  # by tensor and rank
+    for x, (rows, heads) in zip(tensors, shared, strict=True):
+        parts, mine = x.split(rows, 1), rows[members.rank]
+        got = [x.new_empty((x.shape[0], mine, end - first, *x.shape[3:])) for first, end in heads]
+        sends += [Send(r, parts[r].contiguous()) for r in others]
+        recvs += [Recv(r, got[r]) for r in others]
+        got[members.rank] = parts[members.rank]
+        came.append(got)
+    members.exchange(sends, recvs).wait()
+    return tuple(_with_all_heads(got, of.heads) for got, of in zip(came, shared, strict=True))
+
+
+def _with_all_heads(parts: Sequence[Tensor], heads: Heads) -> Tensor:
+    """One tensor of parts of some heads each, added where they are of the same."""
+    whole, written = parts[0].new_empty((*parts[0].shape[:2], heads[-1][1], *parts[0].shape[3:])), 0
+    for (first, end), part in zip(heads, parts, strict=True):
+        place = whole[:, :, first:end]
+        if first < written:
+            place.add_(part)
+        else:
+            place.copy_(part)
+        written = end
+    return whole

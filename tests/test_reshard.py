@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.parallel import SequenceParallel
-from seqpar_ring.reshard import shares, to_heads, to_tokens
+from seqpar_ring.reshard import Share, shares, to_heads, to_tokens
 from seqpar_ring.testing import run_lockstep
-from seqpar_ring.transport import Subgroup
+from seqpar_ring.transport import Handle, Messenger, Recv, Send, Subgroup
 
-ROWS = (3, 0, 4)
+ROWS, MORE = (3, 0, 4), (1, 5, 0)
 
 
 def test_heads_go_out_and_come_back_and_shared_ones_are_summed() -> None:
     whole = torch.randn(2, sum(ROWS), 6, 5, dtype=torch.float64)
+    others = torch.randn(2, sum(MORE), 1, 3, dtype=torch.float64)
     q_heads, k_heads = shares(6, 1, 3)
     assert (q_heads, k_heads) == ([(0, 2), (2, 4), (4, 6)], [(0, 1)] * 3)
 
     def there_and_back(sp: SequenceParallel) -> None:
         ring = sp.groups.ring
         mine = whole.split(ROWS, 1)[sp.rank]
-        part = to_heads(mine, ring, ROWS, q_heads)
+        of_query, of_key = Share(ROWS, q_heads), Share(MORE, k_heads)
+        keys = others.split(MORE, 1)[sp.rank]
+        given = mine, keys, mine[..., 0]  # a log-sum-exp has no widths
+        part, one, slim = to_heads(given, ring, [of_query, of_key, of_query])
         torch.testing.assert_close(part, whole[:, :, 2 * sp.rank : 2 * sp.rank + 2])
-        torch.testing.assert_close(to_tokens(part, ring, ROWS, q_heads), mine)
-        one = to_heads(mine[:, :, :1], ring, ROWS, k_heads)
-        torch.testing.assert_close(to_tokens(one, ring, ROWS, k_heads), 3 * mine[:, :, :1])
+        torch.testing.assert_close(one, others)
+        torch.testing.assert_close(slim, part[..., 0])
+        found = to_tokens((part, (sp.rank + 1) * one, slim), ring, [of_query, of_key, of_query])
+        torch.testing.assert_close(found, (mine, (1 + 2 + 3) * keys, mine[..., 0]))
 
     run_lockstep(there_and_back, 3)
+
+
+def test_one_sequence_comes_to_where_it_belongs_without_a_copy() -> None:
+    """Of a batch of one the rows of each rank lie together."""
+    whole = torch.randn(1, sum(ROWS), 3, 5)
+
+    class Noted:
+        """The members, and where messages come to."""
+
+        def __init__(self, of: Messenger) -> None:
+            self.rank, self.world, self.lanes, self._of, self.places = of.rank, of.world, of.lanes, of, list[int]()
+
+        def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
+            self.places += [recv.tensor.data_ptr() for recv in recvs if recv.tensor.numel()]
+            return self._of.exchange(sends, recvs, lane)
+
+    def there(sp: SequenceParallel) -> None:
+        members = Noted(sp.groups.ring)
+        (part,) = to_heads(whole.split(ROWS, 1)[sp.rank : sp.rank + 1], members, [Share(ROWS, shares(3, 1, 3)[0])])
+        torch.testing.assert_close(part, whole[:, :, sp.rank : sp.rank + 1])
+        first, end = part.data_ptr(), part.data_ptr() + part.nbytes
+        assert all(first <= place < end for place in members.places)
+
+    run_lockstep(there, 3)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(8, 8, 8), (8, 2, 4), (8, 4, 2), (9, 3, 3), (6, 2, 1)])
@@ -51,6 +82,6 @@ def test_a_subgroup_numbers_its_ranks_anew() -> None:
         group = Subgroup(sp.groups.ring, range(odd, 6, 2))
         assert (group.rank, group.world) == (sp.rank // 2, 3)
         x = torch.full((1, 1, 1), float(sp.rank))
-        return [int(v) for v in to_heads(x, group, (1, 1, 1), [(0, 1)] * 3).flatten()]
+        return [int(v) for v in to_heads([x], group, [Share((1, 1, 1), [(0, 1)] * 3)])[0].flatten()]
 
     assert run_lockstep(gather, 6) == [[0, 2, 4], [1, 3, 5]] * 3

@@ -130,7 +130,7 @@ class Ring:
 
 
 def exchanged(what: str, row: Row, settings: Settings, on: tuple[int, Machine]) -> float:
-    """Seconds in which ranks that share out the heads exchange tokens for heads, one tensor after the other.
+    """Seconds in which ranks that share out the heads exchange tokens for heads, before the ring and after it.
 
     Args:
         what: the tensors, one letter each: q, k, v, o for out, l for a log-sum-exp; capitals travel in a wide dtype.
@@ -147,7 +147,7 @@ def exchanged(what: str, row: Row, settings: Settings, on: tuple[int, Machine]) 
     numbers = sum(width[letter.lower()] * (row.wide if letter.isupper() else row.itemsize) for letter in what)
     sent = tokens / settings.size * numbers * (degree - 1) / degree
     sharing = min(machine.inner.shared_by, machine.node)  # all devices of a node exchange at once
-    return len(what) * machine.inner.latency + sent * sharing / machine.inner.bandwidth
+    return 2 * machine.inner.latency + sent * sharing / machine.inner.bandwidth
 
 
 def kernel_seconds(work: Loads, pace: Pace, row: Row, passes: float) -> Floats:

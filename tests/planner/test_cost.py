@@ -80,7 +80,7 @@ def test_what_is_exchanged_around_a_ring_is_counted_tensor_by_tensor() -> None:
     tokens, degree, settings = 65536, 4, Settings.parse({"size": 8, "heads": 4})
     numbers = 32 * 128 * 2 + 2 * 8 * 128 * 2 + 32 * 128 * 2 + 32 * 4  # q, k and v, out, lse; bytes of a token
     sent = tokens / 8 * numbers * (degree - 1) / degree
-    expected = 5 * where.inner.latency + sent / where.inner.bandwidth
+    expected = 2 * where.inner.latency + sent / where.inner.bandwidth
     assert exchanged(FORWARD, ROW, settings, (tokens, where)) == pytest.approx(expected)
     assert exchanged(BACK, ROW, settings, (tokens, where)) > 2 * expected
     assert exchanged(FORWARD, ROW, Settings.parse({"size": 8}), (tokens, where)) == 0
@@ -91,7 +91,7 @@ def test_heads_are_exchanged_over_a_link_that_a_node_shares_by_all_of_it_at_once
     settings, shared = Settings.parse({"size": 8, "heads": 8}), machine("h100", "100gbe")
     alone = shared.model_copy(update={"inner": shared.inner.model_copy(update={"shared_by": 1})})
     assert shared.inner.shared_by == shared.node == 8
-    latency = 5 * shared.inner.latency
+    latency = 2 * shared.inner.latency
     seconds = [exchanged(FORWARD, ROW, settings, (65536, where)) - latency for where in (shared, alone)]
     assert seconds[0] == pytest.approx(8 * seconds[1])
 
