@@ -26,9 +26,11 @@ from seqpar_ring.geometry import Mask
 from seqpar_ring.layout import make
 from seqpar_ring.schedule import Route, Row, Sides
 
-PIECES = (1, 4, 8, 16)
 HIDES, SHOWS = 0.8, 3.0
 """Transfer over computation: where all of it could hide, and where the link is what takes the time."""
+
+PIECES = {HIDES: (1, 2, 4, 8), SHOWS: (1, 4, 8, 16)}
+"""Pieces that a block travels in. Where the computation takes the time so do its pieces, so they are fewer."""
 
 FORMS = (("same", "fp32"), ("same", "bf16"), ("int8", "fp32"), ("int8", "bf16"))
 """What keys and values travel in, and their gradients."""
@@ -66,12 +68,13 @@ def case(world: int, tokens: int, chosen: argparse.Namespace) -> list[dict[str, 
     rows = []
     for times in chosen.times if tokens == chosen.tokens[0] else chosen.times[:1]:
         rate = sent(plain) / (times * first.both)
-        some = [pieces_of(plain, n) for n in PIECES]
+        pieces = PIECES[times]
+        some = [pieces_of(plain, n) for n in pieces]
         if times == HIDES and world > 2:  # at 2 ranks it is the ring
-            some += [pieces_of(plain, n)._replace(schedule="direct") for n in PIECES[1:]]
+            some += [pieces_of(plain, n)._replace(schedule="direct") for n in pieces]
         if times == SHOWS:
-            some += [pieces_of(plain, n)._replace(cut="halves") for n in PIECES[-2:]]
-            some += [pieces_of(plain, PIECES[-1])._replace(kv_dtype=kv, dkv_dtype=dkv) for kv, dkv in FORMS[1:]]
+            some += [pieces_of(plain, n)._replace(cut="halves") for n in pieces[-2:]]
+            some += [pieces_of(plain, pieces[-1])._replace(kv_dtype=kv, dkv_dtype=dkv) for kv, dkv in FORMS[1:]]
         alone, *results = timed([plain, *(setting._replace(rate_bytes_per_s=rate) for setting in some)], chosen.turns)
         for result in results:
             transfer = sent(result.setting) / rate

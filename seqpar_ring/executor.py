@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqpar_ring.cargo import Cargo, Fields, part
 from seqpar_ring.kernels import Kept, Kernel, Resting, Scores
+from seqpar_ring.kernels.delta import delta_of
 from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
 from seqpar_ring.plan import Plan
 from seqpar_ring.run import Run, Sum
@@ -45,9 +46,6 @@ def backward(
     plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores, queries_travel: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass: (dq, dk, dv) of this rank's tokens in a wide dtype; `kept` holds the global out and lse."""
-    assert kept.out is not None  # of this rank's own rows
-    if kept.delta is None:
-        kept = kept._replace(delta=(dout.to(kept.lse.dtype) * kept.out.to(kept.lse.dtype)).sum(-1).transpose(1, 2))
     return (_queries_travel if queries_travel else _keys_travel)(plan, dout, kept, kernel, scores)
 
 
@@ -55,9 +53,8 @@ def _keys_travel(
     plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values visit the queries; their gradients go back to them."""
-    q, k, v, out, lse, delta = kept
+    q, k, v, out, lse, _ = kept
     assert out is not None
-    assert delta is not None
     dq = _Home(Cargo((q,), lse.dtype), q.shape[1])
     scores = scores._replace(resting=Resting("q", {}))
     mine: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by rows: most calls of a pass take the same few
@@ -69,9 +66,9 @@ def _keys_travel(
         for call in work.calls:
             rows, k0, k1 = (call.q0, call.q1), call.k0, call.k1
             if rows not in mine:
-                mine[rows] = *part((q, dout, out), *rows), *(rows_of(x, *rows, dim=2) for x in (lse, delta))
-            q_rows, dout_rows, out_rows, *of_rows = mine[rows]
-            kept = Kept(q_rows, rows_of(keys, k0, k1), rows_of(values, k0, k1), out_rows, *of_rows)
+                mine[rows] = *part((q, dout, out), *rows), rows_of(lse, *rows, dim=2)
+            q_rows, dout_rows, out_rows, lse_rows = mine[rows]
+            kept = Kept(q_rows, rows_of(keys, k0, k1), rows_of(values, k0, k1), out_rows, lse_rows)
             dq_part, *dkv = kernel.backward(dout_rows, kept, call, _at(placed, call))
             dq.add(*rows, (dq_part,))
             total.add(k0, k1, tuple(dkv))
@@ -86,8 +83,10 @@ def _queries_travel(
     plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries visit the keys, with dout and what softmax needs of their rows; dq goes back to them."""
-    q, k, v, _, lse, delta = kept
-    assert delta is not None
+    q, k, v, out, lse, delta = kept
+    if delta is None:
+        assert out is not None
+        delta = delta_of(dout, out, lse.dtype)
     scores = scores._replace(resting=Resting("k", {}))
     dkv = _Home(Cargo((k, v), lse.dtype), k.shape[1])
     run = Run(plan, plan.query_pass, (q, dout, lse.transpose(1, 2), delta.transpose(1, 2)), lse.dtype, gradients=1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from seqpar_ring import executor
 from seqpar_ring.kernels import Kept, Request, Scores, architecture_of, deterministic
+from seqpar_ring.kernels.delta import delta_of
 from seqpar_ring.plan import TRAVELS, Plan, plan_of
 from seqpar_ring.reshard import Heads, Share, Tensors, shares, to_heads, to_tokens
 
@@ -180,12 +181,11 @@ def _backward(  # noqa: PLR0913 - the same, one by one
     q, k, v, out, lse, _ = kept
     assert out is not None
     dtype, sharing = q.dtype, _sharing(mine, q, k)
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
-    dsinks = q.new_zeros(0) if sinks is None else _sink_gradient(sinks, lse, delta)
+    delta = None if sinks is None else delta_of(dout, out, lse.dtype)
+    dsinks = q.new_zeros(0) if sinks is None or delta is None else _sink_gradient(sinks, lse, delta)
     if sharing is not None:
-        by_query = [q, dout, out, lse.transpose(1, 2), delta.transpose(1, 2)]
-        q, dout, out, lse, delta, k, v = sharing.out(by_query, [k, v])
-        lse, delta = lse.transpose(1, 2), delta.transpose(1, 2)
+        q, dout, out, lse_BSH, k, v = sharing.out([q, dout, out, lse.transpose(1, 2)], [k, v])
+        lse, delta = lse_BSH.transpose(1, 2), None
         slopes = sharing.mine(slopes)
     request = request_for(q, k, v, mine, softcap, slopes is not None)
     kernel, travels = mine.kernel(request).kernel, mine.backward_travels(request).value

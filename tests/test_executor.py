@@ -182,6 +182,21 @@ def test_a_step_that_takes_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
         assert all(any(names for step, names in stages.items() if step > 1) for stages in passes)
 
 
+@pytest.mark.parametrize("queries_travel", [False, True])
+def test_delta_is_made_only_where_queries_travel(queries_travel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels make it themselves of out, which travels with no query."""
+    given: set[tuple[bool, bool]] = set()
+    plain = Quiet.backward
+
+    def noted(self: Quiet, dout: Tensor, kept: Kept, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+        given.add((kept.out is not None, kept.delta is not None))
+        return plain(self, dout, kept, *how)
+
+    monkeypatch.setattr(Quiet, "backward", noted)
+    run_lockstep(lambda sp: allocations(sp, 1, queries_travel=queries_travel), 4)
+    assert given == {(not queries_travel, queries_travel)}
+
+
 def test_a_step_that_waits_is_seen() -> None:
     for found in run_lockstep(lambda sp: steps(sp, [700], sync=True), 2):
         assert all(seen.of(WAITS) for seen in found)

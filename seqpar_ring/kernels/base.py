@@ -59,7 +59,8 @@ class Kept(NamedTuple):
     """What backward takes: the call's slices of the inputs, and the rows' results over *all* keys, not this call's.
 
     q (B, S, H, D), k (B, N, G, D), v (B, N, G, E), out (B, S, H, E) in any float dtype; lse (B, H, S), natural log,
-    fp32 (fp64 for fp64); delta (B, H, S) = sum(dout * out, -1) in lse's dtype.
+    fp32 (fp64 for fp64); delta (B, H, S) = sum(dout * out, -1) in lse's dtype. One of out and delta is given: out where
+    keys and values travel, delta where queries do.
     """
 
     q: Tensor

@@ -1,4 +1,4 @@
-"""An output that a kernel's backward can take where only delta is known.
+"""Delta, the sum of dout * out over a row's width, and an output that a kernel's backward can take in its place.
 
 Where queries travel in backward, `delta = sum(dout * out)` travels with them and `out` does not: half the bytes. Every
 flash backward takes out and makes delta of it, and uses it for nothing else; so any out will do whose product with dout
@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def delta_of(dout_BSHE: Tensor, out_BSHE: Tensor, dtype: torch.dtype) -> Tensor:
+    """delta_BHS in this dtype, in which it is summed, too."""
+    return (dout_BSHE.to(dtype) * out_BSHE.to(dtype)).sum(-1).transpose(1, 2)
 
 
 def stand_in(dout_BSHE: Tensor, delta_BHS: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
+from seqpar_ring.kernels.delta import delta_of
 from seqpar_ring.schedule import Call
 
 LOGITS = 1 << 24
@@ -76,7 +77,7 @@ class ReferenceKernel:
         delta_BHS = kept.delta
         if delta_BHS is None:
             assert kept.out is not None  # one of the two is given
-            delta_BHS = (dout_BSHE.to(dtype) * kept.out.to(dtype)).sum(-1).transpose(1, 2)
+            delta_BHS = delta_of(dout_BSHE, kept.out, dtype)
         for s in _slabs(call, kept.q.shape[0] * kept.q.shape[2]):
             rows, columns = slice(s.q0, s.q1), slice(s.k0, s.k1)
             q, dout = _grouped(kept.q[:, rows], groups), _grouped(dout_BSHE[:, rows], groups)

@@ -21,8 +21,8 @@ from seqpar_ring.planner.loads import Floats, Loads, loads
 from seqpar_ring.planner.simulate import Place, Run, simulate
 from seqpar_ring.schedule import Flows, Route, Row, Sides
 
-FORWARD, BACK = "qkvoL", "qkvooLLQKV"
-"""What is exchanged around the ring in each pass: see `exchanged`. In backward dout and out, lse and delta."""
+FORWARD, BACK = "qkvoL", "qkvooLQKV"
+"""What is exchanged around the ring in each pass: see `exchanged`. In backward dout and out."""
 
 TOUCHED = 3
 """Numbers that cross memory for each one that is merged or added: both operands are read, the sum is written."""

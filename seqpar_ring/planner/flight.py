@@ -151,10 +151,12 @@ def in_flight(rows: Rows, row: Row, travels: str, kernel: Kernel) -> float:
         held[1:] += rows.own * row.home(stays)
     else:
         held += rows.own * row.home(stays)
-    delta = 3 * row.wide * row.heads  # delta, a gradient of the log-sum-exp (zeros), and the log-sum-exp without -inf
-    before = 3 * row.heads * row.value_dim * 4 if row.itemsize < 4 else 4 * row.heads * row.value_dim
-    fullest = (held + rows.own * delta).max(initial=0)
-    return float(max(fullest, (rows.own * (before + delta)).max(initial=0)) + kernel.scratch)
+    of_rows, before = 2 * row.wide * row.heads, 0  # a gradient of the log-sum-exp (zeros), and itself without -inf
+    if travels == "q":  # with delta, which is made before
+        of_rows += row.wide * row.heads
+        before = 3 * row.heads * row.value_dim * 4 if row.itemsize < 4 else 4 * row.heads * row.value_dim
+    fullest = (held + rows.own * of_rows).max(initial=0)
+    return float(max(fullest, (rows.own * (before + of_rows)).max(initial=0)) + kernel.scratch)
 
 
 def _made(row: Row, side: str, kernel: Kernel) -> float:

@@ -284,7 +284,8 @@ def _flight(workload: Workload, s: Settings, kernel: str) -> float:
     held = [most_in_flight(workload.lengths, mask, s, (travels, shared, kernel)) for mask in masks]
     if s.head_degree == 1:
         return max(held)
-    # q, k, v, out, its gradient, log-sum-exp and delta again, of more tokens and fewer heads.
+    # q, k, v, out, its gradient and log-sum-exp again, of more tokens and fewer heads; before that what others get.
     keys = max(row.kv_heads, s.head_degree) * (row.head_dim + row.value_dim)
-    exchanged = row.itemsize * (row.heads * (row.head_dim + 2 * row.value_dim) + keys) + 2 * row.wide * row.heads
-    return max(held) + rank_tokens(workload.lengths, s) * exchanged
+    exchanged = row.itemsize * (row.heads * (row.head_dim + 2 * row.value_dim) + keys) + row.wide * row.heads
+    exchanged *= rank_tokens(workload.lengths, s)
+    return exchanged + max(*held, exchanged * (s.head_degree - 1) / s.head_degree)
