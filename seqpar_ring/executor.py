@@ -45,7 +45,8 @@ def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scor
 def backward(
     plan: Plan, dout: Tensor, kept: Kept, kernel: Kernel, scores: Scores, queries_travel: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward pass: (dq, dk, dv) of this rank's tokens in a wide dtype; `kept` holds the global out and lse."""
+    """The backward pass: (dq, dk, dv) of this rank's tokens, wide where they are sums; `kept` holds the global out and
+    lse."""
     return (_queries_travel if queries_travel else _keys_travel)(plan, dout, kept, kernel, scores)
 
 
@@ -169,22 +170,30 @@ class _Partial:
 
 
 class _Home:
-    """The gradient of the rows that stay, over all calls; the first result for all rows becomes it, if it is wide."""
+    """The gradient of the rows that stay, over all calls. A first result for all rows is kept as it is, and becomes the
+    sum if it is wide; if nothing else comes, it is the gradient."""
 
     def __init__(self, cargo: Cargo, rows: int) -> None:
         self._cargo, self._rows = cargo, rows
+        self._first: Fields = ()
         self._sum: Sum | None = None
 
     def add(self, a: int, b: int, parts: Fields) -> None:
-        if self._sum is not None:
-            self._sum.add(a, b, parts)
-        elif b - a == self._rows and [x.dtype for x in parts] == [kind.dtype for kind in self._cargo.kinds]:
-            self._sum = Sum(parts, begun=True)
+        if not self._first and self._sum is None and b - a == self._rows:
+            self._first = parts
         else:
-            self._sum = Sum(self._cargo.apart(self._rows))
-            self._sum.add(a, b, parts)
+            self._summed().add(a, b, parts)
 
     def result(self) -> Fields:
+        return self._first or self._summed().result()
+
+    def _summed(self) -> Sum:
         if self._sum is None:
-            self._sum = Sum(self._cargo.apart(self._rows))
-        return self._sum.result()
+            first, self._first = self._first, ()
+            if first and [x.dtype for x in first] == [kind.dtype for kind in self._cargo.kinds]:
+                self._sum = Sum(first, begun=True)
+            else:
+                self._sum = Sum(self._cargo.apart(self._rows))
+                if first:
+                    self._sum.add(0, self._rows, first)
+        return self._sum

@@ -71,6 +71,11 @@ class _Sharing(NamedTuple):
         of_query, of_key = Share(rows[0], self.q_heads), Share(rows[1], self.k_heads)
         return way([*queries, *keys], members, [of_query] * len(queries) + [of_key] * len(keys))
 
+    @property
+    def repeats_keys(self) -> bool:
+        """Whether several ranks have the same key head, so that their gradients are summed."""
+        return len(set(self.k_heads)) < len(self.k_heads)
+
     def mine(self, by_head: Tensor | None) -> Tensor | None:
         members = self.plan.documents.members
         assert members is not None
@@ -194,7 +199,9 @@ def _backward(  # noqa: PLR0913 - the same, one by one
         mine, dout, Kept(q, k, v, out, lse, delta), kernel, scores, queries_travel=travels == TRAVELS["q"]
     )
     if sharing is not None:
-        dq, dk, dv = sharing.back([dq], [dk, dv])
+        if not sharing.repeats_keys:  # each row is one rank's alone, and rounded on its way as it would be there
+            dk, dv = dk.to(dtype), dv.to(dtype)
+        dq, dk, dv = sharing.back([dq.to(dtype)], [dk, dv])
     dq, dk, dv = (x.to(dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, dsinks
 

@@ -124,20 +124,16 @@ class Run:
     def gradient_of(self, work: Work) -> Sum:
         """The sum for the gradient of a step's view: where it will be wanted, if it is of rows that lie together."""
         block = work.blocks[0]
-        if work.slices or (block.owner == self._ring.rank and len(block.rows) > 1):
+        if work.slices:
             return Sum(self._gradient_of_view.at(0, _rows_of(work)))
         if block.owner == self._ring.rank:
-            return Sum(part(self._total, *block.rows[0]) if block.rows else part(self._total, 0, 0), begun=True)
+            [(a, b)] = block.rows
+            return Sum(part(self._total, a, b), begun=True)
         return Sum(self._sums.of(block).fields)
 
     def keep(self, work: Work, gradient: Sum) -> None:
         """Take the gradient of a step's view: own rows are added up, others' held until they are sent."""
-        fields, block = gradient.result(), work.blocks[0]
-        if not work.slices:
-            if block.owner == self._ring.rank and len(block.rows) > 1:
-                add_rows(self._total, block.rows, fields)
-            return
-        at = 0
+        fields, at = gradient.result(), 0
         for b, first, end in work.slices:
             block, rows = work.blocks[b], part(fields, at, at + end - first)
             if block.owner == self._ring.rank:
@@ -186,8 +182,9 @@ class Run:
         block = work.blocks[0]
         if not work.slices and block.owner != self._ring.rank and self._form.as_computed:
             return self._arrived[block].fields
-        if not work.slices and block.owner == self._ring.rank and len(block.rows) == 1:
-            return part(self._own, *block.rows[0])
+        if not work.slices and block.owner == self._ring.rank:
+            [(a, b)] = block.rows
+            return part(self._own, a, b)
         view, parts, at = self._view.at(0, _rows_of(work)), list(self._parts(work)), 0
         if self._form.as_computed:
             for whole, *some in zip(view, *(fields for _, fields in parts), strict=True):

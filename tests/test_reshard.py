@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from seqpar_ring import operator, ring_attention
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.reshard import Share, shares, to_heads, to_tokens
@@ -60,6 +61,26 @@ def test_one_sequence_comes_to_where_it_belongs_without_a_copy() -> None:
         assert all(first <= place < end for place in members.places)
 
     run_lockstep(there, 3)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_gradients_that_are_summed_over_ranks_travel_wide_and_others_as_they_are(
+    kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    travelled: list[list[torch.dtype]] = []
+    monkeypatch.setattr(
+        operator, "to_tokens", lambda x, *how: (travelled.append([one.dtype for one in x]), to_tokens(x, *how))[1]
+    )
+
+    def step(sp: SequenceParallel) -> None:
+        plan = sp.plan(8)
+        q, k, v = (torch.randn(1, 4, h, 8, dtype=torch.bfloat16).requires_grad_() for h in (2, kv_heads, kv_heads))
+        ring_attention(q, k, v, plan).sum().backward()
+
+    run_lockstep(step, 2, heads=2)
+    narrow, wide = torch.bfloat16, torch.float32
+    of_keys = wide if kv_heads == 1 else narrow
+    assert sorted(travelled, key=len) == [[narrow, wide]] * 2 + [[narrow, of_keys, of_keys]] * 2
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(8, 8, 8), (8, 2, 4), (8, 4, 2), (9, 3, 3), (6, 2, 1)])

@@ -82,7 +82,7 @@ def buffers(traffic: Traffic, rank: int, work: Mapping[int, Work]) -> Buffers:
     returned, sent = ([_on_its_way(m) for m in traffic.dkv if rank == end(m)] for end in (_to, _from))
     copied = _sent(move for move in traffic.kv if move.src == rank == move.block.owner)
     scattered = [life for life in copied if isinstance(life.thing, Block) and len(life.thing.rows) > 1]
-    sizes = [(_laid_together(step, rank), _rows(step)) for step in work.values()]
+    sizes = [(bool(step.slices), _rows(step)) for step in work.values()]
     return Buffers(
         rows=places(received + scattered),
         rows_and_copies=places(received + copied),
@@ -161,11 +161,6 @@ def _sent(moves: Iterable[Move]) -> list[Life]:
 
 def _on_its_way(move: Move) -> Life:
     return Life(move.post, move.due - 1, count(move.block.rows), move)
-
-
-def _laid_together(work: Work, rank: int) -> bool:
-    """Whether the blocks of a step must be copied, to lie in memory as its calls see them."""
-    return bool(work.slices) or (work.blocks[0].owner == rank and len(work.blocks[0].rows) > 1)
 
 
 def _rows(work: Work) -> int:

@@ -63,6 +63,9 @@ def _well_formed(traffic: Traffic, layout: Layout) -> None:
     for block in {*(use.block for use in traffic.uses), *(move.block for move in traffic.kv)}:
         inside = all(0 <= a < b <= tokens[block.owner] for a, b in block.rows)
         _expect(inside, "a block holds rows that its owner has not", block=block, tokens=tokens[block.owner])
+    for use in traffic.uses:
+        in_place = use.rank != use.block.owner or len(use.block.rows) == 1
+        _expect(in_place, "a rank computes with rows of its own that do not lie together", use=use)
 
 
 def _coverage(traffic: Traffic, home: Layout, cargo: Layout, regions: Regions) -> None:

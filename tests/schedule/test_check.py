@@ -14,7 +14,7 @@ from schedule_cases import plain
 from seqpar_ring import layout as layouts
 from seqpar_ring import schedule
 from seqpar_ring.errors import ScheduleError
-from seqpar_ring.geometry import Mask
+from seqpar_ring.geometry import Mask, count
 from seqpar_ring.schedule import BUILDERS, Block, Move, Sides, Traffic, check
 
 LENGTHS = [13, 1, 30, 7]
@@ -49,6 +49,11 @@ def faults(t: Traffic, rnd: random.Random) -> Iterator[tuple[str, Traffic]]:
     yield "use dropped", t._replace(uses=without(t.uses, n))
     yield "use twice", t._replace(uses=(*t.uses, t.uses[n]))
     yield "use of too few rows", t._replace(uses=at(t.uses, n, block=short))
+    own = [n for n, use in enumerate(t.uses) if use.rank == use.block.owner and count(use.block.rows) > 1]
+    for n in own[:1]:
+        [(a, b)] = t.uses[n].block.rows
+        apart = t.uses[n].block._replace(rows=((a, a + 1), (a + 1, b)))
+        yield "own rows apart", t._replace(uses=at(t.uses, n, block=apart))
     yield "use after the end", t._replace(uses=at(t.uses, n, step=t.steps + 1))
 
 
