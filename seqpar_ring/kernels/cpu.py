@@ -209,9 +209,9 @@ def shares_heads(forward: Op) -> bool:
     Asked of the op itself and not of torch's version. An op without GQA need not raise: it may read past the last key
     head. What it would read there is here a second head of the same memory, filled with another value.
     """
-    k_BHSD = torch.ones(1, 2, 1, 8)
+    k_BHSD = torch.ones(1, 2, 1, 8, device="cpu")
     k_BHSD[:, 1] = 2.0
-    q_BHSD, k_BGSD = torch.ones(1, 2, 1, 8), k_BHSD[:, :1]
+    q_BHSD, k_BGSD = torch.ones_like(k_BHSD), k_BHSD[:, :1]
     try:
         out, _ = forward(q_BHSD, k_BGSD, k_BGSD, 0.0, False, attn_mask=None, scale=1.0)
     except (RuntimeError, ValueError):
@@ -224,7 +224,8 @@ def takes_tall(forward: Op, backward: Op) -> bool:
 
     Asked of the op itself, in fp64: the answer of three rows and two keys beside that of the square and the last row.
     """
-    q, k, v, dout = torch.randn(4, 1, 1, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever the default device
+    q, k, v, dout = torch.randn(4, 1, 1, 3, 8, generator=generator, dtype=torch.float64, device="cpu")
     k, v = k[:, :, :2], v[:, :, :2]
 
     def answer(rows: slice, causal: bool) -> tuple[Tensor, ...]:

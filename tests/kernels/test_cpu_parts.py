@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import CpuKernel, Kept, Kernel, ReferenceKernel, Resting, Scores, cpu
-from seqpar_ring.kernels.cpu import takes_tall
+from seqpar_ring.kernels.cpu import shares_heads, takes_tall
 from seqpar_ring.schedule import Call
 from seqpar_ring.testing import relative_error
 
@@ -114,6 +114,9 @@ def test_whether_the_op_takes_more_rows_than_keys_is_told_from_its_answers() -> 
         return dq, dk, dv * (0.5 if args[7] and args[0].shape[2] != args[2].shape[2] else 1.0)
 
     assert takes_tall(forward, backward)
+    with torch.device("meta"):
+        assert takes_tall(forward, backward)
+        assert shares_heads(forward)
     assert not takes_tall(refuses, backward)
     assert not takes_tall(bottom_right, backward)
     assert not takes_tall(forward, half)
