@@ -199,9 +199,10 @@ def _backward(  # noqa: PLR0913 - the same, one by one
         mine, dout, Kept(q, k, v, out, lse, delta), kernel, scores, queries_travel=travels == TRAVELS["q"]
     )
     if sharing is not None:
-        if not sharing.repeats_keys:  # each row is one rank's alone, and rounded on its way as it would be there
-            dk, dv = dk.to(dtype), dv.to(dtype)
-        dq, dk, dv = sharing.back([dq.to(dtype)], [dk, dv])
+        # A row that is one rank's alone is rounded on its way as it would be there; what ranks add up travels wide,
+        # whatever their kernels gave.
+        of_keys = lse.dtype if sharing.repeats_keys else dtype
+        dq, dk, dv = sharing.back([dq.to(dtype)], [dk.to(of_keys), dv.to(of_keys)])
     dq, dk, dv = (x.to(dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, dsinks
 

@@ -21,7 +21,7 @@ from seqpar_ring.planner.loads import Floats, Loads, loads
 from seqpar_ring.planner.simulate import Place, Run, simulate
 from seqpar_ring.schedule import Flows, Route, Row, Sides
 
-FORWARD, BACK = "qkvoL", "qkvooLQKV"
+FORWARD, BACK = "qkvoL", "qkvooLqKV"
 """What is exchanged around the ring in each pass: see `exchanged`. In backward dout and out."""
 
 TOUCHED = 3
