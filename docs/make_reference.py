@@ -54,6 +54,7 @@ PUBLIC: dict[str, dict[str, tuple[str, ...]]] = {
         "Capabilities": (),
         "Request": (),
         "Scores": (),
+        "Resting": (),
         "Kept": (),
         "register": (),
         "unregister": (),

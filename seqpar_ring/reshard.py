@@ -29,7 +29,6 @@ class Share(NamedTuple):
     heads: Heads
 
 
-
 def shares(heads: int, kv_heads: int, degree: int) -> tuple[Heads, Heads]:
     """The query heads and the key heads of each of `degree` ranks.
 
@@ -70,8 +69,9 @@ def to_heads(tensors: Sequence[Tensor], members: Messenger, shared: Sequence[Sha
         places[members.rank].copy_(x[:, :, first:end])
         found.append(whole)
         for r in others:
-            place = places[r] if places[r].is_contiguous() else torch.empty_like(places[r]).contiguous()
-            if place is not places[r]:
+            place = places[r]
+            if not place.is_contiguous():
+                place = torch.empty_like(place, memory_format=torch.contiguous_format)
                 apart.append((places[r], place))
             sends.append(Send(r, x[:, :, heads[r][0] : heads[r][1]].contiguous()))
             recvs.append(Recv(r, place))
@@ -94,10 +94,11 @@ def to_tokens(tensors: Sequence[Tensor], members: Messenger, shared: Sequence[Sh
     came: list[list[Tensor]] = []  # by tensor and rank
     for x, (rows, heads) in zip(tensors, shared, strict=True):
         parts, mine = x.split(rows, 1), rows[members.rank]
-        got = [x.new_empty((x.shape[0], mine, end - first, *x.shape[3:])) for first, end in heads]
-        sends += [Send(r, parts[r].contiguous()) for r in others]
-        recvs += [Recv(r, got[r]) for r in others]
-        got[members.rank] = parts[members.rank]
+        got = list(parts)
+        for r in others:
+            got[r] = x.new_empty((x.shape[0], mine, heads[r][1] - heads[r][0], *x.shape[3:]))
+            sends.append(Send(r, parts[r].contiguous()))
+            recvs.append(Recv(r, got[r]))
         came.append(got)
     members.exchange(sends, recvs).wait()
     return tuple(_with_all_heads(got, of.heads) for got, of in zip(came, shared, strict=True))

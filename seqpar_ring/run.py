@@ -7,11 +7,11 @@ knows stages, blocks and messages; what is computed with them is its caller's. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
-from seqpar_ring.cargo import Cargo, Coded, Fields, Form, Laid, add_rows, part, within
+from seqpar_ring.cargo import Cargo, Coded, Fields, Form, Laid, add_rows, part
 from seqpar_ring.geometry import count
 from seqpar_ring.passes import Pass
 from seqpar_ring.plan import Plan
@@ -122,27 +122,20 @@ class Run:
                 del self._arrived[block]
 
     def gradient_of(self, work: Work) -> Sum:
-        """The sum for the gradient of a step's view: where it will be wanted, if it is of rows that lie together."""
+        """The sum for the gradient of a step's view: where it will be wanted, if it is of one block."""
         block = work.blocks[0]
-        if work.slices:
-            return Sum(self._gradient_of_view.at(0, _rows_of(work)))
         if block.owner == self._ring.rank:
             [(a, b)] = block.rows
             return Sum(part(self._total, a, b), begun=True)
-        return Sum(self._sums.of(block).fields)
+        return Sum(self._gradient_of_view.at(0, _rows_of(work)) if work.slices else self._sums.of(block).fields)
 
     def keep(self, work: Work, gradient: Sum) -> None:
-        """Take the gradient of a step's view: own rows are added up, others' held until they are sent."""
+        """Take the gradient of a step's view: where several blocks lie together in it, each has its part held apart."""
         fields, at = gradient.result(), 0
         for b, first, end in work.slices:
-            block, rows = work.blocks[b], part(fields, at, at + end - first)
-            if block.owner == self._ring.rank:
-                for x, y, number in within(block.rows, first, end):
-                    for total, one in zip(self._total, part(rows, number - first, number - first + y - x), strict=True):
-                        total[:, x:y].add_(one)
-            else:
-                for there, one in zip(part(self._sums.of(block).fields, first, end), rows, strict=True):
-                    there.copy_(one)
+            held, rows = part(self._sums.of(work.blocks[b]).fields, first, end), part(fields, at, at + end - first)
+            for there, one in zip(held, rows, strict=True):
+                there.copy_(one)
             at += end - first
 
     def own_gradient(self) -> Fields:
@@ -180,31 +173,23 @@ class Run:
     def _seen(self, work: Work) -> Fields:
         """The rows of a step's blocks as the calls see them: where they are, or laid together."""
         block = work.blocks[0]
-        if not work.slices and block.owner != self._ring.rank and self._form.as_computed:
-            return self._arrived[block].fields
-        if not work.slices and block.owner == self._ring.rank:
+        if block.owner == self._ring.rank:  # by themselves, and one range: the checker says so
             [(a, b)] = block.rows
             return part(self._own, a, b)
-        view, parts, at = self._view.at(0, _rows_of(work)), list(self._parts(work)), 0
+        if not work.slices and self._form.as_computed:
+            return self._arrived[block].fields
+        view, at = self._view.at(0, _rows_of(work)), 0
+        slices = work.slices or ((0, 0, _rows_of(work)),)
+        parts = [part(self._arrived[work.blocks[b]].fields, first, end) for b, first, end in slices]
         if self._form.as_computed:
-            for whole, *some in zip(view, *(fields for _, fields in parts), strict=True):
+            for whole, *some in zip(view, *parts, strict=True):
                 torch.cat(some, 1, out=whole)  # one launch, where copies would be one for each part
             return view
-        for read, fields in parts:
+        for fields in parts:
             rows = fields[0].shape[1]
-            read(fields, part(view, at, at + rows))
+            self._form.read(fields, part(view, at, at + rows))
             at += rows
         return view
-
-    def _parts(self, work: Work) -> Iterator[tuple[Callable[[Fields, Fields], None], Fields]]:
-        """What a step's view is put together of, in order, and how each part is read into it."""
-        for b, first, end in work.slices or ((0, 0, _rows_of(work)),):
-            block = work.blocks[b]
-            if block.owner != self._ring.rank:
-                yield self._form.read, part(self._arrived[block].fields, first, end)
-                continue
-            for x, y, _ in within(block.rows, first, end):
-                yield self._plain.read, part(self._own, x, y)
 
     def _take(self, posting: Posting, messages: list[Laid]) -> None:
         """What has arrived of a posting: rows to compute with, or gradients to add."""

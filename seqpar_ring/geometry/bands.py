@@ -3,7 +3,7 @@
 Two facts carry the whole package. A band restricted to two runs of one step is again a band on local indices; and
 once the rows and columns that hold nothing are trimmed away, that band is exactly one flash-attention window call
 (bottom-right aligned, neither side negative). So striped needs no special case, nor does a diagonal. `split` goes the
-last step for kernels that know only full and square causal blocks. Integers only; no torch.
+last step for kernels that know only full blocks and causal ones, square or of more rows too. Integers only; no torch.
 """
 
 from __future__ import annotations

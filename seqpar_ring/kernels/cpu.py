@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
 
 @lru_cache(maxsize=256)  # some steps of some plans; a thousand documents cost 7 ms and half a megabyte a call
-def cut(call: Call, tall: bool = True) -> tuple[Rows, ...]:
+def cut(call: Call, tall: bool) -> tuple[Rows, ...]:
     """The call's parts, in rows of the call's slices, grouped by the query rows they share. Pure, hence cached.
 
     `split` gives parts whose query rows are equal or disjoint; the grouping relies on it.

@@ -106,7 +106,8 @@ class Regrouped:
 
 
 def _placed(scores: Scores, one: Part) -> Scores:
-    """The scores with the positions of the part's rows, where there are any."""
+    """The scores for a part: with the positions of its rows, where there are any."""
+    scores = scores._replace(resting=None)  # rows that are gathered lie in memory of this call
     if scores.q_positions is None or scores.k_positions is None:
         return scores
     q, k = _picked(scores.q_positions, one.q, 0), _picked(scores.k_positions, one.k, 0)

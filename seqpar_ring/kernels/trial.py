@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.geometry import INF
-from seqpar_ring.kernels.base import Kept, Kernel, Request, Scores, wide
+from seqpar_ring.kernels.base import Kept, Kernel, Request, Scores
 from seqpar_ring.kernels.reference import ReferenceKernel
 from seqpar_ring.schedule import Call
 
@@ -202,9 +202,8 @@ def _answers(
     kernel: Kernel, qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, call: Call, scores: Scores
 ) -> tuple[Tensor, ...]:
     out, lse = kernel.forward(*qkv, call, scores)
-    final, dtype = out.to(dout.dtype), wide(dout.dtype)
-    delta = (dout.to(dtype) * final.to(dtype)).sum(-1).transpose(1, 2)
-    return (final, lse, *kernel.backward(dout, Kept(*qkv, final, lse, delta), call, scores))
+    final = out.to(dout.dtype)
+    return (final, lse, *kernel.backward(dout, Kept(*qkv, final, lse), call, scores))
 
 
 def _off(x: Tensor, truth: Tensor) -> float:

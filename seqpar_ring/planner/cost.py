@@ -21,8 +21,8 @@ from seqpar_ring.planner.loads import Floats, Loads, loads
 from seqpar_ring.planner.simulate import Place, Run, simulate
 from seqpar_ring.schedule import Flows, Route, Row, Sides
 
-FORWARD, BACK = "qkvoL", "qkvooLqKV"
-"""What is exchanged around the ring in each pass: see `exchanged`. In backward dout and out."""
+FORWARD, BACK = "qkvoL", "qkvooLqgh"
+"""What is exchanged around the ring in each pass: see `exchanged`. In backward dout and out; then the gradients."""
 
 TOUCHED = 3
 """Numbers that cross memory for each one that is merged or added: both operands are read, the sum is written."""
@@ -133,7 +133,7 @@ def exchanged(what: str, row: Row, settings: Settings, on: tuple[int, Machine]) 
     """Seconds in which ranks that share out the heads exchange tokens for heads, before the ring and after it.
 
     Args:
-        what: the tensors, one letter each: q, k, v, o for out, l for a log-sum-exp; capitals travel in a wide dtype.
+        what: the tensors, one letter each: q, k, v, o for out, L for a log-sum-exp, g and h for gradients of k and v.
         row: the heads of the whole layer.
         settings: of the ring.
         on: tokens of the sequence, and the machine.
@@ -142,10 +142,11 @@ def exchanged(what: str, row: Row, settings: Settings, on: tuple[int, Machine]) 
     if degree == 1:
         return 0.0
     keys = max(row.kv_heads, degree)  # a key head that several ranks need is sent to each
-    width = {"q": row.heads * row.head_dim, "k": keys * row.head_dim, "v": keys * row.value_dim}
-    width |= {"o": row.heads * row.value_dim, "l": row.heads}
-    numbers = sum(width[letter.lower()] * (row.wide if letter.isupper() else row.itemsize) for letter in what)
-    sent = tokens / settings.size * numbers * (degree - 1) / degree
+    summed = row.wide if row.kv_heads < degree else row.itemsize  # gradients of a key head that several ranks have
+    nbytes = {"q": row.heads * row.head_dim * row.itemsize, "o": row.heads * row.value_dim * row.itemsize}
+    nbytes |= {"k": keys * row.head_dim * row.itemsize, "v": keys * row.value_dim * row.itemsize}
+    nbytes |= {"g": keys * row.head_dim * summed, "h": keys * row.value_dim * summed, "L": row.heads * row.wide}
+    sent = tokens / settings.size * sum(nbytes[letter] for letter in what) * (degree - 1) / degree
     sharing = min(machine.inner.shared_by, machine.node)  # all devices of a node exchange at once
     return 2 * machine.inner.latency + sent * sharing / machine.inner.bandwidth
 

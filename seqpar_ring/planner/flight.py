@@ -240,18 +240,15 @@ def _sent(flows: Flows, shape: tuple[int, int]) -> tuple[Ints, Ints]:
 
 
 def _laid_together(flows: Flows, route: Route, shape: tuple[int, int]) -> tuple[Floats, Floats]:
-    """Rows of the blocks that a step computes with: those that must be laid together, and all."""
-    sizes = (route.sides.k if flows.travels == "kv" else route.sides.q).sizes
-    cut = route.cut(backward=True)
-    ends = np.array([cut.own(n) for n in sizes], dtype=np.int64)
-    uses, kv, many = flows.uses, flows.kv, cut.number
+    """Rows of others' blocks that a step computes with: those that must be laid together, and all."""
+    kv, many = flows.kv, route.cut(backward=True).number
+    away = flows.uses.owner != flows.uses.rank
+    step, rank, owner, piece, _ = (column[away] for column in flows.uses)
     came = np.zeros(shape[1] * shape[1] * many, dtype=np.int64)  # of a block only what is needed comes
     came[(kv.dst * shape[1] + kv.owner) * many + kv.piece] = kv.rows
-    rows = ends[uses.owner, uses.end] - ends[uses.owner, uses.piece]
-    rows = np.where(uses.owner == uses.rank, rows, came[(uses.rank * shape[1] + uses.owner) * many + uses.piece])
     whole, blocks = np.zeros(shape), np.zeros(shape)
-    np.add.at(whole, (uses.step, uses.rank), rows)
-    np.add.at(blocks, (uses.step, uses.rank), 1)
+    np.add.at(whole, (step, rank), came[(rank * shape[1] + owner) * many + piece])
+    np.add.at(blocks, (step, rank), 1)
     return np.where(blocks > 1, whole, 0.0), whole
 
 

@@ -284,8 +284,13 @@ def _flight(workload: Workload, s: Settings, kernel: str) -> float:
     held = [most_in_flight(workload.lengths, mask, s, (travels, shared, kernel)) for mask in masks]
     if s.head_degree == 1:
         return max(held)
-    # q, k, v, out, its gradient and log-sum-exp again, of more tokens and fewer heads; before that what others get.
+    # q, k, v, out, its gradient and log-sum-exp again, of more tokens and fewer heads. Beside them: on the way there
+    # what others get, and of a batch where it comes to; in the ring what that holds; on the way back gradients as they
+    # were summed, as they travel, as they come, and together.
+    tokens, others = rank_tokens(workload.lengths, s), (s.head_degree - 1) / s.head_degree
     keys = max(row.kv_heads, s.head_degree) * (row.head_dim + row.value_dim)
     exchanged = row.itemsize * (row.heads * (row.head_dim + 2 * row.value_dim) + keys) + row.wide * row.heads
-    exchanged *= rank_tokens(workload.lengths, s)
-    return exchanged + max(*held, exchanged * (s.head_degree - 1) / s.head_degree)
+    there = exchanged * others * (1 if workload.batch == 1 else 2)
+    apart = row.itemsize if row.itemsize < row.wide else 0
+    back = (row.heads * row.head_dim + keys) * (row.wide + apart + (1 + others) * row.itemsize)
+    return tokens * exchanged + max(*held, tokens * there, tokens * back)

@@ -137,6 +137,5 @@ def _calls(
     scores = Scores(q.shape[3] ** -0.5)
     with torch.no_grad():
         out, lse = kernel.forward(q, k, v, call, scores)
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
-    kept = Kept(q, k, v, out.to(q.dtype), lse, delta)
+    kept = Kept(q, k, v, out.to(q.dtype), lse)
     return partial(kernel.forward, q, k, v, call, scores), partial(kernel.backward, dout, kept, call, scores)

@@ -55,7 +55,7 @@ class Buffers(NamedTuple):
         sums_and_returned: the same, and gradients that come in, by transfer.
         narrow: gradients that come in and go out, where they travel in another dtype than they are summed in.
         view: rows of the largest step whose blocks do not lie together.
-        largest: rows of the largest step, whatever its blocks.
+        largest: rows of the largest step with blocks of others.
     """
 
     rows: Places
@@ -82,7 +82,7 @@ def buffers(traffic: Traffic, rank: int, work: Mapping[int, Work]) -> Buffers:
     returned, sent = ([_on_its_way(m) for m in traffic.dkv if rank == end(m)] for end in (_to, _from))
     copied = _sent(move for move in traffic.kv if move.src == rank == move.block.owner)
     scattered = [life for life in copied if isinstance(life.thing, Block) and len(life.thing.rows) > 1]
-    sizes = [(bool(step.slices), _rows(step)) for step in work.values()]
+    sizes = [(bool(step.slices), _rows(step)) for step in work.values() if step.blocks[0].owner != rank]
     return Buffers(
         rows=places(received + scattered),
         rows_and_copies=places(received + copied),

@@ -46,7 +46,7 @@ def build(builder: Builder, needs: Needs, fabric: Fabric, travels: str = "kv", r
         needs: what the ranks need of each other's pieces.
         fabric: ranks, nodes, blocks a step.
         travels: "kv" or "q": which side's rows the needs are about.
-        returns: whether gradients will return (`transpose`), which matters for the order of own pieces.
+        returns: whether gradients will return (`transpose`), which matters for the order of own rows.
     """
     uses: list[Use] = []
     kv: list[Move] = []

@@ -1,14 +1,14 @@
 """The checker: proves on plain data that a schedule computes the right answer and cannot hang. Pure Python.
 
 It shows that every allowed (q, k) pair is met exactly once and no other, that each use away from home has exactly one
-dKV transfer, that a block is where it is used and sent from, that no circular wait exists, and how many buffers are
-alive at most. It works for any schedule, whoever built it. It knows nothing of tensors: that the executor obeys is
-for the tests.
+dKV transfer, that a block is where it is used and sent from, that a rank computes with its own rows where they lie,
+that no circular wait exists, and how many buffers are alive at most. It works for any schedule, whoever built it. It
+knows nothing of tensors: that the executor obeys is for the tests.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from itertools import pairwise
 
 from seqpar_ring.errors import ScheduleError
@@ -63,9 +63,10 @@ def _well_formed(traffic: Traffic, layout: Layout) -> None:
     for block in {*(use.block for use in traffic.uses), *(move.block for move in traffic.kv)}:
         inside = all(0 <= a < b <= tokens[block.owner] for a, b in block.rows)
         _expect(inside, "a block holds rows that its owner has not", block=block, tokens=tokens[block.owner])
+    met = Counter((use.rank, use.step) for use in traffic.uses)
     for use in traffic.uses:
-        in_place = use.rank != use.block.owner or len(use.block.rows) == 1
-        _expect(in_place, "a rank computes with rows of its own that do not lie together", use=use)
+        in_place = use.rank != use.block.owner or (len(use.block.rows) == 1 and met[use.rank, use.step] == 1)
+        _expect(in_place, "a rank's own rows do not lie together, or other blocks are beside them", use=use)
 
 
 def _coverage(traffic: Traffic, home: Layout, cargo: Layout, regions: Regions) -> None:

@@ -2,9 +2,9 @@
 
 A builder says in which order a block goes round; this says when, for all pieces of it. Pieces go round two by two, a
 step of one and a step of the other in turn, so that each transfer has two computations to hide under and a link always
-has the next one waiting. A rank's own pieces are shared out among the pairs, each of which has its share before it, so
+has the next one waiting. A rank's own rows are shared out among the pairs, each of which has its share before it, so
 that the link never waits for a long computation in between. A forward pass ends with what came last: nothing of its own
-is left by then. A pass whose gradients return keeps one of its own pieces for the time in which the last gradients are
+is left by then. A pass whose gradients return keeps a part of its own rows for the time in which the last gradients are
 on their way home: under a causal mask the one with the most work, which of keys is the first, of queries the last.
 Whole blocks go one step after the other, and own rows come first. It knows no layout or schedule by name.
 """

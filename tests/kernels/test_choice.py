@@ -86,8 +86,7 @@ def answers(kernel: Kernel, asked: Asked) -> list[Tensor]:
     )
     out, lse = kernel.forward(q, k, v, call, asked.scores)
     final = out.to(dtype)
-    delta = (dout.to(wide(dtype)) * final.to(wide(dtype))).sum(-1).transpose(1, 2)
-    return [final, lse, *kernel.backward(dout, Kept(q, k, v, final, lse, delta), call, asked.scores)]
+    return [final, lse, *kernel.backward(dout, Kept(q, k, v, final, lse), call, asked.scores)]
 
 
 def off(got: list[Tensor], want: list[Tensor]) -> float:

@@ -134,11 +134,10 @@ def in_blocks(kernel: Kernel, calls: Sequence[Call], tensors: tuple[Tensor, ...]
         assert not part[(part_lse == -torch.inf).transpose(1, 2)].any()
         merge_(out[:, rows], lse[:, :, rows], part, part_lse)
     final = out.to(q.dtype)
-    delta = (dout.to(wide) * final).sum(-1).transpose(1, 2)
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (q, k, v))
     for c in calls:
         rows, columns = slice(c.q0, c.q1), slice(c.k0, c.k1)
-        kept = Kept(q[:, rows], k[:, columns], v[:, columns], final[:, rows], lse[:, :, rows], delta[:, :, rows])
+        kept = Kept(q[:, rows], k[:, columns], v[:, columns], final[:, rows], lse[:, :, rows])
         part_dq, part_dk, part_dv = kernel.backward(dout[:, rows], kept, c, scores)
         dq[:, rows] += part_dq
         dk[:, columns] += part_dk

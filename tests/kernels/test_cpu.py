@@ -300,12 +300,12 @@ def test_values_of_another_width_are_those_of_the_reference(width: int) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(m=st.integers(0, 40), n=st.integers(0, 40), left=st.integers(0, 45), right=st.integers(0, 45))
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 45), st.integers(0, 45), st.booleans())
 def test_rows_of_a_cut_are_disjoint_and_all_their_parts_are_on_the_same_rows(
-    m: int, n: int, left: int, right: int
+    m: int, n: int, left: int, right: int, tall: bool
 ) -> None:
     for edge in (left, INF):
-        rows = cut(Call(0, 0, edge, right, (0, m), (0, n)))
+        rows = cut(Call(0, 0, edge, right, (0, m), (0, n)), tall)
         taken = [i for r in rows for i in range(r.q0, r.q1)]
         assert len(taken) == len(set(taken))
         assert all((p.q0, p.q1) == (r.q0, r.q1) and p.k0 < p.k1 for r in rows for p in r.parts)

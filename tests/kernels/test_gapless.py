@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.geometry import INF
-from seqpar_ring.kernels import Kept, ReferenceKernel, Request, Scores, register, select, unregister
+from seqpar_ring.kernels import Kept, ReferenceKernel, Request, Resting, Scores, register, select, unregister
 from seqpar_ring.kernels.gapless import Gapless, without_gaps
 from seqpar_ring.schedule import Call
 from seqpar_ring.testing import Case, assert_matches_dense
@@ -53,6 +53,27 @@ def test_the_answer_is_that_of_a_kernel_that_takes_empty_segments(call: Call) ->
     kept = Kept(q, k, v, out, lse)
     expected = ReferenceKernel().backward(dout, kept, call, scores)
     torch.testing.assert_close(Gapless(Fussy()).backward(dout, kept, call, scores), expected)
+
+
+@pytest.mark.parametrize(("call", "same"), [(CALLS[0], False), (CALLS[2], True)])
+def test_rows_that_are_gathered_do_not_rest(call: Call, same: bool) -> None:
+    """Their memory is given out again: what a kernel notes of it would be told of other rows."""
+    seen: list[Resting | None] = []
+
+    class Noting(Fussy):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call, scores: Scores) -> Any:
+            seen.append(scores.resting)
+            return super().forward(q, k, v, call, scores)
+
+        def backward(self, dout: Tensor, kept: Kept, call: Call, scores: Scores) -> Any:
+            seen.append(scores.resting)
+            return super().backward(dout, kept, call, scores)
+
+    resting = Resting("q", {})
+    q, k, v, dout = (x[:, : call.cu_q[-1]] for x in Case().inputs(8))
+    out, lse = Gapless(Noting()).forward(q, k, v, call, Scores(0.3, resting=resting))
+    Gapless(Noting()).backward(dout, Kept(q, k, v, out, lse), call, Scores(0.3, resting=resting))
+    assert seen == [resting if same else None] * 2
 
 
 def test_a_call_without_gaps_is_left_as_it_is() -> None:

@@ -82,7 +82,13 @@ def test_what_is_exchanged_around_a_ring_is_counted_tensor_by_tensor() -> None:
     sent = tokens / 8 * numbers * (degree - 1) / degree
     expected = 2 * where.inner.latency + sent / where.inner.bandwidth
     assert exchanged(FORWARD, ROW, settings, (tokens, where)) == pytest.approx(expected)
-    assert exchanged(BACK, ROW, settings, (tokens, where)) > 2 * expected
+    # dout beside out, and dq, dk and dv, which are of one rank each; of 4 key heads on 8 ranks they are summed in fp32
+    back = numbers + 2 * (32 * 128 * 2) + 2 * 8 * 128 * 2
+    for row, degree, bytes_ in ((ROW, 4, back), (ROW._replace(kv_heads=4), 8, back + 2 * 8 * 128 * 2)):
+        settings = Settings.parse({"size": 8, "heads": degree})
+        sent = tokens / 8 * bytes_ * (degree - 1) / degree
+        expected = 2 * where.inner.latency + sent / where.inner.bandwidth
+        assert exchanged(BACK, row, settings, (tokens, where)) == pytest.approx(expected)
     assert exchanged(FORWARD, ROW, Settings.parse({"size": 8}), (tokens, where)) == 0
 
 

@@ -28,14 +28,16 @@ def pairs(call: Call) -> int:
     return total
 
 
-def both(lengths: tuple[int, ...], mask: Mask, travels: str, **settings: object) -> tuple[Loads, Loads]:
+def both(
+    lengths: tuple[int, ...], mask: Mask, travels: str, backward: bool = True, **settings: object
+) -> tuple[Loads, Loads]:
     """What the planner counts, and what all ranks' calls hold."""
     chosen = Settings.parse(settings)
     side = layouts.make(chosen.layout, lengths, chosen.size)
     sides = Sides(side, side, mask.regions(lengths))
     route = Route.of(chosen, sides)
-    counted = loads(route.flows(backward=True, travels=travels), sides, route.cut(backward=True))
-    traffic = route.backward(travels)
+    counted = loads(route.flows(backward, travels), sides, route.cut(backward))
+    traffic = route.backward(travels) if backward else route.forward(travels)[0]
     found = Loads(*(np.zeros_like(column) for column in counted))
     for rank in range(chosen.size):
         for step, done in work(traffic, rank, sides).items():
@@ -63,6 +65,17 @@ def test_every_pair_is_priced_where_it_is_computed(mask: Mask, schedule: str) ->
             where = (lengths, world, layout, travels, block)
             assert (counted.pairs == found.pairs).all(), where
             assert (counted.home == found.home).all(), where
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("layout", sorted(layouts.LAYOUTS))
+def test_forward_is_priced_too_whose_last_piece_goes_in_two_parts(mask: Mask, layout: str) -> None:
+    for lengths, world, block in product(LENGTHS, (1, 2, 4), ("auto", 2, 3, 1000)):
+        if mask.window and layout == "striped" and world > 2:
+            continue
+        counted, found = both(lengths, mask, "kv", backward=False, size=world, layout=layout, block_tokens=block)
+        assert (counted.pairs == found.pairs).all(), (lengths, world, block)
+        assert (counted.home == found.home).all(), (lengths, world, block)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "packed", "striped"])

@@ -110,6 +110,18 @@ def test_a_circular_wait_is_found_with_the_rank_and_step() -> None:
     progress(waiting._replace(kv=(Move(0, 1, 0, 1, block), Move(0, 1, 1, 0, block))))
 
 
+def test_own_rows_are_computed_with_by_themselves() -> None:
+    """The executor takes them from where they lie, and lays only what others sent side by side."""
+    problem = plain("zigzag", [64], 2, block_tokens=8)
+    good = problem.traffic()
+    check(good, problem.sides)
+    own = next(use.step for use in good.uses if use.rank == use.block.owner == 0 and use.step > 0)
+    n = next(n for n, use in enumerate(good.uses) if use.rank == 0 != use.block.owner and use.step < own)
+    later = good._replace(uses=tuple(sorted((*good.uses[:n], good.uses[n]._replace(step=own), *good.uses[n + 1 :]))))
+    with pytest.raises(ScheduleError, match="other blocks are beside them"):
+        check(later, problem.sides)
+
+
 def test_the_error_names_what_is_missing() -> None:
     problem = plain("zigzag", [40], 4)
     forward = problem.traffic()

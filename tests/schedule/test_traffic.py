@@ -95,6 +95,9 @@ def test_pieces_hold_every_row_once(number: int, rows: int, cut: str) -> None:
         parts = pieces.of(rows)
         assert len(parts) == pieces.number
         assert sorted(row for part in parts for a, b in part for row in range(a, b)) == list(range(rows))
+        own = pieces.own(rows)
+        assert (len(own), own[0], own[-1]) == (pieces.number + 1, 0, rows)
+        assert own == sorted(own)
 
 
 def test_a_taper_cuts_the_last_piece_in_two() -> None:
