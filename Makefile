@@ -28,7 +28,7 @@ TRANSFORMERS    ?= 5.24.0
 TRANSFORMERS_AT := $(VENV)/transformers/$(TRANSFORMERS)
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-megatron test-transformers bench picture reference clean
+.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-gpu test-megatron test-transformers bench picture reference clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,10 @@ lint: $(DEV)  ## ruff, codespell, mypy, and the layering contract
 
 pytest: $(DEV)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
+
+# Warnings of kernel packages are theirs, and only the files that hold such tests are read.
+test-gpu: $(DEV)  ## the tests that need a GPU; kernels that are not there are skipped by name
+	$(BIN)/python -m pytest -m gpu -W default -rs $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 test-megatron: $(DEV) $(MCORE_AT)/.stamp  ## the tests of Megatron against another version of it: MCORE=0.15.0
 	PYTHONPATH="$(abspath $(MCORE_AT))$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest tests/integrations/test_megatron*.py

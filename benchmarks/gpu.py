@@ -6,7 +6,8 @@ The ranks are threads that take turns on the device, and what they send each oth
 that of all work over all time, with every kernel call, merge and addition of a real ring and none of its links. Shapes
 are those that peers publish: 64 query and 8 key heads of width 128, bf16, causal, so many tokens a rank; then the same
 tokens as packed documents. Each kernel that is there is timed, and the one that "auto" takes is marked. Writes CSV,
-JSON and a picture. With `--device cpu` it shows that it runs; such figures say nothing.
+JSON and a picture, anew after each row, so that what was measured is there whatever ends the rest. With `--device cpu`
+it shows that it runs; such figures say nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import csv
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +28,9 @@ from torch import Tensor
 
 from seqpar_ring import ring_attention
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.geometry import Mask
 from seqpar_ring.kernels import Kernel, Request, architecture_of, lacks, names, registered, select
-from seqpar_ring.kernels.merge import Part, merge_parts_
+from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
 from seqpar_ring.kernels.trial import seconds
 from seqpar_ring.layout import make
 from seqpar_ring.parallel import SequenceParallel
@@ -82,19 +83,19 @@ def timed(shape: Shape, lengths: list[int], kernel: str, settings: dict[str, Any
     """Seconds of forward and of backward, all ranks together, and what the host needs for a step of a rank."""
 
     def settle(sp: SequenceParallel) -> float:
-        sp.groups.ring.agree("benchmark", {})
+        sp.groups.ring.agree("benchmark", {"all work": "given to the device"})
         if shape.device != "cpu":
             torch.cuda.synchronize(shape.device)
-        return time.perf_counter()
+        now = time.perf_counter()
+        sp.groups.ring.agree("benchmark", {"the clock": "read"})  # or another rank's next work would count to this
+        return now
 
     def on_rank(sp: SequenceParallel) -> list[tuple[float, float, float]]:
         plan = sp.plan(lengths)
         widths = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
-        generator = torch.Generator().manual_seed(sp.groups.rank)
-        q, k, v, dout = (
-            torch.randn(1, plan.local_tokens, h, shape.head_dim, generator=generator).to(shape.device, torch.bfloat16)
-            for h in widths
-        )
+        generator = torch.Generator(shape.device).manual_seed(sp.groups.rank)
+        on_device = {"generator": generator, "device": shape.device, "dtype": torch.bfloat16}
+        q, k, v, dout = (torch.randn(1, plan.local_tokens, h, shape.head_dim, **on_device) for h in widths)
         leaves = [x.requires_grad_() for x in (q, k, v)]
         found = []
         for _ in range(1 + REPEATS):
@@ -112,15 +113,16 @@ def timed(shape: Shape, lengths: list[int], kernel: str, settings: dict[str, Any
     return {"forward_s": forward, "backward_s": backward, "host_us_a_step": 1e6 * host}
 
 
-def merging(shape: Shape) -> dict[str, float]:
-    """Seconds in which one and four parts are merged into a rank's accumulator, and its bytes."""
+def merging(shape: Shape) -> dict[str, float | bool]:
+    """Seconds in which one and four parts are merged into a rank's accumulator, its bytes, and whether by our own
+    kernel, which needs Triton, or by torch's operators."""
     size = (1, shape.tokens, shape.heads, shape.head_dim)
     out, part = torch.zeros(size, device=shape.device), torch.ones(size, device=shape.device, dtype=torch.bfloat16)
     lse = torch.zeros(1, shape.heads, shape.tokens, device=shape.device)
     return {
         f"merge_{n}_s": seconds(lambda n=n: merge_parts_(out, lse, [Part(0, part, lse.clone())] * n), shape.device)
         for n in (1, 4)
-    } | {"accumulator_bytes": float(out.nbytes)}
+    } | {"accumulator_bytes": float(out.nbytes), "fused": at_once(out) > 1}
 
 
 def candidates(shape: Shape, asked: list[str]) -> list[Kernel]:
@@ -139,24 +141,35 @@ def candidates(shape: Shape, asked: list[str]) -> list[Kernel]:
     return found
 
 
-def measured(shape: Shape, asked: list[str]) -> list[dict[str, Any]]:
-    """A row for each case and kernel."""
-    auto, reason = select(shape.request)
+def measured(shape: Shape, asked: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for each case and kernel; one that fails is printed, and the others go on."""
+    _, reason = select(shape.request)
     print(f"auto takes {reason}", flush=True)
-    rows, there = [], candidates(shape, asked)
+    there = candidates(shape, asked)
     for name, (lengths, settings) in cases(shape).items():
         work = flop(lengths, shape, settings)
+        auto, _ = select(shape.request._replace(documents=len(lengths)))
         for kernel in there:
             try:
                 times = timed(shape, lengths, kernel.name, settings)
-            except UnsupportedError as error:  # several documents, for a kernel that takes one
-                print(f"{name}, {kernel.name}: {error}", flush=True)
+            except Exception as error:  # a library's own, too
+                print(f"{name}, {kernel.name}: {type(error).__name__}: {error}", flush=True)
                 continue
             rates = work / times["forward_s"] / 1e12, 2.5 * work / times["backward_s"] / 1e12
-            row = {"case": name, "kernel": kernel.name, "auto": kernel.name == auto.name, **shape._asdict(), **times}
-            rows.append({**row, "forward_tflops": rates[0], "backward_tflops": rates[1]})
             print(f"{name}, {kernel.name}: {rates[0]:.1f} forward, {rates[1]:.1f} backward TFLOP/s a rank", flush=True)
-    return rows
+            row = {"case": name, "kernel": kernel.name, "auto": kernel.name == auto.name, **shape._asdict(), **times}
+            yield {**row, "forward_tflops": rates[0], "backward_tflops": rates[1]}
+
+
+def write(record: dict[str, Any], stem: Path, title: str) -> None:
+    """What is measured so far, as JSON, CSV and picture."""
+    rows = record["rows"]
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, stem.with_suffix(".png"), title)
 
 
 def draw(rows: list[dict[str, Any]], path: Path, hardware: str) -> None:
@@ -166,7 +179,7 @@ def draw(rows: list[dict[str, Any]], path: Path, hardware: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.5 + 0.4 * len(rows)), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 1.2 + 0.4 * len(rows)), sharey=True, layout="constrained")
     labels = [f"{row['case']}: {row['kernel']}{' (auto)' if row['auto'] else ''}" for row in rows]
     for axis, way in zip(axes, ("forward", "backward"), strict=True):
         bars = axis.barh(labels, [row[f"{way}_tflops"] for row in rows], color="#4477aa")
@@ -193,17 +206,14 @@ def main() -> None:
         parser.exit(2, "gpu.py: there is no GPU here. Try --device cpu with few tokens to see that it runs.\n")
     shape = Shape(*chosen.heads, chosen.ranks, chosen.tokens, chosen.device)
     hardware = "cpu" if chosen.device == "cpu" else torch.cuda.get_device_name(chosen.device)
-    rows = measured(shape, chosen.kernels)
-    record = {"machine": {**described(), "device": hardware}, "merge": merging(shape), "rows": rows}
+    record: dict[str, Any] = {"machine": {**described(), "device": hardware}, "merge": merging(shape), "rows": []}
     chosen.out.mkdir(parents=True, exist_ok=True)
     stem = chosen.out / f"gpu-{hardware.lower().replace(' ', '-')}-{shape.tokens}"
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["case"])
-        writer.writeheader()
-        writer.writerows(rows)
-    if rows:
-        draw(rows, stem.with_suffix(".png"), f"{hardware}, {shape.ranks} ranks, {shape.tokens:,} tokens each")
+    for row in measured(shape, chosen.kernels):
+        record["rows"].append(row)
+        write(record, stem, f"{hardware}, {shape.ranks} ranks, {shape.tokens:,} tokens each")
+    if not record["rows"]:
+        parser.exit(1, "gpu.py: nothing was timed; why not is said above.\n")
     print(f"written: {stem}.json, .csv, .png")
 
 

@@ -16,9 +16,6 @@ from seqpar_ring.kernels.cpu import TILES
 def described() -> dict[str, object]:
     """Hardware (GPUs, or the processor where there are none), cores, versions and commit, as plain values."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     processor = names[0].partition(":")[2].strip() if names else platform.processor()
     gpus = torch.cuda.device_count()
     return {
@@ -30,5 +27,15 @@ def described() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """Of the code that runs; "" where there is no git, or this is no clone."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip()

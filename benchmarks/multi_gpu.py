@@ -109,12 +109,9 @@ def _peer(name: str, shape: Shape, at: Rank, lengths: list[int]) -> Try | Row:
 
 def timed(one: Try, shape: Shape, at: Rank, times: int) -> Row:
     """A row of the table: medians of the slowest rank's seconds, and the rates that they make."""
-    generator = torch.Generator().manual_seed(at.rank)
+    on_device = {"generator": torch.Generator(shape.device).manual_seed(at.rank), "device": shape.device}
     heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
-    inputs = [
-        torch.randn(1, one.local, h, shape.head_dim, generator=generator).to(shape.device, torch.bfloat16)
-        for h in heads
-    ]
+    inputs = [torch.randn(1, one.local, h, shape.head_dim, dtype=torch.bfloat16, **on_device) for h in heads]
     found = []
     try:
         for _ in range(1 + times):
@@ -139,8 +136,8 @@ def timed(one: Try, shape: Shape, at: Rank, times: int) -> Row:
     }
 
 
-def write(rows: list[Row], out: Path, hardware: str, shape: Shape) -> None:
-    """CSV and JSON, by the hardware's name."""
+def write(rows: list[Row], out: Path, hardware: str, shape: Shape) -> Path:
+    """CSV and JSON of what is measured so far, by the hardware's name, which is returned without an ending."""
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"multi-gpu-{shape.ranks}-{hardware.lower().replace(' ', '-')}-{shape.tokens}"
     record = {"machine": {**described(), "device": f"{shape.ranks} x {hardware}"}, "rows": rows}
@@ -149,7 +146,7 @@ def write(rows: list[Row], out: Path, hardware: str, shape: Shape) -> None:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    print(f"written: {stem}.json, .csv")
+    return stem
 
 
 def options() -> argparse.ArgumentParser:
@@ -194,6 +191,7 @@ def main() -> None:
     sp = SequenceParallel.over(groups, Settings.parse({"size": world}))
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     at = Rank(sp, group, world * chosen.tokens, shape.kv_heads, device)
+    hardware = "cpu" if chosen.device == "cpu" else torch.cuda.get_device_name(device)
     rows = []
     for one in tries(chosen, shape, at):
         row = timed(one, shape, at, chosen.times) if isinstance(one, Try) else one
@@ -202,8 +200,9 @@ def main() -> None:
             figure = f"{row['forward_tflops']:.3g}, {row['backward_tflops']:.3g} TFLOP/s" if "forward_s" in row else ""
             what = ", ".join(f"{row[key]}" for key in ("case", "way", "schedule", "block_tokens") if key in row)
             print(f"{what}: {figure or row['not timed']}", flush=True)
+            stem = write(rows, chosen.out, hardware, shape)
     if groups.rank == 0:
-        write(rows, chosen.out, "cpu" if chosen.device == "cpu" else torch.cuda.get_device_name(device), shape)
+        print(f"written: {stem}.json, .csv")
     dist.destroy_process_group()
     sys.stdout.flush()
 

@@ -8,10 +8,15 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+
+from seqpar_ring import ring_attention
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -32,8 +37,67 @@ def test_the_gpus_benchmark_writes_a_row_for_each_case_and_kernel(tmp_path: Path
     ]
     assert all(float(row["forward_tflops"]) > 0 for row in rows)
     record = json.loads((tmp_path / "gpu-cpu-32.json").read_text())
-    assert set(record["merge"]) == {"merge_1_s", "merge_4_s", "accumulator_bytes"}
+    assert set(record["merge"]) == {"merge_1_s", "merge_4_s", "accumulator_bytes", "fused"}
+    assert record["merge"]["fused"] is False  # on a CPU
     assert (tmp_path / "gpu-cpu-32.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that times one GPU."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu")
+
+
+def test_a_kernel_that_fails_in_the_gpus_benchmark_takes_no_other_row_with_it(
+    on_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault on the device came at the end of all rows once, and nothing was written."""
+    rows_before: list[int] = []
+
+    def timed(shape: Any, lengths: list[int], kernel: str, settings: dict[str, Any]) -> dict[str, float]:
+        path = tmp_path / "gpu-cpu-32.json"
+        rows_before.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        if kernel == "cpu":
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return {"forward_s": 1.0, "backward_s": 1.0, "host_us_a_step": 1.0}
+
+    monkeypatch.setattr(on_gpu, "timed", timed)
+    small = ["--ranks", "2", "--tokens", "32", "--heads", "4", "2", "32", "--kernels", "cpu", "reference"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *small, "--out", str(tmp_path)])
+    on_gpu.main()
+    assert rows_before == [0, 0, 1, 1, 2, 2]
+    assert "causal, cpu: RuntimeError: CUDA error: unspecified launch failure" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "gpu-cpu-32.json").read_text())["rows"]) == 3
+
+
+def test_no_ranks_work_is_under_way_when_the_clock_of_the_gpus_benchmark_is_read(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that woke first began the next pass while the one whose clock counts still waited for the device."""
+    shape = on_gpu.Shape(4, 2, 32, 4, 32, "cpu")
+    events: list[str] = []
+
+    def attend(q: Any, k: Any, v: Any, plan: Any) -> Any:
+        events.append("begin")
+        found = ring_attention(q, k, v, plan)
+        events.append("end")
+        return found
+
+    def read() -> float:
+        events.append("read")
+        return time.perf_counter()
+
+    monkeypatch.setattr(on_gpu, "ring_attention", attend)
+    monkeypatch.setattr(on_gpu, "time", SimpleNamespace(perf_counter=read, thread_time=time.thread_time))
+    on_gpu.timed(shape, [128], "cpu", {"layout": "zigzag"})
+    assert events.count("read") == 4 * 3 * (1 + on_gpu.REPEATS)
+    at_work = done = 0
+    for event in events:
+        at_work, done = at_work + (event == "begin"), done + (event == "end")
+        if event == "read":
+            assert at_work == done
+            assert at_work % 4 == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels.base import Kept, Kernel, Request, Scores
 from seqpar_ring.kernels.reference import ReferenceKernel
@@ -56,6 +57,7 @@ def tried(kernel: Kernel, request: Request) -> Entry:
 
     Raises:
         OutOfMemoryError: there is no room for a trial; nothing is remembered of it.
+        UnsupportedError: the kernel broke the device, so that no other can be tried.
     """
     return _tried(cast(Hashable, kernel), request)
 
@@ -68,7 +70,7 @@ def _tried(kernel: Any, request: Request) -> Entry:
         try:
             return Entry(fault, gaps, 0.0 if fault else rate(kernel, request))
         except Exception as error:
-            _reraise_if_full(error)
+            _stop_if_nothing_was_learned(error, kernel, request)
             return Entry(f"a working call of {ROWS} rows ({_said(error)})", "", 0.0)
 
 
@@ -113,7 +115,7 @@ def wrong(kernel: Kernel, request: Request, calls: Mapping[str, Call]) -> str:
             mine = _answers(kernel, qkv, dout, call, scores)
             _synchronize(request.device)  # what fails on the device is said here, or later of something else
         except Exception as error:
-            _reraise_if_full(error)
+            _stop_if_nothing_was_learned(error, kernel, request)
             return f"a working call of {what} ({_said(error)})"
         truth = _answers(ReferenceKernel(), qkv, dout, call, scores)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), mine, truth, strict=True):
@@ -137,7 +139,7 @@ def fragile(kernel: Kernel, request: Request) -> str:
             found = _answers(kernel, qkv, dout, call, scores)
             _synchronize(request.device)
         except Exception as error:
-            _reraise_if_full(error)
+            _stop_if_nothing_was_learned(error, kernel, request)
             return f"a working call of {what} of low logits ({_said(error)})"
         for name, x in zip(("out", "lse", "dq", "dk", "dv"), found, strict=True):
             if not bool(x.isfinite().all()):
@@ -173,10 +175,28 @@ def _leave_nan(*like: Tensor) -> None:
     del held
 
 
-def _reraise_if_full(error: Exception) -> None:
-    """That memory is full says nothing of a kernel, and must not be remembered of it."""
+def _stop_if_nothing_was_learned(error: Exception, kernel: Kernel, request: Request) -> None:
+    """That memory is full says nothing of a kernel. An access to memory that is not there ends all work on the device:
+    every kernel after this one would be found wrong, and nothing could be computed with the one that is left."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
+    try:
+        _touch(request.device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as broken:
+        raise UnsupportedError(
+            f'kernel "{kernel.name}" broke the device when it was tried, and nothing runs there until the process ends',
+            fix='Start again with "kernel" set to another one, or remove the package that this one is of.',
+            device=request.device,
+            said=_said(error),
+        ) from broken
+
+
+def _touch(device: str) -> None:
+    """Compute something; raises where the device can no more."""
+    torch.ones(1, device=device).add_(1)
+    _synchronize(device)
 
 
 def _said(error: Exception) -> str:

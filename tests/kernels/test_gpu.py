@@ -1,6 +1,8 @@
-"""On a GPU: the contract of each kernel that is there, the merge, and rings of threads; run by `pytest -m gpu`."""
+"""On a GPU: the contract of each kernel that is there, the merge, and rings of threads; run by `make test-gpu`."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import Kernel, Request, Scores, architecture_of, lacks, registered, select
 from seqpar_ring.kernels.gapless import Gapless
-from seqpar_ring.kernels.merge import Part, merge_, merge_parts_
+from seqpar_ring.kernels.merge import Part, fused, merge_, merge_parts_
 from seqpar_ring.kernels.squares import Squares
 from seqpar_ring.kernels.trial import calls_for, gaps_for, rate, wrong
 from seqpar_ring.schedule import Call
@@ -43,7 +45,9 @@ def test_auto_takes_one_that_is_no_fallback_and_says_how_fast_it_is() -> None:
     assert "TFLOP/s here" in reason
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_parts_are_merged_in_one_pass_as_one_by_one() -> None:
+    assert fused(), "Triton cannot compile here; the warning before says why"
     generator = torch.Generator().manual_seed(1)
 
     def some(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from stand_ins import AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4
 from torch import Tensor
 
+from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.geometry import INF
 from seqpar_ring.kernels import (
     CpuKernel,
@@ -178,6 +179,21 @@ def test_a_trial_without_room_says_so_and_is_made_again(rows: int) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         tried(kernel, SMALL)
     assert tried(kernel, SMALL).wrong == ""
+
+
+@pytest.mark.parametrize("rows", [0, 192, 4096], ids=["a small call", "low logits", "the block that is timed"])
+def test_a_kernel_that_breaks_the_device_is_named_and_no_other_is_blamed(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal access every kernel fails: the next one was said to be wrong, or its error ended the choice."""
+
+    def touch(device: str) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("seqpar_ring.kernels.trial._touch", touch)
+    with pytest.raises(UnsupportedError, match='kernel "wrong" broke the device when it was tried') as raised:
+        tried(Failing(RuntimeError("an illegal memory access"), rows), SMALL)
+    assert "an illegal memory access" in str(raised.value)
 
 
 def test_a_kernel_that_fails_only_where_it_is_timed_is_passed_over() -> None:
