@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from seqpar_ring.batch import IGNORED
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import BatchError, ConfigError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
@@ -304,12 +303,13 @@ class _Ring:
         They are rows of before, and the loss is the mean over the targets of all data ranks.
         """
         me: Any = self
-        found, labels = me.accelerator.gradient_state, inputs.get("labels")
-        if labels is None or not found.end_of_dataloader or found.remainder <= 0:
+        found, alone = me.accelerator.gradient_state, self.seqpar.data_size == 1
+        if alone or inputs.get("labels") is None or not found.end_of_dataloader or found.remainder <= 0:
             return inputs
-        own = found.remainder - self.seqpar.data_rank * labels.shape[0]
-        labels = labels.clone()
-        labels[max(0, own) :] = IGNORED
+        samples = me.args.eval_batch_size
+        own = max(0, found.remainder - self.seqpar.data_rank * samples)
+        labels, problem = rules.labels_of_first(own, samples, inputs)
+        self.seqpar.groups.agree("the last batch of an evaluation", {}, problem)
         return {**inputs, "labels": labels}
 
     @contextmanager

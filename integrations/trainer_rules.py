@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from seqpar_ring.batch import IGNORED
 from seqpar_ring.errors import UnsupportedError
 
 REFUSED = {
@@ -113,3 +116,32 @@ def check_arguments(args: Any) -> None:
             dispatch_batches=config.dispatch_batches,
         )
     config.dispatch_batches = False  # the default deals out those of a stream
+
+
+def labels_of_first(own: int, samples: int, inputs: Mapping[str, Any]) -> tuple[Tensor, UnsupportedError | None]:
+    """The labels of a batch without those of its samples from number `own` on; the second is why they cannot be told
+    apart, if so.
+
+    Args:
+        own: samples that count, the first ones.
+        samples: samples of the batch: its rows, or documents of a single row, whose positions restart.
+        inputs: the batch, with labels (B, S).
+    """
+    labels: Tensor = inputs["labels"].clone()
+    if own >= samples:
+        return labels, None
+    if labels.shape[0] == samples:
+        labels[own:] = IGNORED
+        return labels, None
+    positions = inputs.get("position_ids")
+    starts = (positions[0] == 0).nonzero().flatten().tolist() if labels.shape[0] == 1 and positions is not None else []
+    if len(starts) == samples:
+        labels[:, starts[own] :] = IGNORED
+        return labels, None
+    return labels, UnsupportedError(
+        "the last batch of this evaluation is filled up with samples of before, which cannot be told from its own",
+        fix="Set per_device_eval_batch_size=1, or leave out samples so that data ranks times batch size divides them.",
+        samples_of_a_batch=samples,
+        rows=labels.shape[0],
+        documents=len(starts) or None,
+    )

@@ -44,8 +44,7 @@ from . import transformers_positions as positions
 from . import transformers_rules as rules
 from .transformers_calls import CALLS_KEY, Calls
 
-NAME = "seqpar_ring"
-"""The attn_implementation under which the ring is registered."""
+NAME = rules.RING
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Names of dtypes as the planner has them; the others are computed in fp32 or wider."""
@@ -131,6 +130,8 @@ class _Adapter:
     def __init__(self, sp: SequenceParallel, model: nn.Module) -> None:
         self.sp = sp
         self._checked: set[object] = set()
+        self._dropouts: dict[str, Any] = {}
+        self._tiled = 0
         self._mlps = [] if sp.settings.mlp == "whole" else head.tile_mlps(model)
 
     @_not_compiled
@@ -144,9 +145,10 @@ class _Adapter:
         try:
             allowed.check_call(model, batch, self.sp)
             allowed.expect_labels(model, batch)
+            rules.check_ignored(batch)
             peft.check(model)
-            if not self._checked:
-                rules.draws_nothing_at_random(model)
+            self._dropouts = self._dropouts if self._checked else rules.dropouts_of(model)
+            rules.draws_nothing_at_random(self._dropouts)
         except SeqparError as found:
             problem = found
         # Data ranks must know of labels, too: the loss is a sum over all of them.
@@ -190,18 +192,21 @@ class _Adapter:
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: at the first forward, and the first with labels, see that attention and loss were ours."""
         labelled, calls = kwargs.get("labels") is not None, kwargs[CALLS_KEY]
+        made, calls.made = calls.made, None  # whose graph holds the calls
         if calls.kept is not None:
             calls.kept.close()
         if calls.tiles > 1:
             output = _without_logits(output)
         if labelled in self._checked:
             allowed.check_what_went_through_us(model, calls, labelled)
+            rules.check_loss_is_as_we_made_it(model, made, output)
             return output
         if not self._checked and self.sp.groups.global_rank == 0:
             LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
         problem: SeqparError | None = None
         try:
             allowed.check_calls(model, calls, labelled)
+            rules.check_loss_is_as_we_made_it(model, made, output)
         except SeqparError as found:
             problem = found
         self.sp.groups.agree("the first forward", calls.tally(), problem)
@@ -223,13 +228,16 @@ class _Adapter:
         items = kwargs.get("num_items_in_batch")
         num_items, shifted = None if items is None else int(items), shifted.to(logits.device)
         if calls.tiles == 1:
-            return self.sp.loss(logits, shifted, plan, num_items=num_items)
+            calls.made = mean = self.sp.loss(logits, shifted, plan, num_items=num_items)
+            return mean
         cut, calls.head = calls.head, None
-        if "head" not in self._checked:
+        # What is done to logits may show only when they have grown. On a GPU the host has to wait for it.
+        if not logits.is_cuda or self._tiled % head.EVERY == 0:
             self.sp.groups.agree("the head in tiles", {}, cut.difference(logits))
-            self._checked.add("head")
+        self._tiled += 1
         tiled: dict[str, Any] = {"tiles": calls.tiles, "num_items": num_items, "vocabulary": logits.shape[-1]}
-        return self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, **tiled)
+        calls.made = mean = self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, **tiled)
+        return mean
 
 
 @_not_compiled
@@ -245,7 +253,7 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
 ) -> tuple[Tensor, None]:
     """The attention function: query (B, H, S, D), key (B, G, S, D), value (B, G, S, E) -> out (B, S, H, E), None."""
     plan, calls = kwargs.pop(PLAN_KEY, None), kwargs.pop(CALLS_KEY, None)
-    if not isinstance(plan, Plan):
+    if not isinstance(plan, Plan) or not isinstance(calls, Calls):
         raise UnsupportedError(
             'attention was called as "seqpar_ring" without a plan',
             fix="Call the model that parallelize(model, sp) returned: not its inner model, not its forward method, "
@@ -258,10 +266,9 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
         allowed.check_attention(module, attention_mask, dropout, kwargs)
     except SeqparError as problem:
         plan.sequence.agree("attention", {}, problem)
-    if calls is not None:
-        calls.attention += 1
-        calls.windowed += window is not None
-        head.tile_as_its_call(module, calls.mlp_tiles)
+    calls.attention += 1
+    calls.windowed += window is not None
+    head.tile_as_its_call(module, calls.mlp_tiles)
     factor = positions.query_factor(module, plan, query.device)
     query = query if factor is None else (query * factor).to(query.dtype)
     # transformers' window counts the query's own key, as ours does. One that nothing reaches past is none.
@@ -287,9 +294,9 @@ def _explanation(plan: Plan, calls: Calls, decided: str) -> str:
     return f"{plan.explain()}{auto}\n  remat: {kept} ({why})\n  logits: {head_in} ({calls.why_tiles})"
 
 
-def _kept_for_recompute(calls: Calls | None, module: nn.Module, plan: Plan) -> AbstractContextManager[object]:
+def _kept_for_recompute(calls: Calls, module: nn.Module, plan: Plan) -> AbstractContextManager[object]:
     """Around a layer's attention: kept if the settings say so, or by its own plan, which has the layer's window."""
-    if calls is None or calls.kept is None:
+    if calls.kept is None:
         return nullcontext()
     wanted = choose(plan.documents.settings.remat, plan.keys_per_query).value == "attention"
     return calls.kept.around(module) if wanted else nullcontext()

@@ -61,13 +61,14 @@ DECODE = (
 
 @dataclass
 class Calls:
-    """What one forward did: calls of attention, those of them with a window, calls of the loss. And what it keeps:
-    attention's results, the number of tiles of its head and that head where there are more than one, and the number of
-    tiles of its MLPs."""
+    """What one forward did: calls of attention, those of them with a window, calls of the loss and what that made. And
+    what it keeps: attention's results, the number of tiles of its head and that head where there are more than one, and
+    the number of tiles of its MLPs."""
 
     attention: int = 0
     windowed: int = 0
     loss: int = 0
+    made: Tensor | None = None
     kept: Kept | None = None
     tiles: int = 1
     why_tiles: str = "asked for, or no labels"

@@ -2,8 +2,9 @@
 
 With labels the model is asked for the logits of one token only (`logits_to_keep`, which transformers' models have for
 generation); the hidden states are taken from its base model by a hook, and the loss calls the head tile by tile. Some
-families change their logits after the head, so the token that the model did compute is compared with ours at the first
-forward: a family that does something unknown is refused, not answered wrongly. Dense MLPs in tiles are found here too.
+families change their logits after the head, so the token that the model did compute is compared with ours in each
+forward, on a GPU in each hundredth: a family that does something unknown is refused, not answered wrongly. Dense MLPs
+in tiles are found here too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from seqpar_ring.tiling import Tiles, is_tiled, set_tiles, tile_module, tiles
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference between the model's logits and ours, relative to the largest logit: the same products, summed in
 another order."""
+
+EVERY = 100
+"""Steps after which a GPU compares them again."""
 
 AFTERWARDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """What configs say of logits after the head: Gemma 2 and 3 cap them, Granite divides them, Cohere multiplies them."""

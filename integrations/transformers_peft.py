@@ -17,7 +17,7 @@ from seqpar_ring.errors import UnsupportedError
 from .transformers_calls import dropout_above_zero
 
 EXACT = (
-    *("LORA", "ADALORA", "DELORA", "RANDLORA", "VERA", "VBLORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "ROAD"),
+    *("LORA", "DELORA", "RANDLORA", "VERA", "VBLORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "ROAD"),
     *("FOURIERFT", "WAVEFT", "C3A", "MISS", "SHIRA", "LN_TUNING", "TRAINABLE_TOKENS"),
 )
 """PEFT's methods that are known to be exact on a shard, by their `peft_type`."""

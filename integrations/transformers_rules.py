@@ -9,16 +9,22 @@ Nothing here communicates or changes a model.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from seqpar_ring.batch import IGNORED
 from seqpar_ring.errors import ConfigError, UnsupportedError
 
-from .transformers_calls import NOT_OF_A_SHARD, bidirectional, dropout_above_zero, said
+from .transformers_calls import NOT_OF_A_SHARD, OWN_LOSS, bidirectional, dropout_above_zero, said
 from .transformers_positions import FOLLOW_LENGTH
+
+RING = "seqpar_ring"
+"""The attn_implementation under which the ring is registered."""
 
 EXACT_ROPE = ("default", "linear", "llama3", "proportional", "yarn", *FOLLOW_LENGTH)
 """Rotary embeddings that are exact: their angles follow from a token's position alone, or they are told the length."""
@@ -35,6 +41,12 @@ LOCAL_POSITIONS = {
     "attn_temperature_tuning": "scales queries by their place in the shard instead of in the sequence",
 }
 """Switches in a config that make a layer compute something else on a shard."""
+
+REPLACED = (None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Implementations of attention that compute what the ring does, so that it may take their place."""
+
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+"""Modules that draw at random, on each rank anew."""
 
 OF_TRL = {"output_router_logits": " Where SFTTrainer sets it: SFTConfig(router_aux_loss_coef=0.0)."}
 """Where a switch comes from that the user did not set."""
@@ -136,25 +148,100 @@ def _counts_positions_from_zero(model: Any, config: Any) -> None:
 def _is_of_no_dropout(model: Any, config: Any) -> None:
     found = {
         name: value
-        for name, value in config.to_dict().items()
-        if ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary"))
-        if isinstance(value, float | int) and not isinstance(value, bool) and value > 0
+        for name, value in _numbers(config.to_dict())
+        if ("drop" in name or "jitter" in name) and not name.startswith(("classifier", "summary")) and value > 0
     }
     if found:
         arguments = ", ".join(f"{name}=0.0" for name in found)
         raise dropout_above_zero(f"Load the model with from_pretrained(path, {arguments}).", found)
-    draws_nothing_at_random(model)
+    draws_nothing_at_random(dropouts_of(model))
 
 
-def draws_nothing_at_random(model: nn.Module) -> None:
-    """Refuse a model that has dropout among its modules.
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a config by name, also those of configs inside it, as DBRX has for its experts."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, float | int) and not isinstance(value, bool):
+            yield name, value
+
+
+def _holds_whole_layers(model: Any, config: Any) -> None:
+    parts = getattr(model, "tp_size", None) or 1
+    if parts > 1:
+        raise UnsupportedError(
+            "the model's layers are spread over ranks by transformers, which must then all have the same tokens",
+            fix="Load it without tp_plan and distributed_config; ZeRO-3 or FSDP spreads parameters as well.",
+            model=type(model).__name__,
+            tp_size=parts,
+        )
+
+
+def _has_the_usual_attention_and_loss(model: Any, config: Any) -> None:
+    attention = getattr(config, "_attn_implementation", None)  # no public name; transformers' own examples read it
+    # Kernels of the hub have the name of their repository; "paged|" is for serving.
+    if attention not in (*REPLACED, RING) and "/" not in attention and not attention.startswith("paged|"):
+        raise UnsupportedError(
+            "the model has an attention function of its own, which the ring would replace",
+            fix="Load the model with an attn_implementation of transformers if that computes the same.",
+            model=type(model).__name__,
+            attn_implementation=attention,
+        )
+    if model.loss_type is None and model.get_output_embeddings() is None:
+        return  # transformers would warn of what it computes no loss of
+    if model.loss_function is not ForCausalLMLoss:
+        raise UnsupportedError(
+            "the model has a loss function of its own, which the mean over the world's targets would replace",
+            fix="Leave model.loss_function as it was. For a loss of your own shard with sp.shard_batch(batch), call "
+            "the model without labels, and sum over the ranks what you compute of outputs.logits.",
+            model=type(model).__name__,
+            loss_function=getattr(model.loss_function, "__name__", type(model.loss_function).__name__),
+        )
+
+
+def dropouts_of(model: nn.Module) -> dict[str, Any]:
+    """The modules of a model that may draw at random, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DROPOUT)}
+
+
+def draws_nothing_at_random(modules: Mapping[str, Any]) -> None:
+    """Refuse dropout that is on.
 
     Raises:
-        UnsupportedError: with their names.
+        UnsupportedError: with the names of these modules.
     """
-    modules = {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    modules = {name: m.p for name, m in modules.items() if m.p > 0}
     if modules:
         raise dropout_above_zero("Set p of these modules to 0.", modules)
+
+
+def check_ignored(batch: Mapping[str, Any]) -> None:
+    """Refuse another label than -100 for what is no target, which some families hand to their loss alone.
+
+    Raises:
+        UnsupportedError: with that label.
+    """
+    if batch.get("ignore_index", IGNORED) != IGNORED:
+        raise UnsupportedError(
+            f"the loss of a sharded model leaves out labels of {IGNORED} only",
+            fix=f"Set those labels to {IGNORED}, and leave ignore_index out.",
+            ignore_index=batch["ignore_index"],
+        )
+
+
+def check_loss_is_as_we_made_it(model: Any, made: Tensor | None, output: Any) -> None:
+    """After a forward with labels: does the model return what its loss function did, with nothing added?
+
+    Raises:
+        UnsupportedError: no.
+    """
+    found = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    if made is not None and found is not made and not torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "the model changes the loss after its loss function, by a term of this rank's tokens only",
+            fix=OWN_LOSS,
+            model=type(model).__name__,
+        )
 
 
 RULES: tuple[Callable[[Any, Any], None], ...] = (
@@ -163,5 +250,7 @@ RULES: tuple[Callable[[Any, Any], None], ...] = (
     _has_positions_that_stay,
     _counts_positions_from_zero,
     _is_of_no_dropout,
+    _holds_whole_layers,
+    _has_the_usual_attention_and_loss,
 )
 """What a model must be: each is called with the model and the config of its text part, and raises."""

@@ -96,8 +96,9 @@ def mean_of_sums(
     except SeqparError as error:
         problem = problem or error
     weights = {"num_items": num_items, "accumulation": accumulation, **record}
+    known = f"weights of the loss, {'of the batch' if num_items is None else 'of the step'}"
     on_gpu = problem is None and labels_BS.is_cuda  # weights differ from step to step, and the host would have to wait
-    everyone.agree_at_first("the loss", weights, problem, always=not on_gpu, known_as="weights of the loss")
+    everyone.agree_at_first("the loss", weights, problem, always=not on_gpu, known_as=known)
     local = summed()
     targets = (labels_BS != IGNORED).sum()
     total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
@@ -143,10 +144,13 @@ def misfit(x_BSN: Tensor, labels_BS: Tensor, what: str, words: int | None) -> Se
             labels=tuple(labels_BS.shape),
         )
     if words is not None and not labels_BS.is_cuda and labels_BS.numel() and not torch.compiler.is_compiling():
-        most = int(labels_BS.max())
+        least, most = (int(x) for x in labels_BS.masked_fill(labels_BS == IGNORED, 0).aminmax())
         if most >= words:
             fix = "Use the tokenizer of this model, or resize its embeddings."
             return BatchError("a label is beyond the vocabulary", fix=fix, label=most, vocabulary=words)
+        if least < 0:
+            fix = "Mark what is no target with -100."
+            return BatchError("a label is below 0, and not -100", fix=fix, label=least)
     return None
 
 

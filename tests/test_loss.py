@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seqpar_ring.errors import BatchError, DisagreementError, PlanError
+from seqpar_ring.loss import mean_of_sums
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.testing import run_lockstep
 
@@ -262,3 +263,38 @@ def test_numbers_of_tiles_that_differ_are_told() -> None:
             sp.loss(torch.randn(1, 4, 7), labels, num_items=0)
 
     run_lockstep(run, 2)
+
+
+def test_a_label_below_zero_that_is_not_ignored_is_said_on_every_rank() -> None:
+    """nanoGPT masks with -1: one rank had an IndexError, and the others a TransportError."""
+
+    def act(sp: SequenceParallel) -> str:
+        labels = torch.full((1, 4), 3)
+        if sp.rank == 1:
+            labels[0, 2] = -1
+        with pytest.raises(BatchError) as raised:
+            sp.loss(torch.zeros(1, 4, 7), labels, sp.plan([8]))
+        return str(raised.value)
+
+    for message in run_lockstep(act, 2, timeout=30.0):
+        assert "a label is below 0" in message
+        assert "label=-1" in message
+
+
+def test_an_evaluation_does_not_use_up_the_comparison_of_the_steps_weights() -> None:
+    """On a GPU the first weights are compared: those of a batch by itself say nothing of what ranks count of a step."""
+    known: list[str] = []
+
+    class Recording:
+        world = 1
+
+        def agree_at_first(self, what: str, record: Any, error: Any, *, always: bool, known_as: str) -> None:
+            known.append(known_as)
+
+        def all_reduce(self, x: Tensor) -> Tensor:
+            return x
+
+    for items in (None, 5, 6):
+        everyone: Any = Recording()
+        mean_of_sums(lambda: torch.ones((), requires_grad=True), torch.tensor([[1, 2]]), everyone, num_items=items)
+    assert known[0] != known[1] == known[2]

@@ -121,6 +121,27 @@ def test_rows_that_fill_up_the_last_evaluation_batch_do_not_count(
         assert losses == pytest.approx([expected] * 2, rel=NEAR)
 
 
+@pytest.mark.parametrize(("rows", "count"), [(2, 3), (4, 6), (2, 1), (2, 4)])
+def test_documents_that_fill_up_the_last_evaluation_batch_do_not_count(
+    pool4: RankPool, tmp_path: Path, rows: int, count: int
+) -> None:
+    """A collator that flattens makes one row of them, of which nothing was left out."""
+    run = Run(size=2, kind="padded", rows=rows)
+    expected = cases.eval_loss(run, 2 * rows, count)
+    for losses in pool4.run(cases.evaluate_flattened, run, str(tmp_path), count):
+        assert losses == pytest.approx([expected] * 2, rel=NEAR)
+
+
+def test_fillers_that_cannot_be_told_from_the_samples_are_refused(pool4: RankPool, tmp_path: Path) -> None:
+    run = Run(size=2, kind="packed", rows=2)  # three documents in each sample
+    for message in pool4.run(cases.evaluate_flattened, run, str(tmp_path), 3):
+        assert "filled up with samples of before" in message
+        assert "per_device_eval_batch_size=1" in message
+        assert "documents=6" in message
+    for losses in pool4.run(cases.evaluate_flattened, run, str(tmp_path), 4):  # nothing to fill up
+        assert losses == pytest.approx([cases.eval_loss(run, 4, 4)] * 2, rel=NEAR)
+
+
 @pytest.mark.parametrize("which", ["all", "non_padding"])
 def test_tokens_of_a_group_are_counted_once(pool4: RankPool, tmp_path: Path, which: str) -> None:
     run = Run(size=2, kind="padded", steps=2)  # of 8 rows each data rank has 4

@@ -7,9 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from hf_cases import Batch, Step, assert_same_step, averaged, build, one_process, packed, padded, step, turn_on
+from hf_cases import (
+    Batch,
+    Step,
+    assert_refused,
+    assert_same_step,
+    averaged,
+    build,
+    errors,
+    one_process,
+    packed,
+    padded,
+    step,
+    turn_on,
+)
 from seqpar_ring.integrations.transformers import parallelize
 from torch import Tensor
+from transformers import LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from seqpar_ring import SequenceParallel
@@ -91,6 +105,77 @@ def test_what_a_model_was_refused_for_at_first_is_refused_later(family: str, cha
 
     for said in run_lockstep(later, 2):
         assert words in said
+
+
+def test_dropout_whose_rate_is_set_after_a_first_forward_is_refused() -> None:
+    base, batch = build("Llama"), packed([21])
+    base.model.layers[1].mlp.down_proj = torch.nn.Sequential(base.model.layers[1].mlp.down_proj, torch.nn.Dropout(0.0))
+
+    def act(sp: SequenceParallel) -> object:
+        model = parallelize(copy.deepcopy(base), sp)
+        with torch.no_grad():
+            model(**batch)
+        model.model.layers[1].mlp.down_proj[1].p = 0.5
+        return model(**batch)
+
+    assert_refused(errors(act), UnsupportedError, "dropout above 0", "down_proj.1=0.5")
+
+
+class WithTerm(LlamaForCausalLM):
+    """Adds a term to its loss, at once or once it is told to."""
+
+    weight = 1e-2
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, labels: Any = None, **others: Any) -> Any:
+        found = super().forward(input_ids=input_ids, position_ids=position_ids, labels=labels, **others)
+        if labels is not None and self.weight:
+            found.loss = found.loss + self.weight * found.logits.float().logsumexp(-1).square().mean()
+        return found
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_term_that_a_model_adds_to_its_loss_is_refused(when: str) -> None:
+    """It is a mean over this rank's tokens: padded rows gave gradients that were off by 5 %."""
+    base, batch = build("Llama"), packed([21])
+
+    def act(sp: SequenceParallel) -> object:
+        model = copy.deepcopy(base)
+        model.__class__ = WithTerm
+        model = parallelize(model, sp)
+        if when == "later":
+            model.weight = 0.0
+            model(**batch)
+            model.weight = 1e-2
+        return model(**batch)
+
+    assert_refused(errors(act), UnsupportedError, "changes the loss after its loss function", "WithTerm", "sp.loss")
+
+
+class Capped(torch.nn.Module):
+    """A head that caps its logits, where a head in tiles does not know of it."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.head(hidden)
+        return 1000.0 * torch.tanh(found / 1000.0)
+
+
+def test_a_cap_that_shows_only_when_logits_have_grown_is_refused_then() -> None:
+    """It was compared in the first forward alone; after that tiles gave twice the loss."""
+    base, batch = build("Llama"), packed([21])
+
+    def act(sp: SequenceParallel) -> object:
+        model = parallelize(copy.deepcopy(base), sp)
+        whole, model.lm_head = model.lm_head, Capped(model.lm_head)
+        model.get_output_embeddings = lambda: whole
+        model(**batch)
+        whole.weight.data.mul_(1000.0)
+        return model(**batch)
+
+    assert_refused(errors(act, logits=4), UnsupportedError, "after its head", '"logits": "whole"')
 
 
 def test_a_keyword_overrides_the_config_of_a_model_that_asks_for_router_logits() -> None:

@@ -11,6 +11,8 @@ import torch
 from hf_cases import assert_refused, build, errors, packed
 from seqpar_ring.integrations.transformers import parallelize
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 
 from seqpar_ring import SequenceParallel
@@ -19,6 +21,7 @@ from seqpar_ring.errors import (
     DisagreementError,
     UnsupportedError,
 )
+from seqpar_ring.testing import run_lockstep
 
 MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "attention dropout": (
@@ -30,6 +33,27 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("dropout above 0", "resid_pdrop=0.1"),
     ),
     "a dropout module": (lambda: with_dropout_module(build("Llama")), ("dropout above 0", "extra=0.25")),
+    "dropout of another kind": (
+        lambda: with_dropout_module(build("Llama"), nn.AlphaDropout),
+        ("dropout above 0", "extra=0.25"),
+    ),
+    "jitter in a config inside the config": (
+        lambda: build(
+            "Dbrx",
+            **{"d_model": 48, "n_heads": 6, "n_layers": 2, "attn_config": {"kv_n_heads": 3, "rope_theta": 1e4}},
+            ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.3},
+        ),
+        ("dropout above 0", "moe_jitter_eps=0.3"),
+    ),
+    "layers spread over ranks": (lambda: spread(build("Llama")), ("same tokens", "tp_size=2", "without tp_plan")),
+    "an attention function of its own": (
+        lambda: with_attention(build("Llama")),
+        ("attention function of its own", "attn_implementation='hot'"),
+    ),
+    "a loss function of its own": (
+        lambda: with_loss(build("Llama")),
+        ("loss function of its own", "loss_function='smooth'", "as it was"),
+    ),
     "encoder": (
         lambda: build("Bert", suffix="ForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         ("in both directions", "BertSelfAttention", "Use a decoder"),
@@ -64,9 +88,39 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
 }
 
 
-def with_dropout_module(model: Any) -> Any:
-    model.extra = nn.Dropout(0.25)
+def with_dropout_module(model: Any, kind: Callable[[float], nn.Module] = nn.Dropout) -> Any:
+    model.extra = kind(0.25)
     return model
+
+
+def spread(model: Any) -> Any:
+    """As from_pretrained(.., distributed_config=DistributedConfig(tp_size=2)) leaves it."""
+    model._tp_size = 2
+    return model
+
+
+def with_attention(model: Any) -> Any:
+    def hot(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, scaling: float = 1.0, **others: Any) -> Any:
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=3 * scaling, **others)
+
+    AttentionInterface.register("hot", hot)
+    model.set_attn_implementation("hot")
+    return model
+
+
+def with_loss(model: Any) -> Any:
+    def smooth(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.2)
+
+    model.loss_function = smooth
+    return model
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
+def test_attention_of_transformers_is_replaced(name: str) -> None:
+    base = build("Llama", attn_implementation=name)
+    found = run_lockstep(lambda sp: parallelize(copy.deepcopy(base), sp).config._attn_implementation, 2)
+    assert found == ["seqpar_ring"] * 2
 
 
 @pytest.mark.parametrize("what", MODELS)

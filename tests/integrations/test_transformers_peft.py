@@ -20,7 +20,6 @@ from seqpar_ring.testing import run_lockstep
 LINEAR: dict[str, Any] = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 EXACT: dict[str, Callable[[], Any]] = {
     "LORA": lambda: peft.LoraConfig(r=4, use_dora=True, **LINEAR),
-    "ADALORA": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, total_step=100, orth_reg_weight=0.0, **LINEAR),
     "DELORA": lambda: peft.DeloraConfig(r=4, **LINEAR),
     "RANDLORA": lambda: peft.RandLoraConfig(r=4, **LINEAR),
     "VERA": lambda: peft.VeraConfig(r=4, **LINEAR),

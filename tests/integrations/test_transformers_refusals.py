@@ -236,6 +236,26 @@ def test_dropout_that_is_turned_on_later_is_refused_by_attention() -> None:
     assert_refused(errors(act), UnsupportedError, "dropout above 0", "dropout=0.3")
 
 
+def test_a_model_that_only_has_the_rings_attention_is_refused() -> None:
+    """Its loss was the mean over each rank's own tokens, without a word."""
+    base = build("Llama")
+    register()
+
+    def act(sp: SequenceParallel) -> object:
+        model = copy.deepcopy(base)
+        model.set_attn_implementation("seqpar_ring")
+        return model(**sp.shard_batch(WHOLE), use_cache=False)
+
+    assert_refused(errors(act), UnsupportedError, "without a plan", "parallelize(model, sp) returned")
+
+
+@pytest.mark.parametrize("family", ["StableLm", "Nemotron"])
+def test_another_ignore_index_is_refused_where_attention_does_not_see_it(family: str) -> None:
+    base = build(family)
+    found = errors(lambda sp: parallelize(copy.deepcopy(base), sp)(**WHOLE, ignore_index=0))
+    assert_refused(found, UnsupportedError, "labels of -100 only", "ignore_index=0")
+
+
 def test_positional_arguments_are_bound_as_the_model_binds_them() -> None:
     base = build("Llama")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import data as sampling
 
 from seqpar_ring import SequenceParallel, executor
+from seqpar_ring.errors import UnsupportedError
 
 STEPS = 20
 ROWS = 8  # rows of data, taken in order, again and again
@@ -173,10 +174,11 @@ def trainer_of(run: Run, folder: str, made: Any = None, **others: Any) -> Any:
     settings = {} if run.deepspeed is not None else {"size": run.size, **dict(run.settings)}
     names = ("train_dataset", "eval_dataset")
     data = {name: others.pop(name, rows(run.kind)) for name in names}
+    collator = others.pop("data_collator", default_data_collator)
     return ring(Trainer, **settings)(
         model=model(run) if made is None else made,
         args=TrainingArguments(**arguments(run, folder, **others)),
-        data_collator=default_data_collator,
+        data_collator=collator,
         **data,
     )
 
@@ -221,6 +223,27 @@ def evaluate(sp: SequenceParallel, run: Run, folder: str, count: int = ROWS) -> 
     with as_torchrun(sp):
         trainer = trainer_of(run, folder, eval_dataset=rows(run.kind)[:count])
         return [trainer.evaluate()["eval_loss"] for _ in range(2)]
+
+
+def evaluate_flattened(sp: SequenceParallel, run: Run, folder: str, count: int) -> list[float] | str:
+    """The same with a collator that makes one row of a batch, of samples without their padding; or what it is refused
+    with."""
+    data = [
+        {key: value[row["attention_mask"].bool()] if "attention_mask" in row else value for key, value in row.items()}
+        for row in rows(run.kind)[:count]
+    ]
+
+    def flatten(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        positions = [one.get("position_ids", torch.arange(len(one["labels"]))) for one in samples]
+        joined = {key: torch.cat([one[key] for one in samples])[None] for key in ("input_ids", "labels")}
+        return {**joined, "position_ids": torch.cat(positions)[None]}
+
+    with as_torchrun(sp):
+        try:
+            trainer = trainer_of(run, folder, eval_dataset=data, data_collator=flatten)
+            return [trainer.evaluate()["eval_loss"] for _ in range(2)]
+        except UnsupportedError as error:
+            return str(error)
 
 
 def tokens_seen(sp: SequenceParallel, run: Run, folder: str, which: str) -> int:
