@@ -46,6 +46,9 @@ from .transformers_calls import CALLS_KEY, Calls
 
 NAME = rules.RING
 
+ADAPTER = "_seqpar_adapter"
+"""Attribute of a parallelized model: what it holds of us."""
+
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Names of dtypes as the planner has them; the others are computed in fp32 or wider."""
 
@@ -80,7 +83,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
     problem: SeqparError | None = None
     hf: Any = peft.bare(model)
     try:
-        rules.check_model(hf, already=_adapted(hf))
+        rules.check_model(hf, already=ADAPTER in vars(hf))
         if sp.settings.undecided:
             sp.describe(of_config(hf.config.to_dict(), type(hf).__name__), DTYPES.get(hf.dtype, "fp32"))
     except SeqparError as found:
@@ -97,7 +100,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
             error=str(found),
         ) from found
     adapter = _Adapter(sp, hf)
-    hf.loss_function = adapter.loss
+    vars(hf)[ADAPTER], hf.loss_function = adapter, adapter.loss
     hf.register_forward_pre_hook(adapter.before, with_kwargs=True)
     hf.register_forward_hook(adapter.after, with_kwargs=True)
     head.base_of(hf).register_forward_hook(adapter.see, with_kwargs=True)
@@ -108,8 +111,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
 def group_of(model: Any) -> SequenceParallel | None:
     """The sequence group that a model, or one inside it, was parallelized with; None if it was not."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    adapters = (getattr(getattr(one, "loss_function", None), "__self__", None) for one in modules)
-    return next((adapter.sp for adapter in adapters if isinstance(adapter, _Adapter)), None)
+    return next((vars(one)[ADAPTER].sp for one in modules if ADAPTER in vars(one)), None)
 
 
 def register() -> None:
@@ -329,10 +331,6 @@ def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     signature = inspect.signature(model.forward)
     signature.bind_partial(*args, **kwargs)  # raises TypeError as the call itself would
     return {**signature.bind_partial(*args).arguments, **kwargs}
-
-
-def _adapted(model: nn.Module) -> bool:
-    return isinstance(getattr(getattr(model, "loss_function", None), "__self__", None), _Adapter)
 
 
 def _record(model: nn.Module) -> dict[str, object]:
