@@ -41,6 +41,14 @@ except ImportError as error:
 BLOCK = "seqpar_ring"
 """The key of the DeepSpeed config under which the settings stand."""
 
+GROUPED = {
+    "mics_shard_size": (None, -1, 0),
+    "zero_hpz_partition_size": (None, 0, 1),
+    "zero_quantized_gradients": (None, False),
+}
+"""Keys of "zero_optimization" by which ZeRO works in groups of its own, and codes gradients to be averaged there, which
+was not compared with one process; with the values that ask for nothing."""
+
 ORIGINAL = "__seqpar_ring_original__"
 """Under this attribute our `deepspeed.initialize` keeps DeepSpeed's own."""
 
@@ -202,6 +210,8 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
     # One rank a sequence, and a block that is switched off, which it is by default, ask for nothing.
     degree, block = config.get("sequence_parallel_size"), config.get("expert_parallel")
     idle = isinstance(block, Mapping) and not block.get("enabled")
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, Mapping) else {}  # true is an old way to say stage 1
     reasons = {
         "mesh_param": given.get("mesh_param"),
         "sequence_parallel_size": None if degree == 1 else degree,
@@ -214,6 +224,7 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
         "gradient_allreduce_op": "sum" if str(config.get("gradient_allreduce_op")).lower() == "sum" else None,
         # It cuts the rows of a data rank once more by the number of all ranks, and drops the rest.
         "data_efficiency.data_sampling.curriculum_learning": True if _draws_by_difficulty(config) else None,
+        **{f"zero_optimization.{name}": zero[name] for name, off in GROUPED.items() if zero.get(name) not in off},
         "a pipeline model": True if pipeline and isinstance(model, pipeline) else None,
         "DeepSpeed's expert layers": True if experts else None,
     }

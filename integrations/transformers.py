@@ -148,6 +148,7 @@ class _Adapter:
             allowed.check_call(model, batch, self.sp)
             allowed.expect_labels(model, batch)
             rules.check_ignored(batch)
+            rules.check_ids(model, batch)
             peft.check(model)
             self._dropouts = self._dropouts if self._checked else rules.dropouts_of(model)
             rules.draws_nothing_at_random(self._dropouts)

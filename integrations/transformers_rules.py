@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from seqpar_ring.batch import IGNORED
-from seqpar_ring.errors import ConfigError, UnsupportedError
+from seqpar_ring.errors import BatchError, ConfigError, UnsupportedError
 
 from .transformers_calls import NOT_OF_A_SHARD, OWN_LOSS, bidirectional, dropout_above_zero, said
 from .transformers_positions import FOLLOW_LENGTH
@@ -213,6 +213,31 @@ def draws_nothing_at_random(modules: Mapping[str, Any]) -> None:
     modules = {name: m.p for name, m in modules.items() if m.p > 0}
     if modules:
         raise dropout_above_zero("Set p of these modules to 0.", modules)
+
+
+def check_ids(model: Any, batch: Mapping[str, Any]) -> None:
+    """Refuse a token that the model has no embedding for: one rank has it, and the others would wait for that rank.
+
+    On a GPU the host would have to wait to see it.
+
+    Raises:
+        BatchError: with the id.
+    """
+    ids = batch.get("input_ids")
+    try:
+        words = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # a family that transformers does not know its embeddings of
+        words = None
+    if not isinstance(ids, Tensor) or ids.is_cuda or not ids.numel() or words is None:
+        return
+    least, most = (int(x) for x in ids.aminmax())
+    if least < 0 or most >= words:
+        raise BatchError(
+            "a token id is not among the model's embeddings",
+            fix="Use the tokenizer of this model, or resize its embeddings.",
+            token=least if least < 0 else most,
+            embeddings=words,
+        )
 
 
 def check_ignored(batch: Mapping[str, Any]) -> None:

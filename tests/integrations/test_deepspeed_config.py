@@ -53,6 +53,14 @@ def test_deepspeeds_own_loader_gives_the_ranks_of_a_sequence_the_same_samples(po
         ({"seqpar_ring": {"size": 2}, "expert_parallel": {"enabled": True}}, {}, "UnsupportedError", "expert_parallel"),
         ({"seqpar_ring": {"size": 2}, "checkpoint": {"writer": {}}}, {}, "UnsupportedError", "checkpoint.writer"),
         ({"seqpar_ring": {"size": 2}, "gradient_allreduce_op": "SUM"}, {}, "UnsupportedError", "gradient_allreduce_op"),
+        *(
+            ({"seqpar_ring": {"size": 2}, "zero_optimization": {"stage": 3, name: value}}, {}, "UnsupportedError", name)
+            for name, value in (
+                ("mics_shard_size", 2),
+                ("zero_hpz_partition_size", 2),
+                ("zero_quantized_gradients", True),
+            )
+        ),
         (
             {
                 "seqpar_ring": {"size": 2},
@@ -98,6 +106,7 @@ def test_a_wrong_config_is_refused_on_every_rank(
 def test_what_asks_for_no_split_is_not_refused(pool2: RankPool) -> None:
     idle = {"sequence_parallel_size": 1, "expert_parallel": {"enabled": False, "autoep_size": 2}, "checkpoint": {}}
     idle |= {"gradient_allreduce_op": "mean", "data_efficiency": {"enabled": True, "data_sampling": {"enabled": True}}}
+    idle["zero_optimization"] = {"stage": 0, "zero_hpz_partition_size": 1, "zero_quantized_gradients": False}
     config = {"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 1, **idle}
     assert pool2.run(ds_engines.refusal, [config], {}) == [("none", "")] * 2
 

@@ -51,6 +51,11 @@ CALLS: dict[str, tuple[Batch | dict[str, Any], type[SeqparError], tuple[str, ...
     "fewer tokens than ranks": (packed([1]), BatchError, ("fewer tokens", "tokens=1", "size=2")),
     "an unknown argument": ({**WHOLE, "token_bias": 2.0}, UnsupportedError, ("token_bias", "Leave them out")),
     "attention in both directions": ({**WHOLE, "is_causal": False}, UnsupportedError, ("in both directions",)),
+    "a token without an embedding": (
+        {**WHOLE, "input_ids": WHOLE["input_ids"] + 96},
+        BatchError,
+        ("not among the model's embeddings", "embeddings=97", "tokenizer"),
+    ),
     "another ignore_index": ({**WHOLE, "ignore_index": 0}, UnsupportedError, ("ignore_index",)),
     "no labels": ({"input_ids": WHOLE["input_ids"]}, BatchError, ("no labels", "keys=['input_ids']", "shard_batch")),
     "an empty batch": (
