@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -261,7 +260,7 @@ def check_loss_is_as_we_made_it(model: Any, made: Tensor | None, output: Any) ->
         UnsupportedError: no.
     """
     found = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-    if made is not None and found is not made and not torch.compiler.is_compiling():
+    if made is not None and found is not made:
         raise UnsupportedError(
             "the model changes the loss after its loss function, by a term of this rank's tokens only",
             fix=OWN_LOSS,
