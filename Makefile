@@ -26,9 +26,12 @@ MCORE_AT := $(VENV)/megatron-core/$(MCORE)
 # The same of transformers, for `make test-transformers`.
 TRANSFORMERS    ?= 5.24.0
 TRANSFORMERS_AT := $(VENV)/transformers/$(TRANSFORMERS)
+# The libraries of the GPU's kernels, for `make test-kernels`.
+KERNELS_AT := $(VENV)/kernels
+FLASH_ATTN := 2.8.3
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-gpu test-megatron test-transformers bench picture reference clean
+.PHONY: FORCE help quickstart verify install install-dev test lint pytest test-gpu test-kernels test-megatron test-transformers bench picture reference clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
@@ -53,6 +56,10 @@ pytest: $(DEV)  ## all tests that need no GPU
 # Warnings of kernel packages are theirs, and only the files that hold such tests are read.
 test-gpu: $(DEV)  ## the tests that need a GPU; kernels that are not there are skipped by name
 	$(BIN)/python -m pytest -m gpu -W default -rs $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+
+test-kernels: $(DEV) $(KERNELS_AT)/.stamp  ## GPU kernels over their real libraries, compiled where that needs no GPU
+	SEQPAR_RING_KERNELS="$(abspath $(KERNELS_AT))" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	  tests/kernels/test_real_library.py tests/kernels/test_merge_triton.py
 
 test-megatron: $(DEV) $(MCORE_AT)/.stamp  ## the tests of Megatron against another version of it: MCORE=0.15.0
 	PYTHONPATH="$(abspath $(MCORE_AT))$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m pytest tests/integrations/test_megatron*.py
@@ -120,6 +127,15 @@ $(TRANSFORMERS_AT)/.stamp: | $(DEV)
 	@echo "Installing transformers $(TRANSFORMERS) into $(TRANSFORMERS_AT) ..."
 	@rm -rf $(TRANSFORMERS_AT)
 	@$(PIP) --no-deps --target $(TRANSFORMERS_AT) transformers==$(TRANSFORMERS)
+	@touch $@
+
+# The source of flash-attn 2 has the interface of 3 in it, too. Neither is built: that takes nvcc and hours.
+$(KERNELS_AT)/.stamp: tests/kernels/libraries.txt | $(DEV)
+	@echo "Installing the libraries of the GPU's kernels into $(KERNELS_AT) (500 MB) ..."
+	@rm -rf $(KERNELS_AT)
+	@$(PIP) --no-deps --target $(KERNELS_AT)/wheels -r tests/kernels/libraries.txt
+	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE \
+	  $(PIP) --no-deps --no-build-isolation --target $(KERNELS_AT)/source flash-attn==$(FLASH_ATTN)
 	@touch $@
 
 # Whom benchmarks compare with, in a folder of their own: nothing else finds them. Without them, benchmarks say so.

@@ -79,7 +79,7 @@ class Capabilities:
         dtypes: input dtypes it takes; q, k and v share one.
         devices: device types ("cpu", "cuda"), or None for any.
         max_head_dim: widest D and E, or None for no limit.
-        more_widths: pairs of D and E that it takes beyond that limit.
+        more_widths: pairs of D and E that it takes beyond that limit, where no query heads share a key head.
         max_deterministic_dim: widest D and E with which it gives the same bits each time where torch is told to
             (`torch.use_deterministic_algorithms`); None for no limit, 0 for none.
         architectures: major compute capabilities of the GPUs it runs on, or None for any device.
@@ -180,14 +180,18 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
     device = request.device.split(":")[0]
     widths, widest = (request.head_dim, request.value_dim), max(request.head_dim, request.value_dim)
     varies = can.max_deterministic_dim is not None and widest > can.max_deterministic_dim
-    too_wide = can.max_head_dim is not None and widest > can.max_head_dim and widths not in can.more_widths
+    taken = widths in can.more_widths and request.heads == request.kv_heads
+    too_wide = can.max_head_dim is not None and widest > can.max_head_dim and not taken
     sm = request.architecture
     # Words are made only of what is missing, which is rarely anything.
     complaints: tuple[tuple[bool, Callable[[], str]], ...] = (
         (bool(can.absent), lambda: can.absent),
         (not can.made_for(device), lambda: f"device {device} (has {_listed(can.devices or ())})"),
         (request.dtype not in can.dtypes, lambda: f"{_listed((request.dtype,))} (has {_listed(can.dtypes)})"),
-        (too_wide, lambda: f"head width {widest} (up to {can.max_head_dim})"),
+        (
+            too_wide,
+            lambda: f"head width {widest} (up to {can.max_head_dim}{_where_alone(can, widths)})",
+        ),
         (
             sm is not None and can.architectures is not None and sm not in can.architectures,
             lambda: f"GPUs of compute capability {sm}.x (has {_listed(can.architectures or ())})",
@@ -207,6 +211,10 @@ def lacks(can: Capabilities, request: Request) -> tuple[str, ...]:
         ),
     )
     return tuple(words() for missing, words in complaints if missing)
+
+
+def _where_alone(can: Capabilities, widths: tuple[int, int]) -> str:
+    return "; these widths where no query heads share a key head" if widths in can.more_widths else ""
 
 
 _lacks = lru_cache(maxsize=256)(lacks)

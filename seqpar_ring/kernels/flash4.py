@@ -3,11 +3,15 @@
 Windows are aligned bottom right, and an unbounded side is None. Log-sum-exp (H, T), -inf for an empty row. Its forward
 returned two values once, then four, then five: the first two have always been out and lse. The first call with
 given widths and window compiles for some ten seconds; FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 keeps that on disk.
+Without a GPU `make test-kernels` compiles it through this file, for Hopper and for Blackwell.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -22,7 +26,11 @@ FORWARD, BACKWARD = "_flash_attn_fwd", "_flash_attn_bwd"
 LIBRARY = Library("flash-attn-4", MODULE, (FORWARD, BACKWARD))
 
 LATENT = (192, 128)
-"""Widths of keys and values in multi-head latent attention (DeepSeek), which it computes without padding."""
+"""Widths of keys and values in multi-head latent attention (DeepSeek), which it computes without padding; on Hopper
+its backward wants as many key heads as query heads for them, as latent attention has."""
+
+NO_SOFTCAP = range(24)
+"""Betas of 4.0.0 whose backward of packed rows takes no softcap: "varlen + score_mod not supported in bwd yet"."""
 
 
 class Flash4Kernel(VarlenKernel):
@@ -42,6 +50,12 @@ class Flash4Kernel(VarlenKernel):
 
     def __init__(self, library: Library = LIBRARY, devices: tuple[str, ...] = ("cuda",)) -> None:
         super().__init__(library, devices)
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        """See `VarlenKernel.capabilities`."""
+        beta = re.fullmatch(r"4\.0\.0b(\d+).*", self._library.version)
+        return replace(super().capabilities, softcap=not (beta and int(beta[1]) in NO_SOFTCAP))
 
     def widths(self, head: int, value: int) -> tuple[int, int]:
         """See `VarlenKernel.widths`; those of latent attention as they are."""

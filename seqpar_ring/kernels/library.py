@@ -35,14 +35,19 @@ class Library:
         self._package, self._module, self._functions, self._oldest = package, module, functions, oldest
 
     @property
+    def version(self) -> str:
+        """Of the package, as it is installed; "" if it is not, or says none."""
+        try:
+            return version(self._package)
+        except PackageNotFoundError:
+            return ""
+
+    @property
     def absent(self) -> str:
         """Why the functions cannot be used here, in a few words; empty if they can."""
-        try:
-            found = version(self._package)
-        except PackageNotFoundError:
-            found = ""
-            if not _top_level(self._module):
-                return f"{self._package} (not installed)"
+        found = self.version
+        if not found and not _top_level(self._module):
+            return f"{self._package} (not installed)"
         if found and _numbers(found) < self._oldest:
             return f"{self._package} {'.'.join(map(str, self._oldest))} or newer (has {found})"
         if not torch.cuda.is_available():

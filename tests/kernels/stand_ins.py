@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -161,9 +162,14 @@ class StandIn(Library):
     def absent(self) -> str:
         return ""
 
+    @property
+    def version(self) -> str:
+        return ""
+
     def function(self, name: str) -> Function:
         implementation = getattr(self, name)
 
+        @wraps(implementation)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             self.calls.append((name, args, kwargs))
             return implementation(*args, **kwargs)
@@ -357,6 +363,86 @@ class FlashAttn3(StandIn):
         return torch.empty(0)
 
 
+class FlashAttn3Of2025(FlashAttn3):
+    """flash_attn_interface of hopper/ as flash-attention 2.8.3 has it: a window is a pair, and few have a default."""
+
+    def _flash_attn_forward(  # type: ignore[override]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_new: Tensor | None,
+        v_new: Tensor | None,
+        qv: Tensor | None,
+        out: Tensor | None,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        cu_seqlens_k_new: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        page_table: Tensor | None,
+        kv_batch_idx: Tensor | None,
+        leftpad_k: Tensor | None,
+        rotary_cos: Tensor | None,
+        rotary_sin: Tensor | None,
+        seqlens_rotary: Tensor | None,
+        q_descale: Tensor | None,
+        k_descale: Tensor | None,
+        v_descale: Tensor | None,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int] = (-1, -1),
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        rotary_interleaved: bool = True,
+        scheduler_metadata: Tensor | None = None,
+        num_splits: int = 1,
+        pack_gqa: bool | None = None,
+        sm_margin: int = 0,
+    ) -> tuple[Tensor, ...]:
+        unused = k_new, v_new, qv, out, cu_seqlens_k_new, seqused_q, seqused_k, page_table, kv_batch_idx, leftpad_k
+        unused += rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale
+        assert all(x is None for x in unused)
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
+        allowed = window_of_flash3((max_seqlen_q, max_seqlen_k), causal, *window_size)
+        found = attend((q, k, v), (cu_seqlens_q, cu_seqlens_k), allowed, (softmax_scale, softcap), -torch.inf)
+        return (*found, torch.empty(0), torch.empty(0))
+
+    def _flash_attn_backward(  # type: ignore[override]
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        sequed_q: Tensor | None,
+        sequed_k: Tensor | None,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert sequed_q is sequed_k is None
+        allowed = window_of_flash3((max_seqlen_q, max_seqlen_k), causal, *window_size)
+        cu = cu_seqlens_q, cu_seqlens_k
+        found = differentiate(dout, (q, k, v), (out, softmax_lse), cu, allowed, (softmax_scale, softcap))
+        for target, gradient in zip((dq, dk, dv), found, strict=True):
+            target.copy_(gradient)
+        return dq, dk, dv, torch.empty(0)
+
+
 def window_of_flash3(longest: tuple[int, int], causal: bool, left: int, right: int) -> Allowed:
     """What flash-attention 3 makes of a window."""
     left = -1 if left >= longest[1] - 1 else left
@@ -428,6 +514,7 @@ class FlashAttn4(StandIn):
         assert max_seqlen_k is not None
         assert softmax_scale is not None
         check(q, k, v, cu_seqlens_q, cu_seqlens_k, (max_seqlen_q, max_seqlen_k))
+        assert q.shape[2] == v.shape[2] or q.shape[1] == k.shape[1], "GQA backward requires head_dim == head_dim_v"
         allowed = window_of_flash4(causal, window_size_left, window_size_right)
         cu = cu_seqlens_q, cu_seqlens_k
         found = differentiate(dout, (q, k, v), (out, lse), cu, allowed, (softmax_scale, softcap))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn4, StandIn
+from stand_ins import AtenCudnn, AtenFlash, CudnnFrontend, FlashAttn2, FlashAttn3, FlashAttn3Of2025, FlashAttn4, StandIn
 from torch import Tensor
 
 from seqpar_ring.errors import PlanError, UnsupportedError
@@ -32,6 +32,7 @@ from seqpar_ring.kernels import (
     TorchCudnnKernel,
     TorchFlashKernel,
     flash2,
+    flash4,
     library,
     torch_flash,
     varlen,
@@ -45,6 +46,7 @@ SQUARE = Call(0, 0, INF, 0, (0, 9), (0, 9))
 VARLEN: dict[str, tuple[type[VarlenKernel], type[StandIn]]] = {
     "flash2": (Flash2Kernel, FlashAttn2),
     "flash3": (Flash3Kernel, FlashAttn3),
+    "flash3 of 2025": (Flash3Kernel, FlashAttn3Of2025),
     "flash4": (Flash4Kernel, FlashAttn4),
     "torch_flash": (TorchFlashKernel, AtenFlash),
     "cudnn": (CudnnKernel, CudnnFrontend),
@@ -83,7 +85,8 @@ def off(got: list[Tensor], want: list[Tensor]) -> float:
 def test_widths_that_the_library_does_not_take_are_padded_and_cut_off_again(name: str, widths: tuple[int, int]) -> None:
     kernel, _ = made(name)
     kernel.capabilities = replace(kernel.capabilities, max_head_dim=256)
-    tensors, scores = inputs(9, 9, widths=widths), Scores(0.2)
+    heads = (4, 4) if widths == flash4.LATENT else (4, 2)
+    tensors, scores = inputs(9, 9, heads, widths), Scores(0.2)
     got = answers(kernel, tensors, SQUARE, scores)
     want = answers(ReferenceKernel(), tensors, SQUARE, scores)
     assert [x.shape for x in got] == [x.shape for x in want]
@@ -92,9 +95,24 @@ def test_widths_that_the_library_does_not_take_are_padded_and_cut_off_again(name
 
 def test_latent_attention_goes_to_flash_attention_4_unpadded() -> None:
     kernel, there = made("flash4")
-    q, k, v, _ = inputs(9, 9, widths=(192, 128))
+    q, k, v, _ = inputs(9, 9, (4, 4), flash4.LATENT)
     kernel.forward(q, k, v, SQUARE, Scores(0.2))
     assert [x.shape[-1] for x in there.calls[0][1]] == [192, 192, 128]
+    q, k, v, _ = inputs(9, 9, (4, 2), flash4.LATENT)
+    with pytest.raises(UnsupportedError, match=r"head width 192 .*no query heads share a key head"):
+        kernel.forward(q, k, v, SQUARE, Scores(0.2))
+
+
+@pytest.mark.parametrize(
+    ("version", "softcap"), [("4.0.0b18", False), ("4.0.0b23", False), ("4.0.0b24", True), ("4.0.0", True), ("", True)]
+)
+def test_a_beta_of_flash_attention_4_whose_backward_takes_no_softcap_says_so(version: str, softcap: bool) -> None:
+    class Beta(FlashAttn4):
+        @property
+        def version(self) -> str:
+            return version
+
+    assert Flash4Kernel(Beta(), ("cpu",)).capabilities.softcap is softcap
 
 
 @pytest.mark.parametrize("name", VARLEN)

@@ -1,6 +1,6 @@
-"""The GPU's merge, run by Triton's interpreter on the CPU, against the plain one, in a process of its own.
+"""The GPU's merge, run by Triton's interpreter on the CPU, against the plain one; and compiled for GPUs.
 
-Whether Triton interprets is decided when a kernel is defined; the process keeps that from other tests.
+Whether Triton interprets is decided when a kernel is defined; a process of its own keeps that from other tests.
 """
 
 from __future__ import annotations
@@ -18,21 +18,32 @@ from torch import Tensor
 from seqpar_ring.kernels import merge
 from seqpar_ring.kernels.merge import Part, merge_
 
-CASES = Path(__file__).with_name("merge_cases.py")
+there_is_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is made for Linux only, and is not installed here"
+)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is made for Linux only, and is not installed here")
-def test_the_kernel_merges_as_the_plain_merge_does_and_seeded_faults_show() -> None:
+def said(script: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script))],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all right" in done.stdout
+    return done.stdout
+
+
+@there_is_triton
+def test_the_kernel_merges_as_the_plain_merge_does_and_seeded_faults_show() -> None:
+    assert "all right" in said("merge_cases.py", TRITON_INTERPRET="1")
+
+
+@there_is_triton
+def test_the_kernel_compiles_for_gpus_reads_16_bytes_at_once_and_spills_nothing(tmp_path: Path) -> None:
+    assert "all right" in said("merge_compiled.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_on_a_cpu_parts_are_merged_one_by_one_and_none_waits() -> None:

@@ -206,7 +206,11 @@ def test_a_gpu_of_another_architecture_and_widths_beyond_the_limit_are_lacks() -
     assert lacks(can, request(architecture=9)) == ()
     assert lacks(can, request(architecture=8)) == ("GPUs of compute capability 8.x (has 9, 10)",)
     can = replace(can, unequal_value_dim=True)
-    assert lacks(can, request(head_dim=192, value_dim=128)) == ()
+    latent = request(head_dim=192, value_dim=128)
+    assert lacks(can, latent._replace(kv_heads=latent.heads)) == ()
+    assert lacks(can, latent._replace(heads=4, kv_heads=2)) == (
+        "head width 192 (up to 128; these widths where no query heads share a key head)",
+    )
     assert lacks(can, request(head_dim=192, value_dim=192)) == ("head width 192 (up to 128)",)
 
 
