@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from seqpar_ring.config import Settings
     from seqpar_ring.parallel import SequenceParallel
     from seqpar_ring.plan import Plan
-    from seqpar_ring.transport.base import Report
+    from seqpar_ring.transport.stats import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Plan": "seqpar_ring.plan",
-    "Report": "seqpar_ring.transport.base",
+    "Report": "seqpar_ring.transport.stats",
     "SequenceParallel": "seqpar_ring.parallel",
     "Settings": "seqpar_ring.config",
     "ring_attention": "seqpar_ring.attention",

@@ -51,16 +51,16 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         return_lse: also return the log-sum-exp of each query's logits, the sink's included.
 
     Returns:
-        out_BSHE in q's dtype; with `return_lse` also lse_BHS in fp32 (fp64 for fp64), natural logarithm, without
-        gradient. A query that sees no key gets 0 and -inf.
+        out_BSHE in q's dtype, not to be changed in place where a gradient is wanted; with `return_lse` also lse_BHS in
+        fp32 (fp64 for fp64), natural logarithm, without gradient. A query that sees no key gets 0 and -inf.
 
     Raises:
         PlanError: shapes that do not fit the plan or each other; slopes that require a gradient.
         UnsupportedError: no kernel can do this exactly (says what each one lacks); a scale or softcap that requires a
             gradient; forward-mode differentiation.
         DisagreementError: ranks called with different shapes, dtypes, lengths or settings; raised on every rank.
-        TransportError: a rank died, did not arrive within the timeout, or failed in the middle of an earlier pass. Not
-            over NCCL, which does not tell who waits: there torch's watchdog ends the process once the timeout is over.
+        TransportError: a rank died, came too late, or failed in the middle of an earlier pass, or one of its threads is
+            in a pass. Not over NCCL, which does not tell who waits: its watchdog ends the process after the timeout.
     """
     _expect_types(plan, q_BSHD, k_BSGD, v_BSGE)
     problem: Exception | None = None
@@ -75,7 +75,7 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
         problem = error
         scale = softcap = None  # which may be what is wrong
     options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": alibi_slopes is not None}
-    record = _record((q_BSHD, k_BSGD, v_BSGE), plan, options)
+    record = _record((q_BSHD, k_BSGD, v_BSGE), plan, options, sinks)
     # On a GPU a handshake in every layer would stall the stream, so there only what is new is agreed upon.
     plan.sequence.agree_at_first("ring_attention", record, problem, always=not q_BSHD.is_cuda)
     plan.sequence.calls += 1
@@ -174,7 +174,7 @@ def _check_logits(
 
 
 def _record(
-    qkv: tuple[Tensor, Tensor, Tensor], plan: Plan, options: Mapping[str, object]
+    qkv: tuple[Tensor, Tensor, Tensor], plan: Plan, options: Mapping[str, object], sinks: Tensor | None
 ) -> Mapping[str, object]:
     """What the ranks must agree on: everything but the number of tokens, which the plan's lengths stand for."""
     q, k, v = qkv
@@ -183,6 +183,6 @@ def _record(
         "batch, heads, kv heads, key width, value width": (*q.shape[::2], *k.shape[2:], *v.shape[3:]),
         "dtype": str(q.dtype),
         "device": q.device.type,
-        "gradients": torch.is_grad_enabled() and any(x.requires_grad for x in qkv),
+        "gradients": torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*qkv, sinks)),
         **options,
     }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.errors import BatchError, PlanError, UnsupportedError
+from seqpar_ring.fingerprint import fingerprint
 from seqpar_ring.geometry import Mask
 from seqpar_ring.lengths import of_each
 from seqpar_ring.plan import Documents, Plan
@@ -184,17 +185,6 @@ def refuse_trained(batch: Batch, keys: Sequence[str]) -> None:
                 fix="Shard input_ids and embed this rank's tokens, or detach it.",
                 key=key,
             )
-
-
-def fingerprint(x: Tensor | None) -> int | None:
-    """A number that two tensors of the same shape share only if they are the same, but for rare coincidence."""
-    if x is None:
-        return None
-    if x.is_floating_point():  # their bits: numbers between 0 and 1 have one whole part
-        x = x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize])
-    flat = x.reshape(-1).to(torch.int64)
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device) % 1_000_003
-    return int((flat * weights).sum())
 
 
 def _shape(batch: Batch) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import GroupError, TransportError
+from seqpar_ring.errors import GroupError, SeqparError, TransportError
 from seqpar_ring.places import Place, in_our_words, place_of, refuse_shared_gpus
 from seqpar_ring.transport import FAR_LANES, LANES, DistributedTransport, LockstepWorld, Transport
 from seqpar_ring.transport.agreement import Claim, claim, settle
@@ -107,8 +107,9 @@ class Groups:
 
 
 def make(
-    size: int, mesh: DeviceMesh | None = None, timeout: float = 600.0, lanes: Sequence[str] = LANES
-) -> Groups:
+    size: int, mesh: DeviceMesh | None = None, timeout: float = 600.0, lanes: Sequence[str] = LANES,
+    problem: SeqparError | None = None,
+) -> Groups:  # fmt: skip
     """Make the groups of this world. Collective: every rank of the world calls it, with the same arguments.
 
     Args:
@@ -117,17 +118,21 @@ def make(
             along a dimension "model" hold parts of one model.
         timeout: seconds after which a rank that waits for another gives up.
         lanes: the streams of messages that the ring needs, each a process group.
+        problem: what the caller found wrong already, for all ranks to raise.
 
     Raises:
+        SeqparError: `problem`.
         GroupError: torch.distributed is needed and not initialised; size does not divide the world; the mesh has no
             dimension "ring", or one of another size, or does not cover the world; ranks use the same GPU over NCCL.
         DisagreementError: the ranks ask for different sizes or timeouts.
         TransportError: the ranks cannot reach each other.
     """
     if not dist.is_initialized():
+        if problem is not None:
+            raise problem
         return _alone(size)
     rank = dist.get_rank()
-    rings, worlds, places = _agreed_lines(size, mesh, timeout, lanes)
+    rings, worlds, places = _agreed_lines(size, mesh, timeout, lanes, problem)
     if dist.get_world_size() == 1:
         return _alone(size, mesh)
     device = _device(mesh)
@@ -223,7 +228,7 @@ Lines = list[tuple[int, ...]]
 
 
 def _agreed_lines(
-    size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str]
+    size: int, mesh: DeviceMesh | None, timeout: float, lanes: Sequence[str], problem: SeqparError | None = None
 ) -> tuple[Lines, Lines, list[Place]]:
     """All rings, and all worlds of them, in order of their first rank, after every rank has said what it wants; and
     where each rank runs.
@@ -233,13 +238,15 @@ def _agreed_lines(
     total, rank = dist.get_world_size(), dist.get_rank()
     ring: tuple[int, ...] = ()
     world = tuple(range(total))
-    failed: GroupError | None = None
+    failed: SeqparError | None = None
     try:
+        if problem is not None:
+            raise problem
         _check_size(size, total)
         start = rank // size * size
         world = world if mesh is None else _world_of(mesh)
         ring = tuple(range(start, start + size)) if mesh is None else _ring_of(mesh, size)
-    except GroupError as error:
+    except SeqparError as error:
         failed = error
     record = {"size": size, "timeout": timeout, "a mesh is given": mesh is not None, "lanes": tuple(lanes)}
     said: list[tuple[Claim, tuple[int, ...], tuple[int, ...], Place] | None] = [None] * total

@@ -99,9 +99,7 @@ def mean_of_sums(
     known = f"weights of the loss, {'of the batch' if num_items is None else 'of the step'}"
     on_gpu = problem is None and labels_BS.is_cuda  # weights differ from step to step, and the host would have to wait
     everyone.agree_at_first("the loss", weights, problem, always=not on_gpu, known_as=known)
-    local = summed()
-    targets = (labels_BS != IGNORED).sum()
-    total, seen = everyone.all_reduce(torch.stack([local.detach().double(), targets.double()])).unbind()
+    local, total, seen = _over_all(summed, labels_BS, everyone, waits=num_items is None or not labels_BS.is_cuda)
     count = int(seen) if num_items is None else num_items
     if count < 1:
         masked = int(seen) == 0
@@ -122,6 +120,30 @@ def mean_of_sums(
     value = (total * factor).to(local.dtype)
     mean: Tensor = _Valued.apply(local, value, factor * everyone.world)
     return mean
+
+
+def _over_all(
+    summed: Callable[[], Tensor], labels_BS: Tensor, everyone: Transport, waits: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(this rank's sum, the sum over all ranks, the targets of all ranks). Collective.
+
+    A rank whose sum fails takes part nevertheless, as the others are on their way to it. They see it where the host
+    waits for the result anyhow, as `waits` says.
+    """
+    failure: Exception | None = None
+    try:
+        local = summed()
+    except Exception as error:
+        local, failure = labels_BS.new_zeros((), dtype=torch.float32), error
+    targets = (labels_BS != IGNORED).sum()
+    failed = targets.new_full((), failure is not None)
+    sums = torch.stack([x.detach().double() for x in (local, targets, failed)])
+    total, seen, failed = everyone.all_reduce(sums).unbind()
+    if waits and int(failed):
+        everyone.agree("the loss", {}, failure)  # raises it, here and on every other rank
+    if failure is not None:
+        raise failure
+    return local, total, seen
 
 
 def misfit(x_BSN: Tensor, labels_BS: Tensor, what: str, words: int | None) -> SeqparError | None:

@@ -8,8 +8,7 @@ choice of what travels in backward. It checks nothing (`ring_attention` has) but
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -114,7 +113,7 @@ def attention(  # noqa: PLR0913 - an operator takes tensors and plain values, on
 ) -> tuple[Tensor, Tensor]:
     """(out_BSHE in q's dtype, lse_BHS) of this rank's tokens."""
     mine = plan_of(plan)
-    with _remembering_failure(mine):
+    with mine.sequence.in_one_go("attention"):
         return _forward(mine, (q, k, v), sinks, slopes, scale, softcap)
 
 
@@ -170,7 +169,7 @@ def attention_backward(  # noqa: PLR0913 - an operator takes tensors and plain v
     mine = plan_of(plan)
     if call != UNKNOWN and not q.is_cuda:
         mine.sequence.agree("attention's backward", {"of which call of attention": call})
-    with _remembering_failure(mine):
+    with mine.sequence.in_one_go("attention's backward"):
         return _backward(mine, dout, Kept(q, k, v, out, lse), sinks, slopes, scale, softcap)
 
 
@@ -205,16 +204,6 @@ def _backward(  # noqa: PLR0913 - the same, one by one
         dq, dk, dv = sharing.back([dq.to(dtype)], [dk.to(of_keys), dv.to(of_keys)])
     dq, dk, dv = (x.to(dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, dsinks
-
-
-@contextmanager
-def _remembering_failure(plan: Plan) -> Iterator[None]:
-    """What ends a pass in the middle leaves messages that a next pass would take for its own."""
-    try:
-        yield
-    except BaseException as error:
-        plan.sequence.broken = f"{type(error).__name__}: {error}"
-        raise
 
 
 def _drain(out_BSHE: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:

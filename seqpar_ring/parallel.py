@@ -32,7 +32,7 @@ from seqpar_ring.planner.model import Model
 from seqpar_ring.planner.settle import Settled, on_device, settle, unsettled
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.tiling import summed_cross_entropy
-from seqpar_ring.transport.base import Report
+from seqpar_ring.transport.stats import Report
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -70,9 +70,14 @@ class SequenceParallel(OfThisProcess):
     """
 
     def __init__(self, size: int, *, mesh: DeviceMesh | None = None, **settings: Any) -> None:
-        asked = Settings.parse({"size": size, **settings})
-        _check(asked)
-        self._set_up(process_groups.make(asked.size, mesh, asked.timeout, process_groups.lanes_of(asked)), asked)
+        problem, asked = None, Settings(size=1)
+        try:
+            asked = Settings.parse({"size": size, **settings})
+            _check(asked)
+        except ConfigError as error:
+            problem = error
+        lanes = process_groups.lanes_of(asked)
+        self._set_up(process_groups.make(asked.size, mesh, asked.timeout, lanes, problem), asked)
 
     @classmethod
     def over(cls, groups: Groups, settings: Settings) -> SequenceParallel:
@@ -164,8 +169,8 @@ class SequenceParallel(OfThisProcess):
         Args:
             batch: the same on every rank of the group: input_ids (B, S); optionally labels (B, S), not shifted,
                 attention_mask (B, S) with padding at the right only, and position_ids that restart at 0 for each
-                packed document. Other tensors with an entry for each token are sharded too; what is no tensor passes
-                through.
+                packed document. Other tensors with an entry for each token are sharded too, and not shifted: what
+                belongs to a target (its weight, say) is given one place to the left. What is no tensor passes through.
             lengths: tokens of each packed document, where position_ids do not say.
 
         Returns:
@@ -331,12 +336,9 @@ class SequenceParallel(OfThisProcess):
 
     def _expect_enough(self, reading: edge.Reading) -> None:
         if reading.labels is not None and reading.shape[1] < self.size:
-            raise BatchError(
-                "a training batch has fewer tokens than the sequence group has ranks",
-                fix="Use longer sequences or a smaller size.",
-                tokens=reading.shape[1],
-                size=self.size,
-            )
+            few = "a training batch has fewer tokens than the sequence group has ranks"
+            fix = "Use longer sequences or a smaller size."
+            raise BatchError(few, fix=fix, tokens=reading.shape[1], size=self.size)
 
 
 def _check(settings: Settings) -> None:

@@ -52,14 +52,16 @@ def in_tiles(function: Callable[..., Tensor], count: int, x: Tensor, *others: Te
     """Results of a function for each of `count` tiles of the rows of some tensors; backward runs it again for each.
 
     Args:
-        function: of tiles (n, ..); depends on nothing random.
+        function: of tiles (n, ..). What it draws at random it draws again in backward, but in a CUDA graph, where the
+            state that it draws from cannot be kept.
         count: number of tiles, each of as many rows or one fewer; some are empty where there are fewer rows than tiles.
         x, *others: (N, ..).
     """
     parts = zip(*(torch.tensor_split(tensor, count) for tensor in (x, *others)), strict=True)
     if not torch.is_grad_enabled():
         return [function(*part) for part in parts]
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not captured}
     return [checkpoint(function, *part, **how) for part in parts]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from seqpar_ring import batch as edge
 from seqpar_ring.errors import BatchError, SeqparError, UnsupportedError
+from seqpar_ring.fingerprint import fingerprint
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -146,9 +147,9 @@ def test_a_fingerprint_tells_batches_apart(at: int, change: int) -> None:
     one = ids(2, 15)
     other = one.clone()
     other.view(-1)[at] += change
-    assert edge.fingerprint(one) != edge.fingerprint(other)
-    assert edge.fingerprint(one) == edge.fingerprint(one.clone())
-    assert edge.fingerprint(None) is None
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(one.clone())
+    assert fingerprint(None) is None
 
 
 def test_labels_of_any_whole_numbers_become_int64() -> None:
@@ -161,7 +162,7 @@ def test_numbers_between_0_and_1_are_compared_too_and_embeddings_are_not() -> No
     """Weights of tokens, say; embeddings may differ by rounding where each rank computed them."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         weights = torch.rand(2, 6, 3, dtype=dtype)
-        assert edge.fingerprint(weights) == edge.fingerprint(weights.clone()) != edge.fingerprint(weights / 2)
+        assert fingerprint(weights) == fingerprint(weights.clone()) != fingerprint(weights / 2)
     embedded = {"inputs_embeds": torch.rand(1, 6, 4), "loss_weights": torch.rand(1, 6)}
     compared = edge.record(embedded, edge.read(embedded))
     assert "loss_weights (checksum)" in compared

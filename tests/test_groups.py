@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from saying import said_of
 from torch.distributed.device_mesh import init_device_mesh
 
 from seqpar_ring import SequenceParallel, places, ring_attention
@@ -171,6 +172,17 @@ def test_ranks_that_ask_for_different_sizes_are_told_so_before_any_group_is_made
     for message in pool4.run_groups(ask_for_different_sizes):
         assert message.startswith("DisagreementError: sequence groups: the ranks hold different values of 'size'")
         assert "rank 0, 1, 2=4, rank 3=2" in message
+
+
+def ask_for_another_layout(groups: Groups) -> str:
+    return said_of(lambda: SequenceParallel(size=2, **{"layout": "zigzag" if groups.global_rank else "zig zag"}))
+
+
+def test_a_setting_that_is_wrong_on_one_rank_is_every_ranks_error(pool2: RankPool) -> None:
+    """The others waited for it until the timeout of the default group."""
+    mine, theirs = pool2.run_groups(ask_for_another_layout)
+    assert "ConfigError: unknown layout" in mine
+    assert "ConfigError: rank 0 failed: unknown layout" in theirs
 
 
 def test_a_lockstep_world_refuses_a_size_that_does_not_divide_it() -> None:

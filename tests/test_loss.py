@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -293,6 +294,9 @@ def test_an_evaluation_does_not_use_up_the_comparison_of_the_steps_weights() -> 
 
         def all_reduce(self, x: Tensor) -> Tensor:
             return x
+
+        def in_one_go(self, what: str) -> Any:
+            return nullcontext()
 
     for items in (None, 5, 6):
         everyone: Any = Recording()

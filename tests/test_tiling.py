@@ -68,6 +68,21 @@ def test_a_dropped_tile_would_be_noticed() -> None:
     assert relative_error(dropped, whole) > 0.1
 
 
+def test_a_head_that_draws_at_random_draws_the_same_again_in_backward() -> None:
+    """Its loss was right and its gradient that of other draws."""
+    sp, labels = SequenceParallel(size=1), torch.arange(16)[None] % 11
+    hidden = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    head = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 11))
+
+    def gradient(tiled: bool) -> Tensor:
+        torch.manual_seed(1)
+        loss = sp.tiled_loss(hidden, head, labels, tiles=1) if tiled else sp.loss(head(hidden), labels)
+        torch.rand(3)  # something else draws before backward
+        return torch.autograd.grad(loss, hidden)[0]
+
+    assert relative_error(gradient(True), gradient(False)) < 1e-6
+
+
 def test_a_module_in_tiles_is_the_module() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 6)).double()

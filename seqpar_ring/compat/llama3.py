@@ -30,7 +30,7 @@ from seqpar_ring.compat.arguments import (
     whole,
 )
 from seqpar_ring.compat.rings import Group, Result, Ring, ring_of
-from seqpar_ring.errors import PlanError, SeqparError
+from seqpar_ring.errors import PlanError
 from seqpar_ring.plan import Documents
 
 
@@ -108,10 +108,10 @@ def _attend(tensors: Tensors, given: tuple[Prepared, int], options: Options, gro
     ring = ring_of(group)
     prepared, stride = given
     mine: _Cut | None = None
-    problem: SeqparError | None = None
+    problem: Exception | None = None
     try:
         mine = _read(unpack(tensors, varlen=True)[1], prepared, stride)
-    except SeqparError as error:
+    except Exception as error:
         problem = error
     known = _gather(ring, tensors[0], mine)
     if known is None:  # the same on all ranks

@@ -21,7 +21,7 @@ from seqpar_ring import layout as layouts
 from seqpar_ring.attention import ring_attention
 from seqpar_ring.compat.arguments import Options, Tensors, unpack
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import GroupError, PlanError, SeqparError
+from seqpar_ring.errors import GroupError, PlanError
 from seqpar_ring.groups import own_device
 from seqpar_ring.plan import Documents
 from seqpar_ring.transport import LANES, DistributedTransport, LockstepWorld, Transport
@@ -110,7 +110,7 @@ class Ring:
             documents = read(q.shape[1])
             options.check(q.device.type, len(documents.lengths) if varlen else None)
             plan = documents.plan(options.mask(max(documents.lengths)))
-        except SeqparError as problem:
+        except Exception as problem:
             # The other ranks are told here what they meet in ring_attention, where all agree before anything travels.
             self.transport.agree("ring_attention", {}, problem)
             raise
@@ -181,6 +181,8 @@ class _UsersGroup(DistributedTransport):
     Messages of a pair match in posting order, and both sides post in the same order, so one group will do; lanes of
     their own (`lanes.own_lanes`) let a fast transfer pass a slow one.
     """
+
+    anew = "Make a new process group (torch.distributed.new_group) on all ranks before the step is tried again."
 
     def __init__(self, group: dist.ProcessGroup, own: Mapping[str, dist.ProcessGroup] = NO_LANES) -> None:
         on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))

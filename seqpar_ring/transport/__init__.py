@@ -4,9 +4,10 @@
 making. `DistributedTransport` lives in `seqpar_ring.transport.distributed`, `LockstepWorld` in `.lockstep`.
 """
 
-from seqpar_ring.transport.base import FAR_LANES, LANES, Handle, Messenger, Recv, Send, Transport, TransportStats
+from seqpar_ring.transport.base import FAR_LANES, LANES, Handle, Messenger, Recv, Send, Transport
 from seqpar_ring.transport.distributed import DistributedTransport
 from seqpar_ring.transport.lockstep import Link, LockstepTransport, LockstepWorld
+from seqpar_ring.transport.stats import TransportStats
 from seqpar_ring.transport.subgroup import Subgroup
 
 __all__ = [

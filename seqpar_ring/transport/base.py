@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from threading import RLock
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from seqpar_ring.errors import TransportError
+from seqpar_ring.transport.stats import TransportStats
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 LANES = ("kv", "dkv", "control")
 """Independent streams of messages: none waits for another. Collectives travel in "control"."""
@@ -49,58 +53,6 @@ class Handle(Protocol):
         Raises:
             TransportError: a peer died, or did not arrive within the timeout.
         """
-
-
-@dataclass
-class TransportStats:
-    """What one rank sent and how long it waited since the last reset.
-
-    Attributes:
-        bytes_sent: by lane.
-        messages: number of messages and collectives posted.
-        seconds_waited: wall seconds spent in waits and collectives; on CUDA, the host's seconds only.
-    """
-
-    bytes_sent: dict[str, int] = field(default_factory=dict)
-    messages: int = 0
-    seconds_waited: float = 0.0
-
-    def count(self, lane: str, nbytes: int) -> None:
-        """Note one message of `nbytes` bytes."""
-        self.bytes_sent[lane] = self.bytes_sent.get(lane, 0) + nbytes
-        self.messages += 1
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        self.bytes_sent, self.messages, self.seconds_waited = {}, 0, 0.0
-
-    def as_dict(self) -> dict[str, object]:
-        """A copy as plain values, e.g. for a log."""
-        return {
-            "bytes_sent": dict(self.bytes_sent),
-            "messages": self.messages,
-            "seconds_waited": self.seconds_waited,
-        }
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one rank sent, and how long it waited, since the last reset.
-
-    Attributes:
-        bytes_sent: bytes sent in each lane: "kv" keys and values, "dkv" their gradients, "control" what ranks agree on,
-            sum or gather.
-        messages: transfers and collectives.
-        seconds_waited: time spent waiting for transfers that were not there yet.
-    """
-
-    bytes_sent: dict[str, int]
-    messages: int
-    seconds_waited: float
-
-    def __str__(self) -> str:
-        lanes = ", ".join(f"{lane} {size / 2**20:.1f} MiB" for lane, size in sorted(self.bytes_sent.items()))
-        return f"sent {lanes or 'nothing'} in {self.messages} messages, waited {self.seconds_waited:.2f} s"
 
 
 class Recorder(Protocol):
@@ -135,8 +87,8 @@ class Transport(Messenger, Protocol):
     """The ranks of one group, and all ways to move tensors between them.
 
     `recorder`, where somebody records, is told what is done with this transport; `agreed` remembers what its ranks need
-    not compare again; `broken` says what ended a pass in the middle, after which messages would be taken for others;
-    `calls` counts calls of attention.
+    not compare again; `broken` says what left messages under way that would be taken for others; `calls` counts
+    calls of attention.
     """
 
     stats: TransportStats
@@ -147,6 +99,16 @@ class Transport(Messenger, Protocol):
 
     def groups(self) -> Sequence[Any]:
         """The process groups that messages go over; none where ranks are threads."""
+
+    def in_one_go(self, what: str) -> AbstractContextManager[None]:
+        """While this rank does something that is many messages: an error in the middle makes the transport `broken`.
+
+        Args:
+            what: "attention", for messages.
+
+        Raises:
+            TransportError: another thread of this rank is in the middle of something here.
+        """
 
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """All ranks' tensors, concatenated along `dim` in rank order; not differentiable.
@@ -215,8 +177,29 @@ class Agreed:
             self._known.popitem(last=False)
 
 
+def alone(what: str) -> Callable[[Method], Method]:
+    """Marks a collective of a transport, which one thread of a rank at a time may be in the middle of.
+
+    Args:
+        what: "an agreement", for messages.
+    """
+
+    def marked(method: Method) -> Method:
+        @wraps(method)
+        def with_turn(self: BaseTransport, *args: Any, **kwargs: Any) -> Any:
+            with self._alone(what):
+                return method(self, *args, **kwargs)
+
+        return with_turn  # type: ignore[return-value]
+
+    return marked
+
+
 class BaseTransport(ABC):
     """Rank, statistics, checks of what is posted, and `all_gather`, which needs nothing but `exchange`."""
+
+    anew = "Make a new SequenceParallel on all ranks before the step is tried again."
+    """How a transport that is `broken` is replaced."""
 
     def __init__(self, rank: int, world: int, lanes: Iterable[str]) -> None:
         self.rank, self.world, self.stats = rank, world, TransportStats()
@@ -225,6 +208,7 @@ class BaseTransport(ABC):
         self.agreed = Agreed()
         self.broken = ""
         self.calls = 0
+        self._turn, self._doing = RLock(), ""
 
     @abstractmethod
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
@@ -253,15 +237,46 @@ class BaseTransport(ABC):
         self.agree(what, record, error)
         self.agreed.add(key)
 
+    @contextmanager
+    def in_one_go(self, what: str) -> Iterator[None]:
+        """See `Transport.in_one_go`."""
+        with self._alone(what):
+            try:
+                yield
+            except BaseException as error:
+                if self.world > 1:  # else there is nobody to have sent anything
+                    told = f"{type(error).__name__}: {error}"
+                    self.broken = f"{what} failed in the middle of a pass on this rank ({told})"
+                raise
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Messages are told apart by their order, and two threads of a rank have none that all ranks share."""
+        if not self._turn.acquire(blocking=False):
+            if self.world == 1:
+                self._turn.acquire()
+            else:
+                self.broken = f"{what} was begun by one thread of this rank while another was in {self._doing}"
+                raise TransportError(
+                    self.broken,
+                    fix="Call everything of a SequenceParallel in one thread at a time: what ranks send each other is "
+                    "told apart by its order alone.",
+                    rank=self.rank,
+                )
+        before, self._doing = self._doing, what
+        try:
+            yield
+        finally:
+            self._doing = before
+            self._turn.release()
+
     def _or_broken(self, error: Exception | None) -> Exception | None:
-        """What is wrong on this rank: a pass that ended in the middle has left messages that the next would take."""
+        """What is wrong on this rank: what ended in the middle has left messages that the next would take."""
         if error is not None or not self.broken:
             return error
-        return TransportError(
-            f"attention failed in the middle of a pass on this rank ({self.broken}), so messages may be on their way",
-            fix="Make a new SequenceParallel on all ranks before the step is tried again.",
-        )
+        return TransportError(f"{self.broken}, so messages may be on their way", fix=self.anew)
 
+    @alone("a gather")
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """See `Transport.all_gather`.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seqpar_ring.errors import TransportError
 from seqpar_ring.transport.agreement import Claim, claim, digest, settle
-from seqpar_ring.transport.base import BaseTransport, Handle, Recv, Send
+from seqpar_ring.transport.base import BaseTransport, Handle, Recv, Send, alone
 
 LOST: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
 """Process groups over which something failed, and what: no message goes over them any more, whatever the backend."""
@@ -72,10 +72,12 @@ class DistributedTransport(BaseTransport):
             under_way.start()
         return under_way
 
+    @alone("a gather")
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """See `Transport.all_gather`."""
         return super().all_gather(x.detach().to(self.device), sizes, dim).to(x.device)
 
+    @alone("a sum")
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Transport.all_reduce`."""
         mine = x.detach().resolve_conj().resolve_neg()
@@ -86,6 +88,7 @@ class DistributedTransport(BaseTransport):
             dist.all_reduce(total, group=group)
         return total.to(x.device)
 
+    @alone("an agreement")
     def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
         """See `Transport.agree`. Costs one all_gather of three integers while all is well."""
         error = self._or_broken(error)

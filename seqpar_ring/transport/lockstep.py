@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seqpar_ring.errors import TransportError
 from seqpar_ring.transport.agreement import Claim, claim, settle
-from seqpar_ring.transport.base import FAR_LANES, LANES, BaseTransport, Handle, Recv, Send
+from seqpar_ring.transport.base import FAR_LANES, LANES, BaseTransport, Handle, Recv, Send, alone
 
 
 class _Address(NamedTuple):
@@ -280,6 +280,7 @@ class LockstepTransport(BaseTransport):
         addresses = [self._address(lane, peer, self.rank) for peer, _ in recvs]
         return _Pending(self, [(a, self._hub.ticket(a), m.tensor) for a, m in zip(addresses, recvs, strict=True)])
 
+    @alone("a sum")
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Transport.all_reduce`. Sums in rank order, so the same ranks give the same bits in every run."""
         self.stats.count("control", (self.world - 1) * x.nbytes)
@@ -295,6 +296,7 @@ class LockstepTransport(BaseTransport):
             total += part
         return total
 
+    @alone("an agreement")
     def agree(self, what: str, record: Mapping[str, object], error: Exception | None = None) -> None:
         """See `Transport.agree`."""
         error = self._or_broken(error)
