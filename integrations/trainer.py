@@ -133,6 +133,7 @@ class _Ring:
     """Mixed into a Trainer class by `ring`."""
 
     _seqpar_settings: Settings | None = None
+    _seqpar_trained: frozenset[str] = frozenset()
     seqpar: SequenceParallel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -151,7 +152,7 @@ class _Ring:
                 world=self.seqpar.world_size,
             )
         parallelize(me.model, self.seqpar)
-        me.model_accepts_loss_kwargs = True
+        me.model_accepts_loss_kwargs = me.loss_is_scaled_for_ga = True  # a class may say otherwise
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer does; then the sequence groups, on the ranks that accelerate has set up."""
@@ -186,6 +187,8 @@ class _Ring:
         gradients (seen in accelerate 1.15): every rank would train a model of its own, and no loss would show it.
         """
         me: Any = self
+        rules.check_given(vars(self))  # what was set since
+        rules.check_arguments(me.args)
         if me.model_wrapped is me.model:
             vars(me.model).pop(PREPARED, None)
         return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -194,16 +197,15 @@ class _Ring:
         """As Trainer's, if something averages the gradients over all ranks.
 
         Raises:
-            UnsupportedError: the model is not wrapped.
+            UnsupportedError: the model is not wrapped, or has parameters to train that it was wrapped without.
         """
         me: Any = self
         if not (self.seqpar.world_size == 1 or me.is_deepspeed_enabled or me.is_fsdp_enabled or _is_ddp(model)):
-            raise UnsupportedError(
-                "nothing averages the gradients over the ranks: the model is not wrapped",
-                fix="Train with DDP (Trainer's default under torchrun), FSDP or DeepSpeed.",
-                model=type(model).__name__,
-                world=self.seqpar.world_size,
-            )
+            raise rules.not_averaged(model, self.seqpar.world_size)
+        if _is_ddp(model):
+            trained = frozenset(name for name, p in me.model.named_parameters() if p.requires_grad)
+            self._seqpar_trained = self._seqpar_trained or trained
+            rules.check_trained(self._seqpar_trained, trained)
         return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
 
     def get_cp_size(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqpar_ring.batch import IGNORED
 from seqpar_ring.errors import UnsupportedError
@@ -16,12 +16,17 @@ from seqpar_ring.errors import UnsupportedError
 REFUSED = {
     "model_init": "makes models that nobody could parallelize. Give the model itself.",
     "compute_loss_func": "would see the logits of a rank's tokens only. Leave it out: the loss is the token mean.",
+    "label_smoother": "needs logits that no rank holds whole. Leave label_smoothing_factor at 0.",
     "compute_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out: there is the loss.",
     "preprocess_logits_for_metrics": "needs the logits of whole sequences, which no rank holds. Leave it out.",
 }
 """Arguments of a Trainer that could not be exact, and why."""
 
-LOSSES = {"compute_loss": "loss", "prediction_step": "evaluation"}
+LOSSES = {
+    "compute_loss": "loss",
+    "prediction_step": "evaluation",
+    "_get_num_items_in_batch": "number of targets",
+}
 """Methods that are replaced here without being called, and what is computed there."""
 
 KNOWN = (("transformers.trainer", "Trainer"), ("trl.trainer.sft_trainer", "SFTTrainer"))
@@ -48,11 +53,37 @@ def check_class(trainer: type) -> None:
         owner = next(kind for kind in trainer.__mro__ if method in vars(kind))
         if (owner.__module__, owner.__name__) not in KNOWN:
             raise UnsupportedError(
-                f"the class has a {method} of its own, and over sequence groups the {what} is the model's mean loss",
+                f"the class has a {method} of its own, and over sequence groups the {what} is that of the mean loss",
                 fix="Use transformers' Trainer or TRL's SFTTrainer, or a class that leaves this method alone; for a "
                 "loss of your own write the loop, with sp.shard_batch(batch) and sp.loss(logits, labels, plan).",
                 owner=owner.__name__,
             )
+
+
+def not_averaged(model: nn.Module, world: int) -> UnsupportedError:
+    """The error of a model that nothing is around which averages its gradients."""
+    return UnsupportedError(
+        "nothing averages the gradients over the ranks: the model is not wrapped",
+        fix="Train with DDP (Trainer's default under torchrun), FSDP or DeepSpeed.",
+        model=type(model).__name__,
+        world=world,
+    )
+
+
+def check_trained(known: frozenset[str], now: frozenset[str]) -> None:
+    """Refuse parameters that are trained since DDP has wrapped the model: it does not average their gradients.
+
+    Raises:
+        UnsupportedError: with some of their names.
+    """
+    since = sorted(now - known)
+    if since:
+        raise UnsupportedError(
+            "parameters are trained that DDP wrapped the model without, and it does not average their gradients",
+            fix="Let them require gradients before train(), or use DeepSpeed or FSDP.",
+            parameters=since[:5],
+            number=len(since),
+        )
 
 
 def check_even_batches(args: Any, data_size: int) -> None:

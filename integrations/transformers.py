@@ -39,9 +39,11 @@ except ImportError as error:
 
 from . import transformers_calls as allowed
 from . import transformers_head as head
+from . import transformers_masks as masks
 from . import transformers_peft as peft
 from . import transformers_positions as positions
 from . import transformers_rules as rules
+from . import transformers_tokens as tokens
 from .transformers_calls import CALLS_KEY, Calls
 
 NAME = rules.RING
@@ -99,6 +101,8 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
             model=type(hf).__name__,
             error=str(found),
         ) from found
+    if tokens.strangers(hf):
+        sp.groups.everyone.agree("the model's own code", {}, tokens.check(hf))
     adapter = _Adapter(sp, hf)
     vars(hf)[ADAPTER], hf.loss_function = adapter, adapter.loss
     hf.register_forward_pre_hook(adapter.before, with_kwargs=True)
@@ -161,7 +165,8 @@ class _Adapter:
             batch = self.sp.shard_batch(batch)
         allowed.check_shares(batch[PLAN_KEY], self.sp)
         # Whether a layer is checkpointed is not asked: a result that its graph holds anyway costs nothing to keep.
-        calls = Calls(kept=Kept(self.sp.settings.offload) if torch.is_grad_enabled() else None)
+        kept = Kept(self.sp.settings.offload) if torch.is_grad_enabled() else None
+        calls = Calls(kept=kept, chance=tokens.chance_of(model))
         batch = {**self._cut(model, batch, calls), "use_cache": False}
         batch["position_ids"] = positions.carrying(batch["position_ids"], batch[PLAN_KEY], calls)
         return (), {**batch, CALLS_KEY: calls}
@@ -202,14 +207,14 @@ class _Adapter:
             output = _without_logits(output)
         if labelled in self._checked:
             allowed.check_what_went_through_us(model, calls, labelled)
-            rules.check_loss_is_as_we_made_it(model, made, output)
+            rules.check_outcome(model, calls.chance, made, output)
             return output
         if not self._checked and self.sp.groups.global_rank == 0:
             LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
         problem: SeqparError | None = None
         try:
             allowed.check_calls(model, calls, labelled)
-            rules.check_loss_is_as_we_made_it(model, made, output)
+            rules.check_outcome(model, calls.chance, made, output)
         except SeqparError as found:
             problem = found
         self.sp.groups.agree("the first forward", calls.tally(), problem)
@@ -256,6 +261,8 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
 ) -> tuple[Tensor, None]:
     """The attention function: query (B, H, S, D), key (B, G, S, D), value (B, G, S, E) -> out (B, S, H, E), None."""
     plan, calls = kwargs.pop(PLAN_KEY, None), kwargs.pop(CALLS_KEY, None)
+    if isinstance(plan, str) and plan == tokens.PROBE:
+        return tokens.attend(query, key, value), None
     if not isinstance(plan, Plan) or not isinstance(calls, Calls):
         raise UnsupportedError(
             'attention was called as "seqpar_ring" without a plan',
@@ -314,7 +321,7 @@ def _mask(
     Without a mask function transformers drops a padding mask silently; with its own it takes the positions of a shard
     for packed documents.
     """
-    allowed.check_mask(mask_function, attention_mask, use_vmap)
+    masks.check_mask(mask_function, attention_mask, use_vmap)
 
 
 def _without_logits(output: Any) -> Any:

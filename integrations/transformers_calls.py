@@ -7,6 +7,7 @@ and what is kept for its backward. What a model itself must be is in `transforme
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,13 +40,6 @@ NOT_OF_A_SHARD = {
 }
 """Outputs that cannot be had, as arguments of a call or as switches in a config."""
 
-FOLLOWED_MASKS = (
-    *("causal_mask_function", "sliding_window_overlay", "chunked_overlay", "and_masks"),
-    *("packed_sequence_mask_function", "remap_positions_for_packed_sequence"),
-)
-"""Functions of transformers' masking_utils whose masks are followed; packed rows are told from positions, which is of
-no matter here."""
-
 CACHES = ("past_key_values", "cache")
 """Under what name a model takes its KV cache: until transformers 5.23, and since 5.24."""
 
@@ -62,8 +56,8 @@ DECODE = (
 @dataclass
 class Calls:
     """What one forward did: calls of attention, those of them with a window, calls of the loss and what that made. And
-    what it keeps: attention's results, the number of tiles of its head and that head where there are more than one, and
-    the number of tiles of its MLPs."""
+    what it keeps: attention's results, the number of tiles of its head and that head where there are more than one, the
+    number of tiles of its MLPs, and the state of the random numbers before it."""
 
     attention: int = 0
     windowed: int = 0
@@ -74,6 +68,7 @@ class Calls:
     why_tiles: str = "asked for, or no labels"
     head: Any = None
     mlp_tiles: int = 1
+    chance: Tensor | None = None
 
     def tally(self) -> dict[str, object]:
         """The counts, by name."""
@@ -92,19 +87,27 @@ def said(config: Any, name: str) -> Any:
 
 
 def expect_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """A whole batch to train on brings its labels: of the shards nobody outside could shift and weigh them right.
+    """A whole batch to train on brings its labels: of the shards nobody outside could shift and weigh them right. In an
+    evaluation it is only said once what comes back.
 
     Raises:
-        BatchError: no labels, in training mode, for a model that takes them.
+        BatchError: no labels, in training mode.
     """
-    trains = model.training and torch.is_grad_enabled() and "labels" in inspect.signature(model.forward).parameters
-    if trains and PLAN_KEY not in batch and batch.get("labels") is None:
+    if PLAN_KEY in batch or batch.get("labels") is not None:
+        return
+    if model.training and torch.is_grad_enabled():
         raise BatchError(
             "a training batch has no labels",
-            fix="Give labels with the batch. For a loss of your own shard it with sp.shard_batch, which shifts them. "
-            "To evaluate, call model.eval() or use torch.no_grad().",
+            fix="Give labels with the batch. For a loss of your own, or a model without one, shard it with "
+            "sp.shard_batch, and take what comes out as this rank's tokens, those of the plan. To evaluate, call "
+            "model.eval() or use torch.no_grad().",
             keys=sorted(batch),
         )
+    warnings.warn(
+        "What the model returns for this whole batch is of this rank's tokens: [:, -1] is not the end of the sequence. "
+        "Shard the batch with sp.shard_batch, and put results together with its plan: plan.gather(outputs.logits).",
+        stacklevel=2,
+    )
 
 
 def refuse_decoding(batch: Mapping[str, Any]) -> None:
@@ -174,6 +177,12 @@ def _check_sharded(batch: Mapping[str, Any], plan: Plan) -> None:
         raise BatchError(
             "a sharded batch has no position_ids", fix="Use what shard_batch returned as it is.", keys=sorted(batch)
         )
+    if batch.get("labels") is not None and batch.get("shift_labels") is None:
+        raise BatchError(
+            "a sharded batch has labels and no shift_labels, so nobody knows whether they are shifted",
+            fix="Give the labels to shard_batch, not shifted, and use what it returned as it is.",
+            keys=sorted(batch),
+        )
     for name in ("input_ids", "inputs_embeds", "position_ids", "labels", "shift_labels"):
         x = batch.get(name)
         if x is not None and (x.dim() < 2 or x.shape[1] != plan.local_tokens):
@@ -201,6 +210,11 @@ def check_shares(plan: Plan, sp: SequenceParallel) -> None:
         )
     if problem is not None or sp.data_size > 1:  # else all ranks have the same sizes
         sp.groups.agree("the shares of the ranks", {}, problem)
+
+
+def lm_head_of(model: Any) -> bool:
+    """Whether there is something on top of the base model."""
+    return model.base_model is not model or model.get_output_embeddings() is not None
 
 
 def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
@@ -236,7 +250,8 @@ def check_what_went_through_us(model: Any, calls: Calls, labelled: bool) -> None
     Raises:
         UnsupportedError: no.
     """
-    has_head = model.base_model is not model or model.get_output_embeddings() is not None
+    # A base model hands labels down with whatever else it does not know.
+    has_head = lm_head_of(model) or "labels" in inspect.signature(model.forward).parameters
     if labelled and has_head and calls.loss != 1:
         raise UnsupportedError(
             "the model computes a loss of its own, which is a mean over this rank's tokens",
@@ -285,46 +300,6 @@ def check_attention(module: nn.Module, mask: Tensor | None, dropout: float, kwar
             module=where,
             arguments=sorted(unknown),
         )
-
-
-def check_mask(mask_function: Any, padding: Tensor | None, own: bool) -> None:
-    """Refuse what is not said by the plan and the layers' arguments, where transformers would make a mask tensor.
-
-    Args:
-        mask_function: of transformers' masking_utils, as they hand it to the function that makes the tensor.
-        padding: attention_mask (B, S), if it has come this far.
-        own: whether the model has combined the mask with one of its own.
-
-    Raises:
-        UnsupportedError, BatchError: a mask that is not known; padding.
-    """
-    unknown = _unknown(mask_function)
-    if unknown is not None and "bidirectional" in unknown:
-        raise bidirectional(mask_function=unknown)
-    if own or unknown is not None:
-        raise UnsupportedError(
-            "the model adds a mask of its own to the causal one, which cannot be followed exactly",
-            fix="Use a model whose masks are causal or sliding windows, and leave out what makes blocks of its tokens.",
-            mask_function=unknown,
-        )
-    if padding is not None and not bool((padding != 0).all()):
-        raise BatchError(
-            "a padding mask reached the sharded model",
-            fix="Call the model that parallelize returned with the whole batch: it reads the mask before sharding.",
-            attention_mask=tuple(padding.shape),
-        )
-
-
-def _unknown(mask: Any) -> str | None:
-    """The name of an unknown function within a mask function; they are closures over others, or over tuples of them."""
-    if isinstance(mask, tuple):
-        return next((name for name in map(_unknown, mask) if name is not None), None)
-    if not callable(mask):
-        return None
-    name = getattr(mask, "__qualname__", type(mask).__name__).split(".")[0]
-    if name not in FOLLOWED_MASKS:
-        return name
-    return _unknown(tuple(cell.cell_contents for cell in getattr(mask, "__closure__", None) or ()))
 
 
 def _cached(**values: object) -> UnsupportedError:

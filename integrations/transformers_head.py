@@ -20,9 +20,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from seqpar_ring.errors import UnsupportedError
 from seqpar_ring.tiling import Tiles, is_tiled, set_tiles, tile_module, tiles
 
-AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest difference between the model's logits and ours, relative to the largest logit: the same products, summed in
-another order."""
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+"""Largest difference between a logit of the model and ours, relative to it: the same products, of the same row, so that
+two units in the last place are much. A logit below `SMALL` of the largest is taken for as large as that."""
+
+SMALL = 1 / 16
 
 EVERY = 100
 """Steps after which a GPU compares them again."""
@@ -103,8 +105,9 @@ class Cut:
             return UnsupportedError(what, fix=WHOLE, model=self._model)
         with torch.no_grad():
             ours = self.logits(self.hidden_BSC[:, -1:])
-            scale = max(float(found_BSV.abs().max()), torch.finfo(torch.float32).tiny)
-            error = float((ours - found_BSV[:, -1:]).abs().max()) / scale
+            theirs = found_BSV[:, -1:].double()
+            least = max(float(theirs.abs().max()) * SMALL, torch.finfo(torch.float32).tiny)
+            error = float(((ours - theirs).abs() / theirs.abs().clamp(min=least)).max())
         if error <= AGREEMENT.get(ours.dtype, AGREEMENT[torch.bfloat16]):
             return None
         return UnsupportedError(

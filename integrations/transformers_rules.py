@@ -21,6 +21,7 @@ from seqpar_ring.errors import BatchError, ConfigError, UnsupportedError
 
 from .transformers_calls import NOT_OF_A_SHARD, OWN_LOSS, bidirectional, dropout_above_zero, said
 from .transformers_positions import FOLLOW_LENGTH
+from .transformers_tokens import check_chance, refuse_mixing
 
 RING = "seqpar_ring"
 """The attn_implementation under which the ring is registered."""
@@ -118,6 +119,10 @@ def _has_attention_layers_only(model: Any, config: Any) -> None:
                 model=type(model).__name__,
                 **{name: getattr(config, name)},
             )
+
+
+def _mixes_no_tokens_elsewhere(model: Any, config: Any) -> None:
+    refuse_mixing(model)
 
 
 def _has_positions_that_stay(model: Any, config: Any) -> None:
@@ -253,12 +258,18 @@ def check_ignored(batch: Mapping[str, Any]) -> None:
         )
 
 
-def check_loss_is_as_we_made_it(model: Any, made: Tensor | None, output: Any) -> None:
-    """After a forward with labels: does the model return what its loss function did, with nothing added?
+def check_outcome(model: Any, chance: Tensor | None, made: Tensor | None, output: Any) -> None:
+    """After a forward: was nothing drawn at random? And does the model return what its loss function did, with nothing
+    added?
+
+    Args:
+        chance: the state of the random numbers before; None where it is not looked at.
+        made: what the loss function returned; None without labels.
 
     Raises:
         UnsupportedError: no.
     """
+    check_chance(model, chance)
     found = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
     if made is not None and found is not made:
         raise UnsupportedError(
@@ -271,6 +282,7 @@ def check_loss_is_as_we_made_it(model: Any, made: Tensor | None, output: Any) ->
 RULES: tuple[Callable[[Any, Any], None], ...] = (
     _is_a_causal_decoder,
     _has_attention_layers_only,
+    _mixes_no_tokens_elsewhere,
     _has_positions_that_stay,
     _counts_positions_from_zero,
     _is_of_no_dropout,

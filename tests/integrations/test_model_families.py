@@ -106,6 +106,7 @@ def test_rows_padded_at_the_right_are_those_of_one_process(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, family in TABLE.items() if family.row_sets_length])
+@pytest.mark.filterwarnings("ignore:What the model returns for this whole batch")
 def test_a_rotary_embedding_grows_and_shrinks_from_batch_to_batch_as_in_one_process(name: str) -> None:
     """`dynamic` stays as long as the longest sequence so far, until one is shorter than the model's own length."""
     base = build(TABLE[name].name, **TABLE[name].changes).eval()

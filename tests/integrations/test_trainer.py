@@ -272,6 +272,9 @@ REFUSALS = {
     "predict": ("UnsupportedError", "predictions need the logits"),
     "prompt tuning": ("UnsupportedError", "prompt learning"),
     "dropout in LoRA": ("UnsupportedError", "dropout above 0"),
+    "unfrozen": ("UnsupportedError", "DDP wrapped the model without"),
+    "loss function, later": ("UnsupportedError", "compute_loss_func would see"),
+    "smoothing, later": ("UnsupportedError", "label_smoothing_factor=0.5"),
 }
 
 
@@ -300,6 +303,18 @@ def test_what_is_wrong_on_one_data_rank_is_said_on_all(
         assert all(text in message for text in texts), message
 
 
+def test_a_class_that_says_its_loss_is_not_scaled_trains_as_trainer_does(pool2: RankPool, tmp_path: Path) -> None:
+    """Loss and gradients were halved with two micro-batches to a step."""
+    from transformers import Trainer
+
+    run = Run(size=2, steps=2)
+    assert run.accumulation > 1
+    kinds = Trainer, trainer_refusals.SaysItIsNotScaled
+    want, got = (pool2.run(trainer_refusals.losses, run, str(tmp_path / k.__name__), k)[0] for k in kinds)
+    assert len(want) == 2
+    assert got == want
+
+
 def test_a_class_that_is_no_trainer_is_refused() -> None:
     with pytest.raises(VersionError, match="lacks methods of transformers' Trainer"):
         integration.ring(dict, size=2)
@@ -321,6 +336,8 @@ def test_a_class_with_a_loss_of_its_own_is_refused() -> None:
     for kind in (Weighted, DPOTrainer, type("Other", (Weighted,), {})):
         with pytest.raises(UnsupportedError, match="compute_loss of its own"):
             integration.ring(kind, size=2)
+    with pytest.raises(UnsupportedError, match=r"_get_num_items_in_batch of its own.*number of targets"):
+        integration.ring(type("Counts", (Trainer,), {"_get_num_items_in_batch": lambda *_: 1}), size=2)
     with pytest.raises(UnsupportedError, match="prediction_step of its own"):
         integration.ring(Seq2SeqTrainer, size=2)
     for kind in (Trainer, SFTTrainer, Logged):

@@ -189,6 +189,7 @@ def test_shifted_labels_win_over_labels_as_in_transformers() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:What the model returns for this whole batch")
 def test_logits_are_those_of_this_ranks_tokens_and_the_batch_may_come_by_position(family: str) -> None:
     base = build(family).eval()
     ids, mask = packed([29])["input_ids"], torch.ones(1, 29, dtype=torch.int64)
@@ -206,6 +207,7 @@ def test_logits_are_those_of_this_ranks_tokens_and_the_batch_may_come_by_positio
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:What the model returns for this whole batch")
 def test_a_base_model_without_a_head_returns_this_ranks_hidden_states() -> None:
     base, ids = build("Llama", suffix="Model").eval(), packed([17])["input_ids"]
 
@@ -273,7 +275,8 @@ def with_documents_that_see_each_other(sp: SequenceParallel, batch: Batch) -> di
     whole = sp.shard_batch({"input_ids": batch["input_ids"]})
     plan = whole["seqpar_plan"]
     labels = sp.plan(sharded["seqpar_plan"].lengths).gather(sharded["labels"])
-    return {**whole, "position_ids": plan.shard(batch["position_ids"]), "labels": plan.shard(labels)}
+    labels = plan.shard(labels)
+    return {**whole, "position_ids": plan.shard(batch["position_ids"]), "labels": labels, "shift_labels": labels}
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,7 @@ def test_mlps_are_recomputed_in_the_tiles_of_their_own_call(checkpointing: str) 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("logits", ["auto", "whole", 5])
+@pytest.mark.filterwarnings("ignore:What the model returns for this whole batch")
 def test_data_ranks_that_differ_in_labels_are_told_so(logits: Any, sharded: bool) -> None:
     """One group waited in a sum over the world, another in an agreement, and they took each other's numbers."""
     base, whole = build("Llama").eval(), packed([13, 8])

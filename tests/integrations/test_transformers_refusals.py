@@ -161,6 +161,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_every_rank(rank: int, bad: dict[
     assert all(f"rank {rank}" in str(error) for i, error in enumerate(found) if i != rank)
 
 
+@pytest.mark.filterwarnings("ignore:What the model returns for this whole batch")
 def test_a_rank_without_tokens_is_refused() -> None:
     base = build("Llama").eval()
     batch = {"input_ids": packed([1, 2])["input_ids"], "position_ids": torch.tensor([[0, 0, 1]])}
@@ -168,6 +169,7 @@ def test_a_rank_without_tokens_is_refused() -> None:
     assert_refused(found, BatchError, "no token", "tokens_by_rank=", "lengths=(1, 2)", "contiguous")
 
 
+@pytest.mark.filterwarnings("ignore:What the model returns for this whole batch")
 def test_a_rank_without_tokens_is_refused_on_all_data_ranks() -> None:
     """The others, whose batches are fine, waited for it in the loss."""
     base = build("Llama").eval()

@@ -147,6 +147,7 @@ def test_a_tuple_has_no_logits_of_a_single_token_either() -> None:
         assert logits is None
 
 
+@pytest.mark.filterwarnings("ignore:What the model returns for this whole batch")
 def test_without_labels_the_logits_are_there() -> None:
     base, batch = build("Llama").eval(), packed([33])
     del batch["labels"]

@@ -8,7 +8,7 @@ import hf_cases
 import torch
 from torch import nn
 from trainer_cases import Run, Stream, arguments, as_torchrun, model, rows, trainer_of
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from seqpar_ring import SequenceParallel
 
@@ -18,6 +18,21 @@ class Given(Trainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, compute_loss_func=lambda *_: 0, **kwargs)
+
+
+class SaysItIsNotScaled(Trainer):  # type: ignore[misc]
+    """As a base class of somebody's own may, or one made for another loss."""
+
+    loss_is_scaled_for_ga = False
+
+
+class Unfreezes(TrainerCallback):  # type: ignore[misc]
+    """Trains the first layers from the second step on."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            for parameter in kwargs["model"].parameters():
+                parameter.requires_grad_(True)
 
 
 NONE = torch.zeros(0, dtype=torch.long)
@@ -67,6 +82,10 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
             settings = {"size": 3}
         elif what == "no size":
             settings = {}
+        elif what == "unfrozen":
+            for parameter in made.model.layers[0].parameters():
+                parameter.requires_grad_(False)
+            keywords["callbacks"] = [Unfreezes()]
         elif what == "wrapped":
             made = nn.Sequential(made)
         elif what == "prompt tuning":
@@ -83,6 +102,10 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
                 training.parallelism_config = ParallelismConfig(**{what: 2})
             kind = Given if what == "subclass" else Trainer
             trainer = ring(kind, **settings)(model=made, args=training, **keywords)
+            if what == "loss function, later":
+                trainer.compute_loss_func = lambda *_: 0
+            if what == "smoothing, later":
+                trainer.args.label_smoothing_factor = 0.5
             if what == "predict":
                 trainer.predict(rows(run.kind))
             if what == "unequal evaluations":
@@ -91,6 +114,19 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
         except SeqparError as error:
             return f"{type(error).__name__}: {error}"
     return "not refused"
+
+
+def losses(sp: SequenceParallel, run: Run, folder: str, kind: type) -> list[tuple[float, float]]:
+    """Loss and norm of the gradient in each step of a Trainer class."""
+    from seqpar_ring.integrations.trainer import ring
+    from transformers import TrainingArguments, default_data_collator
+
+    with as_torchrun(sp):
+        training = TrainingArguments(**arguments(run, folder, max_grad_norm=1e9))
+        given = {"train_dataset": rows(run.kind), "data_collator": default_data_collator}
+        trainer = ring(kind, size=run.size)(model=model(run), args=training, **given)
+        trainer.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
 
 
 def another_vocabulary(sp: SequenceParallel, run: Run, folder: str) -> str:
