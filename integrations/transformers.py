@@ -9,9 +9,8 @@ and no generation: a sharded model has no KV cache.
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -28,7 +27,6 @@ from seqpar_ring.remat import Kept, choose
 from seqpar_ring.tiling import set_tiles, tiles
 
 try:
-    import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
 except ImportError as error:
     raise VersionError(
@@ -38,10 +36,12 @@ except ImportError as error:
     ) from error
 
 from . import transformers_calls as allowed
+from . import transformers_edges as edges
 from . import transformers_head as head
 from . import transformers_masks as masks
 from . import transformers_peft as peft
 from . import transformers_positions as positions
+from . import transformers_replicas as replicas
 from . import transformers_rules as rules
 from . import transformers_tokens as tokens
 from .transformers_calls import CALLS_KEY, Calls
@@ -90,7 +90,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
             sp.describe(of_config(hf.config.to_dict(), type(hf).__name__), DTYPES.get(hf.dtype, "fp32"))
     except SeqparError as found:
         problem = found
-    sp.groups.everyone.agree("parallelize", _record(hf), problem)
+    sp.groups.everyone.agree("parallelize", edges.record(hf), problem)
     register()
     try:
         hf.set_attn_implementation(NAME)
@@ -137,7 +137,7 @@ class _Adapter:
         self.sp = sp
         self._checked: set[object] = set()
         self._dropouts: dict[str, Any] = {}
-        self._tiled = 0
+        self._tiled = self._forwards = 0
         self._mlps = [] if sp.settings.mlp == "whole" else head.tile_mlps(model)
 
     @_not_compiled
@@ -145,7 +145,7 @@ class _Adapter:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         """Forward pre-hook: check the call, shard the batch, let the plan and an empty tally go with it."""
-        batch = _named(model, args, kwargs)
+        batch = edges.named(model, args, kwargs)
         allowed.refuse_decoding(batch)
         problem: SeqparError | None = None
         try:
@@ -159,8 +159,12 @@ class _Adapter:
         except SeqparError as found:
             problem = found
         # Data ranks must know of labels, too: the loss is a sum over all of them.
-        what = f"the call of the model {'without' if batch.get('labels') is None else 'with'} labels"
+        trains = "in training " if model.training and torch.is_grad_enabled() else ""
+        what = f"the call of the model {trains}{'without' if batch.get('labels') is None else 'with'} labels"
         self.sp.groups.agree(what, {"keys of the batch": sorted(batch)}, problem)
+        if trains:
+            self._forwards += 1
+            replicas.check(model, self.sp.groups.everyone, self._forwards)
         if PLAN_KEY not in batch:
             batch = self.sp.shard_batch(batch)
         allowed.check_shares(batch[PLAN_KEY], self.sp)
@@ -204,13 +208,13 @@ class _Adapter:
         if calls.kept is not None:
             calls.kept.close()
         if calls.tiles > 1:
-            output = _without_logits(output)
+            output = edges.without_logits(output)
         if labelled in self._checked:
             allowed.check_what_went_through_us(model, calls, labelled)
             rules.check_outcome(model, calls.chance, made, output)
             return output
         if not self._checked and self.sp.groups.global_rank == 0:
-            LOG.info("%s", _explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
+            LOG.info("%s", edges.explanation(kwargs[PLAN_KEY], calls, self.sp.decided))
         problem: SeqparError | None = None
         try:
             allowed.check_calls(model, calls, labelled)
@@ -294,16 +298,6 @@ def _attend(  # noqa: PLR0913 - the signature that transformers calls
     return out_BSHE, None
 
 
-def _explanation(plan: Plan, calls: Calls, decided: str) -> str:
-    """The choices of the first forward with their reasons, a line each."""
-    kept, why = choose(plan.documents.settings.remat, plan.keys_per_query)
-    if calls.kept is not None:
-        why += f"; {calls.kept.bytes / 2**20:.2f} MiB kept by this rank"
-    head_in = "whole" if calls.tiles == 1 else f"{calls.tiles} tiles"
-    auto = f"\n  auto: {decided}" if decided else ""
-    return f"{plan.explain()}{auto}\n  remat: {kept} ({why})\n  logits: {head_in} ({calls.why_tiles})"
-
-
 def _kept_for_recompute(calls: Calls, module: nn.Module, plan: Plan) -> AbstractContextManager[object]:
     """Around a layer's attention: kept if the settings say so, or by its own plan, which has the layer's window."""
     if calls.kept is None:
@@ -322,28 +316,3 @@ def _mask(
     for packed documents.
     """
     masks.check_mask(mask_function, attention_mask, use_vmap)
-
-
-def _without_logits(output: Any) -> Any:
-    """What a model returned, without its logits: of one token, better none than a few."""
-    if isinstance(output, tuple):  # return_dict=False: the loss, the logits, what else was asked for
-        return (output[0], None, *output[2:])
-    output.logits = None
-    return output
-
-
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
-    if not args:
-        return dict(kwargs)
-    signature = inspect.signature(model.forward)
-    signature.bind_partial(*args, **kwargs)  # raises TypeError as the call itself would
-    return {**signature.bind_partial(*args).arguments, **kwargs}
-
-
-def _record(model: nn.Module) -> dict[str, object]:
-    """What the ranks' models must have in common; of the config only what is cheap to say."""
-    config = getattr(model, "config", None)
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    values = {name: allowed.said(config, name) for name in names}
-    return {"model": type(model).__name__, **values, "transformers": transformers.__version__}

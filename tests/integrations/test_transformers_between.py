@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from hf_cases import (
     step,
     turn_on,
 )
+from saying import said_of
+from seqpar_ring.integrations import transformers_replicas as replicas
 from seqpar_ring.integrations.transformers import parallelize
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -261,3 +264,52 @@ def test_the_positions_of_a_shard_are_those_of_its_documents() -> None:
 
     for found in run_lockstep(positions, 2):
         assert found.tolist() == [list(range(24))] * 2
+
+
+def test_ranks_with_other_weights_are_told_so() -> None:
+    """Random ones that were not seeded alike; the loss was the mean over two models."""
+
+    def run(sp: SequenceParallel) -> str:
+        model = build("Llama")
+        if sp.rank == 1:
+            with torch.no_grad():
+                model.lm_head.weight[3, 5] += 1e-3
+        return said_of(lambda: parallelize(model, sp)(**packed([43])))
+
+    for said in run_lockstep(run, 2):
+        assert said.startswith("DisagreementError: the ranks hold different weights")
+        assert "seed alike" in said
+
+
+def test_a_loop_in_which_nothing_averages_the_gradients_is_told_so() -> None:
+    def steps(sp: SequenceParallel, averages: bool) -> str:
+        model = parallelize(build("Llama"), sp)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def train() -> None:
+            for _ in range(4):
+                model(**packed([43])).loss.backward()
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    if averages:
+                        parameter.grad.copy_(sp.groups.everyone.all_reduce(parameter.grad) / sp.world_size)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return said_of(train)
+
+    assert set(run_lockstep(lambda sp: steps(sp, averages=True), 2)) == {"nothing was raised"}
+    for said in run_lockstep(lambda sp: steps(sp, averages=False), 2):
+        assert "the ranks hold different weights" in said
+        assert "forward=2" in said
+
+
+def test_parameters_of_which_a_rank_holds_a_part_are_not_compared() -> None:
+    model = build("Llama")
+    assert not math.isnan(replicas.summary(model))
+    exchanged = copy.deepcopy(model)
+    one, other = exchanged.model.layers[0].self_attn, exchanged.model.layers[1].self_attn
+    one.q_proj, other.q_proj = other.q_proj, one.q_proj
+    assert replicas.summary(exchanged) != replicas.summary(model)
+    model.lm_head.weight.ds_id = 3  # as ZeRO-3 marks its own
+    assert math.isnan(replicas.summary(model))

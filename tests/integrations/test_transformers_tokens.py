@@ -189,8 +189,10 @@ class Scorer(transformers.LlamaPreTrainedModel):  # type: ignore[misc]
 
 
 def test_a_loss_of_its_own_is_refused_wherever_the_decoder_is() -> None:
+    model = Tagger(transformers.LlamaConfig(**SHAPE)).train()
+
     def act(sp: SequenceParallel) -> None:
-        parallelize(Tagger(transformers.LlamaConfig(**SHAPE)).train(), sp)(**packed([43]))
+        parallelize(copy.deepcopy(model), sp)(**packed([43]))
 
     assert_refused(errors(act), UnsupportedError, "a loss of its own", "Tagger")
 
@@ -198,10 +200,10 @@ def test_a_loss_of_its_own_is_refused_wherever_the_decoder_is() -> None:
 @pytest.mark.parametrize("kind", [Scorer, transformers.LlamaModel])
 def test_a_model_without_labels_is_not_trained_on_a_whole_batch(kind: Any) -> None:
     """What it returns is of a rank's tokens: a score of "the last" is that of another token on each rank."""
-    ids = {"input_ids": packed([43])["input_ids"]}
+    model, ids = kind(transformers.LlamaConfig(**SHAPE)).train(), {"input_ids": packed([43])["input_ids"]}
 
     def act(sp: SequenceParallel) -> None:
-        parallelize(kind(transformers.LlamaConfig(**SHAPE)).train(), sp)(**ids)
+        parallelize(copy.deepcopy(model), sp)(**ids)
 
     assert_refused(errors(act), BatchError, "has no labels", "sp.shard_batch")
 
