@@ -52,7 +52,13 @@ CALLS = {
     "packed": Call(0, 0, INF, 0, (0, 130, 131, 300), (0, 130, 131, 300)),
     "window": Call(0, 0, 64, 0, (0, 130, 300), (0, 130, 300)),
     "band": Call(0, 0, 64, 9, (0, 130, 300), (0, 200, 400)),
+    "open below": Call(0, 0, INF, 8, (0, 10), (0, 4)),
+    "open above": Call(0, 0, 3, INF, (0, 10), (0, 4)),
+    "one query, some without keys": Call(0, 0, INF, INF, (0, 1, 2, 3), (0, 0, 9, 12)),
 }
+
+SMS = 132
+"""Multiprocessors of the GPU that is compiled for."""
 
 
 class Case(NamedTuple):
@@ -93,11 +99,12 @@ def few() -> Iterator[Case]:
     """Where each is compiled, for several seconds. What is the same bits each time needs a GPU to be compiled."""
     for call, width in product(("causal", "full", "band"), (64, 128)):
         yield Case(call, (width, width))
+    for call in ("open below", "open above", "one query, some without keys"):
+        yield Case(call, (128, 128))
     yield Case("packed", (128, 128), (8, 1), softcap=30.0, dtype=torch.float16)
     yield Case("causal", (20, 20), batch=2)
-    if os.environ["FLASH_ATTENTION_ARCH"] == "sm_90":  # for Blackwell it asks the driver, where no heads are shared
-        yield Case("window", (128, 128), (8, 8))
-        yield Case("causal", flash4.LATENT, (8, 8))
+    yield Case("window", (128, 128), (8, 8))
+    yield Case("causal", flash4.LATENT, (8, 8))
 
 
 class There(NamedTuple):
@@ -162,8 +169,20 @@ def over_flash4(architecture: str) -> There:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     os.environ.update(
-        FLASH_ATTENTION_ARCH=architecture, CUTE_DSL_ARCH=f"{architecture}a", FLASH_ATTENTION_NUM_SMS="132"
+        FLASH_ATTENTION_ARCH=architecture, CUTE_DSL_ARCH=f"{architecture}a", FLASH_ATTENTION_NUM_SMS=str(SMS)
     )
+    from cutlass import utils  # type: ignore[import-not-found]
+
+    class Hardware:
+        """What the driver would say of the GPU, as some kernels ask when they are compiled."""
+
+        def get_device_multiprocessor_count(self) -> int:
+            return SMS
+
+        def get_max_active_clusters(self, cluster_size: int) -> int:
+            return SMS // cluster_size
+
+    utils.HardwareInfo = Hardware
     there = present(flash4.LIBRARY)
     there.function = on_gpu(there.function)  # type: ignore[method-assign]
     return There(Flash4Kernel(there, ("cpu",)), few(), "cpu", FakeTensorMode)
