@@ -80,7 +80,7 @@ def check_trained(known: frozenset[str], now: frozenset[str]) -> None:
     if since:
         raise UnsupportedError(
             "parameters are trained that DDP wrapped the model without, and it does not average their gradients",
-            fix="Let them require gradients before train(), or use DeepSpeed or FSDP.",
+            fix="Let them require gradients before the first train(), or use DeepSpeed or FSDP.",
             parameters=since[:5],
             number=len(since),
         )

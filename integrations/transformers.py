@@ -92,6 +92,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
         problem = found
     sp.groups.everyone.agree("parallelize", edges.record(hf), problem)
     register()
+    before = hf.config._attn_implementation
     try:
         hf.set_attn_implementation(NAME)
     except (ValueError, KeyError) as found:
@@ -101,8 +102,11 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
             model=type(hf).__name__,
             error=str(found),
         ) from found
-    if tokens.strangers(hf):
+    try:
         sp.groups.everyone.agree("the model's own code", {}, tokens.check(hf))
+    except SeqparError:
+        hf.set_attn_implementation(before)
+        raise
     adapter = _Adapter(sp, hf)
     vars(hf)[ADAPTER], hf.loss_function = adapter, adapter.loss
     hf.register_forward_pre_hook(adapter.before, with_kwargs=True)

@@ -10,6 +10,7 @@ times the same. Nothing here communicates.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from seqpar_ring.batch import PLAN_KEY
 from seqpar_ring.errors import SeqparError, UnsupportedError
+
+from .transformers_positions import DROP_KEYWORDS
 
 PROBE = "each token by itself"
 """In place of a plan: attention is to stay within a token."""
@@ -39,6 +42,9 @@ DRAWN_IN_VAIN = ("phimoe", "LOHA", "LOKR")
 """Model types, and methods of PEFT, that draw random numbers without effect where their jitter and dropout are 0, as
 the rules see to: a router that samples among the one expert that is left, a number that is compared with 0."""
 
+OF_TOWERS = ("Vision", "Image", "Audio", "Speech")
+"""Words in the names of modules that text does not go through."""
+
 TOKENS = 16
 KEPT = (3, 9, 1, 14, 6, 11, 4, 8)
 """Tokens that are there both times: the second time they come first, in this order, and others follow."""
@@ -58,7 +64,14 @@ def refuse_mixing(model: nn.Module) -> None:
     Raises:
         UnsupportedError: with their names.
     """
-    found = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, MIXING)}
+    towers = [name for name, m in model.named_modules() if any(word in type(m).__name__ for word in OF_TOWERS)]
+    found = {
+        name: type(m).__name__
+        for name, m in model.named_modules()
+        if isinstance(m, MIXING)
+        and set(getattr(m, "kernel_size", (0,))) != {1}
+        and not any(name.startswith(f"{tower}.") for tower in towers)
+    }
     if found:
         raise UnsupportedError(
             "the model has modules beside its attention that look at several tokens, of which a rank has some only",
@@ -84,11 +97,11 @@ def check(model: Any) -> SeqparError | None:
     unknown = strangers(model)
     if not unknown:
         return None
-    why_not = _not_whole(model)
-    difference = 0.0
+    why_not, difference = _not_whole(model), 0.0
     if not why_not:
         try:
             difference = _difference(model)
+            why_not = "" if math.isfinite(difference) else "what they compute is not finite, or all zero"
         except SeqparError as error:
             return error
         except Exception as error:  # whatever it is, of code that nobody knows
@@ -134,7 +147,7 @@ def check_chance(model: Any, before: Tensor | None) -> None:
         UnsupportedError: the state is not that of before.
     """
     now = None if before is None else chance_of(model)
-    if before is not None and now is not None and not torch.equal(before, now):
+    if before is not None and now is not None and before.shape == now.shape and not torch.equal(before, now):
         raise UnsupportedError(
             "the model has drawn random numbers in its forward, and each rank draws its own for its tokens",
             fix="Turn off what draws: dropout that is a function, noise on embeddings (NEFTune), stochastic depth.",
@@ -171,24 +184,36 @@ def _difference(model: Any) -> float:
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     pairs = [(one[0, kept.to(one.device)], other[0, : len(KEPT)]) for one, other in zip(*found, strict=True)]
-    return max(_apart(one, other) for one, other in pairs)
+    apart = [_apart(one, other) for one, other in pairs if bool(one.any())]
+    return max(apart) if apart and all(map(math.isfinite, apart)) else math.nan
 
 
 def _computed(model: Any, ids: Tensor, order: Tensor, device: torch.device) -> list[Tensor]:
     """What the model and the part below its head compute of these tokens, each at its own position: (1, TOKENS, ..)."""
     given = {"input_ids": ids[order][None].to(device), "position_ids": order[None].to(device), PLAN_KEY: PROBE}
     below: list[Any] = []
-    hook = model.base_model.register_forward_hook(lambda module, args, output: below.append(output))
+    hooks = [model.base_model.register_forward_hook(lambda module, args, output: below.append(output))]
+    for module in (m for m in model.modules() if type(m).__name__ in DROP_KEYWORDS):
+        hooks.append(module.register_forward_pre_hook(_hand, with_kwargs=True))
     try:
         outputs = [model(**given, use_cache=False), *below]
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     found = [x for x in (output[0] for output in outputs) if x.shape[:2] == (1, TOKENS)]
     if not found:
         raise ValueError("it returns nothing that has an entry for each token")
     return found
 
 
+def _hand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `positions.follow` does later for attention that is handed no keywords."""
+    return args, {**kwargs, PLAN_KEY: PROBE}
+
+
 def _apart(one: Tensor, other: Tensor) -> float:
-    one, other = one.double(), other.double()
-    return float((one - other).abs().max()) / max(float(one.abs().max()), torch.finfo(torch.float32).tiny)
+    """Relative to the largest number: by how much the worst token differs. In 16 bits, by how much half of them do:
+    there one may go to another expert, because its row was rounded otherwise."""
+    worst = (one.double() - other.double()).abs().flatten(1).max(1).values.sort().values
+    difference = worst[-1] if one.dtype.itemsize > 2 else worst[len(worst) // 2]
+    return float(difference / one.double().abs().max())

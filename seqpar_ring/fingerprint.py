@@ -1,4 +1,4 @@
-"""A number for a tensor of integers, by which ranks find out whether they were given the same batch.
+"""A number for a tensor, by which ranks find out whether they were given the same batch.
 
 One number travels in place of the batch. It is no hash against an adversary, and says nothing about what differs.
 """

@@ -52,7 +52,13 @@ def token_mean(
         DisagreementError: the ranks give different `num_items` or `accumulation`: each its own targets, say. Compared
             in every call, on a GPU in the first only.
     """
-    def summed() -> Tensor:
+    def summed() -> Tensor | Exception:
+        try:
+            return cross_entropy()
+        except Exception as error:  # want of memory, say
+            return error
+
+    def cross_entropy() -> Tensor:
         wide = logits_BSV if logits_BSV.dtype is torch.float64 else logits_BSV.float()
         flat = labels_BS.reshape(-1)
         by_token = wide.reshape(flat.numel(), wide.shape[-1])
@@ -65,7 +71,7 @@ def token_mean(
 
 
 def mean_of_sums(
-    summed: Callable[[], Tensor],
+    summed: Callable[[], Tensor | Exception],
     labels_BS: Tensor,
     everyone: Transport,
     *,
@@ -77,7 +83,8 @@ def mean_of_sums(
     """The same of a sum that is computed otherwise, for instance in tiles. Collective over the world.
 
     Args:
-        summed: computes the cross entropy summed over this rank's targets, a scalar in fp32 or fp64, once ranks agree.
+        summed: computes the cross entropy summed over this rank's targets, a scalar in fp32 or fp64, once ranks agree;
+            or its error, for all ranks to raise, where it surely talks to none (a head of gathered weights does).
         labels_BS: this rank's targets, of which those are counted that are not -100.
         everyone, num_items, accumulation, problem: as in `token_mean`.
         **record: what else the ranks must have in common.
@@ -99,7 +106,8 @@ def mean_of_sums(
     known = f"weights of the loss, {'of the batch' if num_items is None else 'of the step'}"
     on_gpu = problem is None and labels_BS.is_cuda  # weights differ from step to step, and the host would have to wait
     everyone.agree_at_first("the loss", weights, problem, always=not on_gpu, known_as=known)
-    local, total, seen = _over_all(summed, labels_BS, everyone, waits=num_items is None or not labels_BS.is_cuda)
+    waits = num_items is None or not labels_BS.is_cuda
+    local, total, seen = _over_all(summed(), labels_BS, everyone, waits)
     count = int(seen) if num_items is None else num_items
     if count < 1:
         masked = int(seen) == 0
@@ -123,24 +131,26 @@ def mean_of_sums(
 
 
 def _over_all(
-    summed: Callable[[], Tensor], labels_BS: Tensor, everyone: Transport, waits: bool
+    done: Tensor | Exception, labels_BS: Tensor, everyone: Transport, waits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(this rank's sum, the sum over all ranks, the targets of all ranks). Collective.
 
-    A rank whose sum fails takes part nevertheless, as the others are on their way to it. They see it where the host
+    A rank whose sum failed takes part nevertheless, as the others are on their way to it. They see it where the host
     waits for the result anyhow, as `waits` says.
     """
-    failure: Exception | None = None
-    try:
-        local = summed()
-    except Exception as error:
-        local, failure = labels_BS.new_zeros((), dtype=torch.float32), error
+    failure = done if isinstance(done, Exception) else None
+    local = labels_BS.new_zeros((), dtype=torch.float32) if isinstance(done, Exception) else done
     targets = (labels_BS != IGNORED).sum()
     failed = targets.new_full((), failure is not None)
     sums = torch.stack([x.detach().double() for x in (local, targets, failed)])
-    total, seen, failed = everyone.all_reduce(sums).unbind()
-    if waits and int(failed):
-        everyone.agree("the loss", {}, failure)  # raises it, here and on every other rank
+    try:
+        total, seen, failed = everyone.all_reduce(sums).unbind()
+        if waits and int(failed):
+            everyone.agree("the loss", {}, failure)  # raises it, here and on every other rank
+    except SeqparError as error:
+        if failure is not None and error is not failure:
+            raise failure from error
+        raise
     if failure is not None:
         raise failure
     return local, total, seen

@@ -21,7 +21,7 @@ from seqpar_ring import layout as layouts
 from seqpar_ring.attention import ring_attention
 from seqpar_ring.compat.arguments import Options, Tensors, unpack
 from seqpar_ring.config import Settings
-from seqpar_ring.errors import GroupError, PlanError
+from seqpar_ring.errors import GroupError, PlanError, SeqparError
 from seqpar_ring.groups import own_device
 from seqpar_ring.plan import Documents
 from seqpar_ring.transport import LANES, DistributedTransport, LockstepWorld, Transport
@@ -111,8 +111,10 @@ class Ring:
             options.check(q.device.type, len(documents.lengths) if varlen else None)
             plan = documents.plan(options.mask(max(documents.lengths)))
         except Exception as problem:
-            # The other ranks are told here what they meet in ring_attention, where all agree before anything travels.
-            self.transport.agree("ring_attention", {}, problem)
+            # The other ranks are told here what they meet in ring_attention, where all agree before anything travels;
+            # on a GPU only of what is new to them, so what is no fault of the arguments would be told to nobody.
+            if isinstance(problem, SeqparError) or not getattr(tensors[0], "is_cuda", False):
+                self.transport.agree("ring_attention", {}, problem)
             raise
         scale, slopes = options.softmax_scale, options.alibi_slopes
         out, lse = ring_attention(q, k, v, plan, scale=scale, alibi_slopes=slopes, return_lse=True)

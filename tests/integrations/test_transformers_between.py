@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from hf_cases import (
 from saying import said_of
 from seqpar_ring.integrations import transformers_replicas as replicas
 from seqpar_ring.integrations.transformers import parallelize
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -306,10 +305,25 @@ def test_a_loop_in_which_nothing_averages_the_gradients_is_told_so() -> None:
 
 def test_parameters_of_which_a_rank_holds_a_part_are_not_compared() -> None:
     model = build("Llama")
-    assert not math.isnan(replicas.summary(model))
+    assert replicas.summary(model) is not None
     exchanged = copy.deepcopy(model)
     one, other = exchanged.model.layers[0].self_attn, exchanged.model.layers[1].self_attn
     one.q_proj, other.q_proj = other.q_proj, one.q_proj
     assert replicas.summary(exchanged) != replicas.summary(model)
     model.lm_head.weight.ds_id = 3  # as ZeRO-3 marks its own
-    assert math.isnan(replicas.summary(model))
+    assert replicas.summary(model) is None
+
+
+def test_weights_that_cannot_be_summed_are_left_out_and_nan_on_one_rank_is_found() -> None:
+    def run(sp: SequenceParallel) -> str:
+        model = build("Llama")
+        model.quantized = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
+        sp.groups.everyone.agree("before", {})
+        replicas.check(model, sp.groups.everyone, forward=1)
+        if sp.rank == 1:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = torch.nan
+        return said_of(lambda: replicas.check(model, sp.groups.everyone, forward=2))
+
+    for said in run_lockstep(run, 2):
+        assert "the ranks hold different weights" in said

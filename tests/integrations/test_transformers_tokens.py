@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from hf_cases import GRAD, LOSS, SHAPE, assert_refused, assert_same_step, build, errors, one_process, packed, step
+from saying import said_of
 from seqpar_ring.integrations import transformers_tokens as tokens
 from seqpar_ring.integrations.transformers import parallelize
 from torch import Tensor, nn
@@ -135,6 +136,58 @@ def test_what_cannot_be_run_here_is_said() -> None:
     model = with_beside(Function(fails))
     model.set_attn_implementation("sdpa")
     assert "RuntimeError: no kernel for this device" in warned(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_weights_of_which_nothing_can_be_seen_are_no_reason_to_refuse(value: float) -> None:
+    """Memory that is filled later, for instance."""
+    model = with_beside(Function(torch.tanh))
+    model.set_attn_implementation("seqpar_ring")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(value)
+    with pytest.warns(UserWarning, match="not finite, or all zero"):
+        assert tokens.check(model) is None
+
+
+@pytest.mark.parametrize("family", ["Nemotron", "StableLm"])
+def test_own_code_in_a_family_that_hands_attention_no_keywords_is_exact(family: str) -> None:
+    model, batch = build(family), packed([13, 30])
+    model.model.layers[1].mlp = Beside(model.model.layers[1].mlp, Function(torch.tanh))
+    want = one_process(model, batch)
+    for got in run_lockstep(lambda sp: step(sp, parallelize(copy.deepcopy(model), sp), batch), 2):
+        assert_same_step(got, want, GRAD, LOSS)
+
+
+def test_in_16_bits_a_token_that_goes_to_another_expert_is_none_that_sees_others() -> None:
+    one = torch.randn(8, 5, dtype=torch.float64)
+    other = one.clone()
+    other[2] += 1
+    assert tokens._apart(one.bfloat16(), other.bfloat16()) < 1e-2 < tokens._apart(one, other)
+    assert tokens._apart(one.bfloat16(), (one + 0.2).bfloat16()) > 1e-2
+
+
+def test_own_code_on_one_rank_only_leaves_none_waiting_and_a_refused_model_as_it_was() -> None:
+    def run(sp: SequenceParallel) -> tuple[str, str]:
+        model = with_beside(Function(shift)) if sp.groups.global_rank == 0 else build("Llama")
+        return said_of(lambda: parallelize(model, sp)), model.config._attn_implementation
+
+    for said, attention in run_lockstep(run, 4, size=2, timeout=20.0):
+        assert "depends on the other tokens" in said
+        assert attention == "sdpa"
+
+
+def test_towers_that_text_does_not_go_through_and_products_of_one_token_are_let_be() -> None:
+    class AudioEncoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3)
+
+    model = build("Llama")
+    model.model.audio, model.model.point = AudioEncoder(), nn.Conv1d(WIDTH, WIDTH, 1)
+    tokens.refuse_mixing(model)
+    model.model.other = nn.Sequential(nn.Conv1d(4, 4, 3))
+    with pytest.raises(UnsupportedError, match=r"model\.other\.0"):
+        tokens.refuse_mixing(model)
 
 
 def noisy(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
