@@ -14,12 +14,15 @@ from typing import Any
 from seqpar_ring.errors import ConfigError
 from seqpar_ring.planner.hardware import machine
 from seqpar_ring.planner.job import Workload
-from seqpar_ring.planner.model import of_config
+from seqpar_ring.planner.model import Model, of_config
+from seqpar_ring.planner.savefile import MICRO_BATCH, choices_of, dtype_of, micro_batch
 from seqpar_ring.planner.savefile import block as plain
-from seqpar_ring.planner.savefile import choices_of, dtype_of, micro_batch
 from seqpar_ring.planner.search import Fixed, Option, search
 
 AUTO = "auto"
+COUNTED = 0.9, 1.1
+"""Between these the planner's count of a model's parameters is near enough, relative to the model's own."""
+
 LOG = logging.getLogger(__name__)
 """Says at INFO, on the first rank, what was chosen."""
 
@@ -54,15 +57,22 @@ def decide(block: Mapping[str, Any], config: Mapping[str, Any], model: Any, worl
         fix = "Give a model of transformers, or a size."
         raise ConfigError('"size" is "auto", and the model has no configuration', fix=fix, model=type(model).__name__)
     gpus, rank = world
-    shapes, batch = of_config(described.to_dict(), type(model).__name__), micro_batch(config) or 1
+    shapes, batch = of_config(described.to_dict(), type(model).__name__), _micro_batch(config)
+    _expect_counted(shapes, model)
     workload = Workload(shapes, (block["tokens"],), dtype_of(config) or "fp32", batch)
     on = machine(block["hardware"], block.get("fabric"), block.get("node"))
     fixed = {k: v for k, v in block.items() if k not in ("tokens", "hardware", "fabric") and v not in (AUTO, None)}
-    found = search(workload, on, gpus, Fixed(settings=fixed, **choices_of(config, "the DeepSpeed config")))
+    zero = config.get("zero_optimization", False)
+    staged = {**config, "zero_optimization": {"stage": int(zero)}} if isinstance(zero, bool) else config
+    choices = choices_of(staged, "the DeepSpeed config")
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second before transformers 5.20 or so
+    recomputes = bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
+    found = search(workload, on, gpus, Fixed(settings=fixed, checkpointing=recomputes, **choices))
     if not found.options:
         raise ConfigError(
             f"{block['tokens']:,} tokens fit no size on {gpus} devices",
-            fix="seqpar-ring plan says what would make it fit.",
+            fix="seqpar-ring plan says what would make it fit."
+            + ("" if recomputes else " Turn the model's activation checkpointing on before, if it recomputes layers."),
             refused=[f"{one.what}: {one.why}" for one in found.refused[:4]],
         )
     best = found.options[0]
@@ -70,6 +80,39 @@ def decide(block: Mapping[str, Any], config: Mapping[str, Any], model: Any, worl
         LOG.info("size %s", _said(best))
     chosen = plain(best.choice.settings)
     return {**chosen, **{name: block[name] for name in ("tokens", "hardware", "fabric") if name in block}, **fixed}
+
+
+def _micro_batch(config: Mapping[str, Any]) -> int:
+    """Sequences that a group holds at a time; DeepSpeed's default is one where nothing says.
+
+    Raises:
+        ConfigError: only the whole batch is given, whose share follows from the size that is asked for.
+    """
+    said = micro_batch(config)
+    if said is None and isinstance(config.get("train_batch_size"), int):
+        raise ConfigError(
+            '"size" is "auto", and the config does not say how many sequences a group holds at a time',
+            fix=f'Give "{MICRO_BATCH}" beside train_batch_size, or a size.',
+            train_batch_size=config["train_batch_size"],
+        )
+    return said or 1
+
+
+def _expect_counted(shapes: Model, model: Any) -> None:
+    """The planner knows many families and takes others for a Llama; here the model itself can be counted.
+
+    Raises:
+        ConfigError: it has other parameters than would be planned for.
+    """
+    there = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    if not COUNTED[0] < shapes.parameters / max(there, 1) < COUNTED[1]:
+        raise ConfigError(
+            '"size" is "auto", and the planner does not know this model: it would plan for other parameters',
+            fix="Give a size.",
+            model=type(model).__name__,
+            parameters=there,
+            counted=shapes.parameters,
+        )
 
 
 def _said(option: Option) -> str:

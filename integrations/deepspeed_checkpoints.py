@@ -25,6 +25,8 @@ import torch
 from seqpar_ring.errors import ConfigError, SeqparError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 
+from . import deepspeed_resume as resume
+
 RECORD = "seqpar_ring.json"
 """A file in each checkpoint that `save` made: what it was saved from."""
 
@@ -104,14 +106,15 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
     """
     sp = _group(engine)
     problem: SeqparError | None = None
-    found, parts = "", 0
+    found, parts, record = "", 0, dict[str, Any]()
     try:
         found = _tag(folder, tag)
-        _expect_same_model(Path(folder) / found / RECORD, engine)
+        record = _expect_same_model(Path(folder) / found / RECORD, engine)
         part = f"*zero_pp_rank_*_mp_rank_{engine.mpu.get_model_parallel_rank():02d}_optim_states.pt"
         parts = len(list((Path(folder) / found).glob(part)))
         if parts not in (0, sp.world_size):
-            _expect_convertible(Path(folder) / found / RECORD, parts, sp.world_size)
+            _expect_convertible(record, parts, sp.world_size)
+            resume.expect_known_groups(record.get("groups"), engine)
     except SeqparError as error:
         problem = error
     sp.groups.everyone.agree("load", {"tag": found, "parts": parts}, problem)
@@ -133,6 +136,8 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
         _convert(sp, Path(folder), found, parts)
         with _universal(engine):
             path, state = engine.load_checkpoint(str(folder), tag=found + UNIVERSAL)
+        if path is not None:
+            resume.restore(engine, Path(folder) / found, parts, record.get("groups"))
     missing = ConfigError("DeepSpeed found nothing to load", fix="See its log.", folder=folder, tag=found)
     sp.groups.everyone.agree("loading the checkpoint", {}, None if path is not None else missing)
     return dict(state or {})
@@ -238,13 +243,15 @@ def _record(engine: Any) -> dict[str, Any]:
         "ranks": sp.world_size,
         "settings": sp.settings.model_dump(),
         "optimizer_states": _states(engine),
+        "groups": resume.groups_of(engine),
+        "parameters": resume.parameters_of(engine.module),
     }
 
 
-def _expect_same_model(file: Path, engine: Any) -> None:
-    """Compare a checkpoint's record, if `save` made it, with the model that is to go on."""
+def _expect_same_model(file: Path, engine: Any) -> dict[str, Any]:
+    """A checkpoint's record, if `save` made it, compared with the model that is to go on."""
     if not file.exists():
-        return
+        return {}
     saved, mine = json.loads(file.read_text()), _record(engine)
     for name in MUST_AGREE:
         if saved.get(name) != mine[name]:
@@ -255,11 +262,14 @@ def _expect_same_model(file: Path, engine: Any) -> None:
                 model=mine[name],
                 file=file,
             )
+    resume.expect_same_parameters(saved.get("parameters"), engine.module, file)
+    found: dict[str, Any] = saved
+    return found
 
 
-def _expect_convertible(file: Path, parts: int, ranks: int) -> None:
+def _expect_convertible(record: Mapping[str, Any], parts: int, ranks: int) -> None:
     """DeepSpeed's conversion knows Adam's states, drops others, and fails without these."""
-    saved = json.loads(file.read_text()).get("optimizer_states") if file.exists() else None
+    saved = record.get("optimizer_states")
     if saved and set(saved) - {"step"} != CONVERTED:
         raise ConfigError(
             "the optimizer has states that DeepSpeed cannot convert for another number of ranks",

@@ -70,7 +70,8 @@ def asked_section(asked: Asked) -> Section:
     many = f"{len(lengths):,} documents of {min(lengths):,} to {max(lengths):,}"
     document = "one document" if len(lengths) == 1 else many
     mask = "causal" if workload.causal else "full attention"
-    size = f"{workload.model.parameters / 1e9:.2f} billion parameters"
+    counted = "" if workload.model.exact else " (estimated as of a Llama: this family is not known)"
+    size = f"{workload.model.parameters / 1e9:.2f} billion parameters{counted}"
     joined = machine.inner.name
     if asked.gpus > machine.node:
         joined = f"{machine.node} a node: {machine.inner.name} within, {machine.outer.name} between"

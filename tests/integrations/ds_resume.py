@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from ds_cases import VOCAB, Run, engine_of, train_steps
+from ds_cases import ACCUMULATION, SMALL, VOCAB, Run, engine_of, model, quietly_import_deepspeed, train_steps
 
 from seqpar_ring import SequenceParallel
 
@@ -88,6 +88,10 @@ def not_loaded(sp: SequenceParallel, folder: str, run: Run, what: str) -> str:
     try:
         if what == "vocabulary":
             engine.module.config.vocab_size = VOCAB + 3
+        if what == "width":
+            wide = torch.nn.Linear(5, 7)
+            wide.weight.ds_shape = wide.weight.shape
+            engine.module.model.layers[0].mlp.gate_proj = wide
         if what == "overwritten":
             checkpoints.save(engine, folder, tag=checkpoints._latest(folder))
         elif what == "no sequence group":
@@ -99,3 +103,43 @@ def not_loaded(sp: SequenceParallel, folder: str, run: Run, what: str) -> str:
     finally:
         engine.destroy()
     return "not refused"
+
+
+def of_many_kinds(
+    sp: SequenceParallel, folder: str, stage: int, first: int, load: bool
+) -> tuple[list[float], list[Any]]:
+    """Losses of steps `first` to 5 of a model with a frozen parameter and a buffer, under an optimizer with two groups;
+    saved after step 2, or loaded there into one with other weights. Then what the buffer and the groups are."""
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations import deepspeed as integration
+    from seqpar_ring.integrations import deepspeed_checkpoints as checkpoints
+
+    made = model()
+    made.model.embed_tokens.weight.requires_grad_(False)
+    made.register_buffer("seen", torch.full((3,), 7.0 * (not load)))
+    if load:
+        with torch.no_grad():
+            made.model.embed_tokens.weight.zero_()
+    trained = [p for p in made.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.5, "lr": 1e-2},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "lr": 1e-3},
+    ]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "zero_optimization": {"stage": stage, **SMALL},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "seqpar_ring": {"size": sp.size},
+    }
+    engine = integration.initialize(model=made, optimizer=torch.optim.AdamW(groups), config=config)[0]
+    if load:
+        checkpoints.load(engine, folder)
+    losses = train_steps(engine, range(first, 2))
+    if not load:
+        checkpoints.save(engine, folder)
+    losses += train_steps(engine, range(2, 5))
+    said = [[(group["weight_decay"], group["lr"]) for group in engine.optimizer.param_groups], made.seen.tolist()]
+    engine.destroy()
+    return losses, said

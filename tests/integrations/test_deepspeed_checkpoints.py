@@ -52,6 +52,19 @@ def test_the_loss_goes_on_at_another_size_and_layout(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_frozen_parameters_buffers_and_groups_of_the_optimizer_go_on_at_another_size(
+    stage: int, pool1: RankPool, pool2: RankPool, tmp_path: Path
+) -> None:
+    """DeepSpeed leaves the first two as they are, and ZeRO 3 gave all groups the weight decay of the first."""
+    expected, said = pool2.run(ds_resume.of_many_kinds, str(tmp_path), stage, 0, False)[0]
+    assert said == [[(0.5, 1e-2), (0.0, 1e-3)], [7.0, 7.0, 7.0]]
+    for losses, found in pool1.run(ds_resume.of_many_kinds, str(tmp_path), stage, 2, True):
+        assert losses == pytest.approx(expected[2 * ACCUMULATION :], rel=NEAR)
+        assert found == said
+
+
+@pytest.mark.slow
 def test_a_save_that_is_cut_off_leaves_the_one_before(pool2: RankPool, tmp_path: Path) -> None:
     run = Run(2, 2, "adamw", BEFORE)
     pool2.run(ds_resume.saved_after, str(tmp_path), run, True)
@@ -99,6 +112,7 @@ def test_states_that_are_newer_than_their_conversion_are_converted_again(
     [
         ("stage", ("whose files this one cannot load", "saved_in_stage=1", "stage=3", '"stage": 1')),
         ("vocabulary", ("another vocabulary", "checkpoint=97", "model=100")),
+        ("width", ("with other parameters", "layers.0.mlp.gate_proj.weight", "model=[7, 5]")),
         ("tag", ("no such checkpoint", "global_step99", f"global_step{BEFORE}")),
         ("overwritten", ("would be overwritten", "Give another tag")),
         ("no sequence group", ("no sequence group",)),

@@ -10,9 +10,12 @@ from typing import Any
 
 import ds_cases
 import ds_engines
+import hf_cases
 import pytest
 import torch
+from seqpar_ring.integrations import deepspeed_auto
 
+from seqpar_ring.errors import ConfigError
 from seqpar_ring.planner import hardware
 from seqpar_ring.testing import RankPool, relative_error
 
@@ -184,3 +187,45 @@ def test_the_device_is_set_before_groups_are_made_of_it(pool2: RankPool) -> None
     for found in pool2.run(ds_engines.device_set_first, SimpleNamespace(device_rank=7)):
         assert found[:2] == ["device 7", "groups"]
         assert "device 7" in found[2:], "which is not the one that DeepSpeed sets"
+
+
+def open_size(described: dict[str, Any], config: dict[str, Any], model: Any, folder: Path) -> dict[str, Any]:
+    """What a block that leaves the size open comes to on one device of so much memory."""
+    file = folder / "machine.yaml"
+    file.write_text(json.dumps({**hardware.load("cpu").description.model_dump(exclude={"links"}), **described}))
+    block = {"size": "auto", "tokens": 16384, "hardware": str(file), "fabric": "loopback"}
+    return deepspeed_auto.decide(block, config, model, (1, 0))
+
+
+def test_a_size_that_is_left_open_takes_stage_and_recomputing_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The search took ZeRO 3, which the job did not run, and recomputed layers that the model kept."""
+    import transformers
+
+    shape = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 6, "num_key_value_heads": 3}
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=97, num_hidden_layers=3))
+    one, said = {"train_micro_batch_size_per_gpu": 1}, []
+    with caplog.at_level("INFO"):
+        for zero in (None, False, True, {"stage": 1}):
+            config = one if zero is None else {**one, "zero_optimization": zero}
+            open_size({"memory": 9e9}, config, made, tmp_path)
+            said.append(caplog.messages[-1])
+        assert said[0] == said[1]
+        assert said[2] == said[3]
+        assert all("without checkpointing" in text for text in said)
+        hf_cases.turn_on(made, "plain")
+        open_size({"memory": 9e9}, one, made, tmp_path)
+        assert "with checkpointing" in caplog.messages[-1]
+
+
+def test_a_size_that_is_left_open_wants_the_micro_batch_and_a_model_that_is_known(tmp_path: Path) -> None:
+    import transformers
+
+    shape = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 6, "num_key_value_heads": 3}
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=97, num_hidden_layers=3))
+    with pytest.raises(ConfigError, match=r"how many sequences a group holds.*train_batch_size=16.*train_micro_batch"):
+        open_size({"memory": 9e9}, {"train_batch_size": 16}, made, tmp_path)
+    made.model.layers[0].mlp = torch.nn.Linear(999, 999)
+    with pytest.raises(ConfigError, match=r"does not know this model.*parameters=.*counted="):
+        open_size({"memory": 9e9}, {"train_micro_batch_size_per_gpu": 1}, made, tmp_path)
