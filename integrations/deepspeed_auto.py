@@ -62,9 +62,7 @@ def decide(block: Mapping[str, Any], config: Mapping[str, Any], model: Any, worl
     workload = Workload(shapes, (block["tokens"],), dtype_of(config) or "fp32", batch)
     on = machine(block["hardware"], block.get("fabric"), block.get("node"))
     fixed = {k: v for k, v in block.items() if k not in ("tokens", "hardware", "fabric") and v not in (AUTO, None)}
-    zero = config.get("zero_optimization", False)
-    staged = {**config, "zero_optimization": {"stage": int(zero)}} if isinstance(zero, bool) else config
-    choices = choices_of(staged, "the DeepSpeed config")
+    choices = choices_of({"zero_optimization": False, **config}, "the DeepSpeed config")
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second before transformers 5.20 or so
     recomputes = bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
     found = search(workload, on, gpus, Fixed(settings=fixed, checkpointing=recomputes, **choices))

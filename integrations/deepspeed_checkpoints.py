@@ -120,7 +120,7 @@ def load(engine: Any, folder: str | Path, tag: str | None = None) -> dict[str, A
     sp.groups.everyone.agree("load", {"tag": found, "parts": parts}, problem)
     fitting = parts in (0, sp.world_size)
     if fitting:
-        _expect_same_files(Path(folder) / found / RECORD, engine)
+        _expect_same_files(record, engine, Path(folder) / found / RECORD)
     in_parts = engine.mpu.get_model_parallel_world_size() > 1
     if in_parts and not fitting:
         raise ConfigError(
@@ -288,9 +288,9 @@ def _states(engine: Any) -> list[str]:
     return sorted({str(name) for state in states.values() if isinstance(state, Mapping) for name in state})
 
 
-def _expect_same_files(file: Path, engine: Any) -> None:
+def _expect_same_files(record: Mapping[str, Any], engine: Any, file: Path) -> None:
     """DeepSpeed stops within itself at a checkpoint whose files are those of another kind of ZeRO stage."""
-    saved = json.loads(file.read_text()).get("stage") if file.exists() else None
+    saved = record.get("stage")
     stage = engine.zero_optimization_stage()
     if saved is not None and SHARDED.get(saved) != SHARDED.get(stage):
         raise ConfigError(

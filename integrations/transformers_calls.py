@@ -212,11 +212,6 @@ def check_shares(plan: Plan, sp: SequenceParallel) -> None:
         sp.groups.agree("the shares of the ranks", {}, problem)
 
 
-def lm_head_of(model: Any) -> bool:
-    """Whether there is something on top of the base model."""
-    return model.base_model is not model or model.get_output_embeddings() is not None
-
-
 def check_calls(model: Any, calls: Calls, labelled: bool) -> None:
     """After a first forward: did the attention of every layer, and the loss, go through us?
 
@@ -250,9 +245,9 @@ def check_what_went_through_us(model: Any, calls: Calls, labelled: bool) -> None
     Raises:
         UnsupportedError: no.
     """
+    has_head = model.base_model is not model or model.get_output_embeddings() is not None
     # A base model hands labels down with whatever else it does not know.
-    has_head = lm_head_of(model) or "labels" in inspect.signature(model.forward).parameters
-    if labelled and has_head and calls.loss != 1:
+    if labelled and (has_head or "labels" in inspect.signature(model.forward).parameters) and calls.loss != 1:
         raise UnsupportedError(
             "the model computes a loss of its own, which is a mean over this rank's tokens",
             fix=OWN_LOSS,

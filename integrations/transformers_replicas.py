@@ -59,13 +59,18 @@ def check(model: nn.Module, everyone: Transport, forward: int) -> None:
     )
 
 
+def is_spread(parameter: Tensor) -> bool:
+    """Whether a rank holds a part of it only."""
+    return isinstance(parameter, DTensor) or any(hasattr(parameter, name) for name in SPREAD)
+
+
 @torch.no_grad()
 def summary(model: nn.Module) -> float | None:
     """A number that follows from all weights; None where a rank holds a part of some."""
     total = torch.zeros((), dtype=torch.float64)
     for i, parameter in enumerate(model.parameters()):
         x = parameter.detach()
-        if x.is_meta or isinstance(x, DTensor) or any(hasattr(parameter, name) for name in SPREAD):
+        if x.is_meta or is_spread(parameter):
             return None
         if type(x) is Tensor and x.dtype in PLAIN:
             for part in x.flatten().split(AT_ONCE):

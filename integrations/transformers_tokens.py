@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from seqpar_ring.batch import PLAN_KEY
 from seqpar_ring.errors import SeqparError, UnsupportedError
 
 from .transformers_positions import DROP_KEYWORDS
+from .transformers_replicas import is_spread
 
 PROBE = "each token by itself"
 """In place of a plan: attention is to stay within a token."""
@@ -164,7 +164,7 @@ def _not_whole(model: nn.Module) -> str:
     for parameter in model.parameters():
         if parameter.is_meta:
             return "its parameters are on the meta device"
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+        if is_spread(parameter):
             return "its parameters are spread over ranks"
     return ""
 

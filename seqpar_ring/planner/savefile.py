@@ -159,6 +159,7 @@ def _made_for(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def choices_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The choices of a DeepSpeed config's "zero_optimization"; none are decided without it."""
     zero = config.get("zero_optimization")
+    zero = {"stage": int(zero)} if isinstance(zero, bool) else zero  # an old way to say stage 1, or 0
     if not isinstance(zero, Mapping):
         return {}
     found: dict[str, Any] = {}

@@ -72,7 +72,6 @@ class DistributedTransport(BaseTransport):
             under_way.start()
         return under_way
 
-    @alone("a gather")
     def all_gather(self, x: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
         """See `Transport.all_gather`."""
         return super().all_gather(x.detach().to(self.device), sizes, dim).to(x.device)

@@ -13,7 +13,7 @@ import yaml
 
 from seqpar_ring import cli
 from seqpar_ring.config import Settings
-from seqpar_ring.planner.savefile import load
+from seqpar_ring.planner.savefile import choices_of, load
 
 JOB = ("--model", "llama-3.1-8b", "--gpus", "8", "--hardware", "h100", "--fabric", "nvlink+ndr")
 SHORT = (*JOB, "--seq-len", "64K")
@@ -260,3 +260,9 @@ def test_the_fewest_devices_may_be_asked_for_with_a_decided_size(capsys: pytest.
     code, out, _ = plan(capsys, *JOB[:2], *JOB[4:], "--seq-len", "512K", "--fewest", "--setting", "size=4")
     assert code == 0
     assert "devices" in out
+
+
+@pytest.mark.parametrize(("zero", "stage"), [(True, 1), (False, 0), ({"stage": 2}, 2)])
+def test_the_old_way_to_say_zero_is_understood(zero: object, stage: int) -> None:
+    found = choices_of({"zero_optimization": zero}, "a config")
+    assert found == {"zero": stage, "offload_optimizer": False, "offload_parameters": False}

@@ -5,14 +5,12 @@ Whether Triton interprets is decided when a kernel is defined; a process of its 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from running import said
 from torch import Tensor
 
 from seqpar_ring.kernels import merge
@@ -21,19 +19,6 @@ from seqpar_ring.kernels.merge import Part, merge_
 there_is_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is made for Linux only, and is not installed here"
 )
-
-
-def said(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).with_name(script))],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @there_is_triton
