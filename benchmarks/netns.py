@@ -28,14 +28,20 @@ T = TypeVar("T")
 
 PREFIX = "seqpar-"
 PORT = 29511
-HEADERS = 1514 / 1448
-"""Bytes that cross a link for each byte of a message: Ethernet, IP and TCP of frames of 1,500 bytes."""
+FRAME = 1448
+"""Bytes of a message in a frame of 1,500 bytes."""
 
-PACKET = 16 << 10
-"""Bytes that a device takes at once; small, so that the bucket can be small."""
+HEADERS = 1514 / FRAME
+"""Bytes that cross a link for each byte of a message: Ethernet, IP and TCP."""
 
-BURST = 2 * PACKET
-"""Bytes that pass unlimited after a pause."""
+PACKET, LARGE = 16 << 10, 64 << 10
+"""Bytes that a device takes at once. Small, so that the bucket can be small; or as much as Linux puts together without
+being asked. Each packet costs interrupts and timers of the buckets, on the cores that compute: a network card that
+takes large packets asks for next to none. So a large one is nearer to it where cores are busy and messages are long."""
+
+SPARE = 16 << 10
+"""Bytes of a bucket beyond a packet: what comes in while a timer is late. A packet and this much pass unlimited after a
+pause."""
 
 WINDOW = 256 << 10
 """Bytes that a connection has under way at most: enough for any rate here, as a bridge adds next to no delay."""
@@ -71,7 +77,7 @@ def missing() -> str:
         _do("ip netns add", name)
         try:
             _do("ip -n", name, "link add name veth0 type veth peer name veth1")
-            _do("tc -n", name, f"qdisc add dev veth0 root tbf rate 1mbit burst {BURST} limit {QUEUE}")
+            _do("tc -n", name, f"qdisc add dev veth0 root tbf rate 1mbit burst {PACKET + SPARE} limit {QUEUE}")
         finally:
             _do("ip netns delete", name)
     except UnsupportedError as error:
@@ -80,10 +86,10 @@ def missing() -> str:
 
 
 class Network:
-    """Namespaces of so many ranks, joined by a bridge; a context manager."""
+    """Namespaces of so many ranks, joined by a bridge, in packets of so many bytes; a context manager."""
 
-    def __init__(self, world: int) -> None:
-        self.world, self.rates = world, Rates()
+    def __init__(self, world: int, packet: int = PACKET) -> None:
+        self.world, self.rates, self._packet = world, Rates(), packet
         self.names = [f"{PREFIX}{os.getpid()}-w{world}-{who}" for who in (*range(world), "bridge")]
         self._switch = self.names[-1]
 
@@ -93,7 +99,8 @@ class Network:
             for name in self.names:
                 _do("ip netns add", name)
                 _do("ip -n", name, "link set lo up")
-                for key, value in TCP.items():
+                # Else a packet holds what passes in a millisecond, so a slow link has many, however large they may be.
+                for key, value in {**TCP, "tcp_min_tso_segs": str(self._packet // FRAME)}.items():
                     _run(["ip", "netns", "exec", name, "sysctl", "-q", "-w", f"net.ipv4.{key}={value}"])
             _do("ip -n", self._switch, "link add name bridge type bridge")
             _do("ip -n", self._switch, "link set bridge up")
@@ -119,18 +126,19 @@ class Network:
 
     def shape(self, rates: Rates) -> None:
         """Limit every link from now on. Only between runs: packets under way are dropped."""
+        burst = self._packet + SPARE
         for rank in range(self.world):
             name, node = self.names[rank], range(rank // rates.node * rates.node, (rank // rates.node + 1) * rates.node)
             near = [self.address(peer) for peer in node if peer != rank and peer < self.world]
-            _limit(name, "eth0", rates, [f"dst {address}/32" for address in near])
-            _limit(self._switch, f"port{rank}", rates, [f"src {address}/32" for address in near])
+            _limit(name, "eth0", burst, rates, [f"dst {address}/32" for address in near])
+            _limit(self._switch, f"port{rank}", burst, rates, [f"src {address}/32" for address in near])
         self.rates = rates
 
     def _join(self, rank: int) -> None:
         name, port = self.names[rank], f"port{rank}"
         _do("ip -n", self._switch, f"link add name {port} type veth peer name eth0 netns", name)
         for where, device in ((self._switch, port), (name, "eth0")):
-            _do("ip -n", where, f"link set {device} gso_max_size {PACKET}")
+            _do("ip -n", where, f"link set {device} gso_max_size {self._packet}")
             _do("ip -n", where, f"link set {device} up")
         _do("ip -n", self._switch, f"link set {port} master bridge")
         _do("ip -n", name, f"addr add {self.address(rank)}/24 dev eth0")
@@ -143,10 +151,11 @@ class ShapedRanks:
         world: number of ranks.
         timeout: seconds that one run may take.
         nice: priority of the ranks, as in nice(1), and of their sessions; below 0 where others use the cores too.
+        packet: bytes of one, `PACKET` to `LARGE`.
     """
 
-    def __init__(self, world: int, timeout: float = 300.0, nice: int = 0) -> None:
-        self.network, self.world, self.timeout, self._nice = Network(world), world, timeout, nice
+    def __init__(self, world: int, timeout: float = 300.0, nice: int = 0, packet: int = PACKET) -> None:
+        self.network, self.world, self.timeout, self._nice = Network(world, packet), world, timeout, nice
         self._started: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def __enter__(self) -> ShapedRanks:
@@ -260,27 +269,23 @@ def main() -> None:
     os._exit(0)  # nothing is left to be saved
 
 
-def _limit(name: str, device: str, rates: Rates, near: list[str]) -> None:
+def _limit(name: str, device: str, burst: int, rates: Rates, near: list[str]) -> None:
     """Replace the limits of a device by these."""
     with contextlib.suppress(UnsupportedError):  # there may be none
         _do("tc -n", name, f"qdisc delete dev {device} root")
     if rates.inner is None or not near:
         if rates.outer is not None:
-            _do("tc -n", name, f"qdisc add dev {device} root {_bucket(rates.outer)}")
+            _do("tc -n", name, f"qdisc add dev {device} root tbf rate {_bits(rates.outer)} burst {burst} limit {QUEUE}")
         return
     # Band 0 is what goes between nodes, band 1 what stays within one; neither waits for the other.
     assert rates.outer is not None
     _do("tc -n", name, f"qdisc add dev {device} root handle 1: htb default 10")
     for minor, rate in ((10, rates.outer), (20, rates.inner)):
-        limits = f"rate {_bits(rate)} ceil {_bits(rate)} burst {BURST} cburst {BURST}"
+        limits = f"rate {_bits(rate)} ceil {_bits(rate)} burst {burst} cburst {burst}"
         _do("tc -n", name, f"class add dev {device} parent 1: classid 1:{minor} htb {limits}")
         _do("tc -n", name, f"qdisc add dev {device} parent 1:{minor} bfifo limit {QUEUE}")
     for match in near:
         _do("tc -n", name, f"filter add dev {device} parent 1: protocol ip u32 match ip {match} flowid 1:20")
-
-
-def _bucket(rate: float) -> str:
-    return f"tbf rate {_bits(rate)} burst {BURST} limit {QUEUE}"
 
 
 def _bits(rate: float) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from machine import described
-from netns import Rates, ShapedRanks, missing
+from netns import PACKET, Rates, ShapedRanks, missing
 
 from seqpar_ring import ring_attention
 from seqpar_ring.config import Settings
@@ -117,6 +117,7 @@ def measure(
     nice: int = 0,
     progress: Callable[[str], None] | None = None,
     turns: int = 0,
+    packet: int = PACKET,
 ) -> list[Result]:
     """Measure settings, those of one world size together over the same processes. Needs root.
 
@@ -128,6 +129,7 @@ def measure(
         turns: where they are to be compared with one another on a machine whose pace changes: so many rounds, in each
             of which every setting runs once, in place of `seconds`. Forward and backward are then those of the pass in
             which neither is waited for. 0: one setting after the other.
+        packet: bytes of those that links carry, see `netns.PACKET`.
 
     Raises:
         UnsupportedError: no network namespaces here.
@@ -137,7 +139,7 @@ def measure(
         raise UnsupportedError("no links can be shaped here", fix="Run as root on Linux with iproute2.", why=why)
     found: dict[int, Result] = {}
     for world in sorted({s.world for s in settings}):
-        with ShapedRanks(world, nice=nice) as ranks:
+        with ShapedRanks(world, nice=nice, packet=packet) as ranks:
             here = [i for i, setting in enumerate(settings) if setting.world == world]
             rounds: dict[int, list[list[_Times]]] = {i: [] for i in here}
             for _ in range(max(1, turns)):
