@@ -131,6 +131,12 @@ def _with_group(
 ) -> tuple[Any, Any, Any, Any]:
     """The engine of a model that is parallelized already, as Trainer's is; a block must say the same."""
     block = {key: value for key, value in config.items() if key != BLOCK}
+    if size.undecided(config.get(BLOCK)):
+        raise ConfigError(
+            f'the "{BLOCK}" block leaves "size" open, and the model is parallelized already',
+            fix="Leave the block out, or give the bare model.",
+            size=sp.size,
+        )
     if BLOCK in config and Settings.parse(config[BLOCK]) != sp.settings:
         raise ConfigError(
             f'the model was parallelized with other settings than the "{BLOCK}" block says',
@@ -209,6 +215,7 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
         check(given["mpu"])
     # One rank a sequence, and a block that is switched off, which it is by default, ask for nothing.
     degree, block = config.get("sequence_parallel_size"), config.get("expert_parallel")
+    parts = (config.get("tensor_parallel") or {}).get("autotp_size")
     idle = isinstance(block, Mapping) and not block.get("enabled")
     zero = config.get("zero_optimization")
     zero = zero if isinstance(zero, Mapping) else {}  # true is an old way to say stage 1
@@ -216,7 +223,7 @@ def _refuse_other_splits(given: Mapping[str, Any], config: Mapping[str, Any]) ->
         "mesh_param": given.get("mesh_param"),
         "sequence_parallel_size": None if degree == 1 else degree,
         "data_parallel_size": config.get("data_parallel_size"),
-        "tensor_parallel.autotp_size": (config.get("tensor_parallel") or {}).get("autotp_size") or None,
+        "tensor_parallel.autotp_size": None if parts in (0, 1) else parts,
         "expert_parallel": None if idle else block,
         # It deals out states by the number of data ranks, of which the ranks of a sequence are one.
         "checkpoint.writer": (config.get("checkpoint") or {}).get("writer"),

@@ -2,10 +2,10 @@
 
 Megatron recomputes layers through its own `tensor_parallel.checkpoint`, which runs a function in forward without
 gradients and again in backward. `keep_attention` wraps that function, once in a process: what attention returns while
-the function runs for the first time is kept and handed back when it runs again, so that the recompute communicates
-nothing. What is kept belongs to that one call of `checkpoint`, however many micro-batches are in flight, and goes with
-it. Functions without a ring in them run as before. Transformer Engine's checkpointing, which Megatron takes under FP8
-and FP4, is not reached: there the ring runs again, which is right and slower.
+the function runs for the first time is kept and handed back when it runs again, so that the recompute sends no keys and
+no gradients. What is kept belongs to that one call of `checkpoint`, however many micro-batches are in flight, and goes
+with it. Functions without a ring in them run as before. Transformer Engine's checkpointing, which Megatron takes under
+FP8 and FP4, is not reached: there the ring runs again, which is right and slower.
 """
 
 from __future__ import annotations

@@ -157,7 +157,7 @@ class _Ring:
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer does; then the sequence groups, on the ranks that accelerate has set up."""
         me: Any = self
-        block = _block(me.args)
+        block = rules.block_of(me.args)
         asked = self._seqpar_settings or block
         if asked is None:
             raise ConfigError(
@@ -339,12 +339,4 @@ class _Ring:
 def _is_ddp(model: nn.Module) -> bool:
     """Wrapped by torch's DistributedDataParallel, perhaps under a compiled module."""
     return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
-
-
-def _block(args: Any) -> Settings | None:
-    """The settings in the DeepSpeed config of a TrainingArguments, if it has any."""
-    config = getattr(getattr(args, "hf_deepspeed_config", None), "config", None)
-    if not isinstance(config, Mapping) or "seqpar_ring" not in config:
-        return None
-    return Settings.parse(config["seqpar_ring"], 'the "seqpar_ring" block of the DeepSpeed config')
 

@@ -5,13 +5,17 @@ Each check returns, or raises an error which names the values and the fix; nothi
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from seqpar_ring.batch import IGNORED
-from seqpar_ring.errors import UnsupportedError
+from seqpar_ring.config import Settings
+from seqpar_ring.errors import ConfigError, UnsupportedError
+
+from .deepspeed_auto import undecided
 
 REFUSED = {
     "model_init": "makes models that nobody could parallelize. Give the model itself.",
@@ -41,6 +45,30 @@ ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
 }
 """Of TrainingArguments and SFTConfig: values that are exact, and why others are not."""
+
+
+def block_of(args: Any) -> Settings | None:
+    """The settings in the DeepSpeed config of a TrainingArguments, if it has any.
+
+    Leaves the block there as a mapping that is no dict: accelerate fills in each "auto" of the config's dicts, and
+    raises at those that it does not know (seen in 1.15).
+
+    Raises:
+        ConfigError: a wrong setting, or a size that is left open.
+    """
+    config = getattr(getattr(args, "hf_deepspeed_config", None), "config", None)
+    if not isinstance(config, dict) or "seqpar_ring" not in config:
+        return None
+    block, where = config["seqpar_ring"], 'the "seqpar_ring" block of the DeepSpeed config'
+    if undecided(block):
+        raise ConfigError(
+            f'{where} leaves "size" open, and Trainer needs the groups before there is an engine',
+            fix='Give a size ("seqpar-ring plan" says which), or call deepspeed.initialize yourself.',
+            size=block["size"],
+        )
+    settings = Settings.parse(block, where)
+    config["seqpar_ring"] = UserDict(block)
+    return settings
 
 
 def check_class(trainer: type) -> None:

@@ -22,7 +22,6 @@ from seqpar_ring.batch import PLAN_KEY
 from seqpar_ring.errors import SeqparError, UnsupportedError, VersionError
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
-from seqpar_ring.planner.model import of_config
 from seqpar_ring.remat import Kept, choose
 from seqpar_ring.tiling import set_tiles, tiles
 
@@ -50,9 +49,6 @@ NAME = rules.RING
 
 ADAPTER = "_seqpar_adapter"
 """Attribute of a parallelized model: what it holds of us."""
-
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Names of dtypes as the planner has them; the others are computed in fp32 or wider."""
 
 LOG = logging.getLogger(__name__)
 """Says at INFO, once for each model, what was chosen and why."""
@@ -86,8 +82,7 @@ def parallelize(model: Model, sp: SequenceParallel) -> Model:
     hf: Any = peft.bare(model)
     try:
         rules.check_model(hf, already=ADAPTER in vars(hf))
-        if sp.settings.undecided:
-            sp.describe(of_config(hf.config.to_dict(), type(hf).__name__), DTYPES.get(hf.dtype, "fp32"))
+        edges.describe(sp, hf)
     except SeqparError as found:
         problem = found
     sp.groups.everyone.agree("parallelize", edges.record(hf), problem)

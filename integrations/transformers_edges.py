@@ -6,13 +6,20 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
+from seqpar_ring.errors import SeqparError
+from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.plan import Plan
+from seqpar_ring.planner.model import of_config
 from seqpar_ring.remat import choose
 
 from .transformers_calls import Calls, said
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Names of dtypes as the planner has them; the others are computed in fp32 or wider."""
 
 
 def named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +45,21 @@ def record(model: nn.Module) -> dict[str, object]:
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
     values = {name: said(config, name) for name in names}
     return {"model": type(model).__name__, **values, "transformers": transformers.__version__}
+
+
+def describe(sp: SequenceParallel, model: Any) -> None:
+    """Say what the model computes, where that decides something.
+
+    Raises:
+        SeqparError: somebody asked for a decision, and the planner does not know such models. What nobody asked for
+            stays as it is: blocks are whole.
+    """
+    try:
+        if sp.undecided:
+            sp.describe(of_config(model.config.to_dict(), type(model).__name__), DTYPES.get(model.dtype, "fp32"))
+    except SeqparError:
+        if sp.settings.undecided:
+            raise
 
 
 def explanation(plan: Plan, calls: Calls, decided: str) -> str:

@@ -118,6 +118,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = {name: f"{x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v))}
         raise PlanError("q, k and v differ in dtype or device", fix="Cast them to one dtype and device.", **kinds)
+    if not plan.sequence.carries(q.device):
+        raise PlanError(
+            f"the process groups carry no messages from a {q.device.type} device",
+            fix='Move the model and its batches, or start torch.distributed with "cpu:gloo,cuda:nccl", which has both.',
+            device=q.device,
+        )
     if q.shape[3] == 0:
         raise PlanError("q and k have no width", fix="Give heads of a width of at least 1.", **shapes)
 

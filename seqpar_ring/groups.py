@@ -148,8 +148,8 @@ def make(
     control = groups["control"] if size > 1 and rings == worlds else _my_group(worlds, rank, timeout)
     everyone = DistributedTransport({"control": control}, device, timeout)
     data_rank = [line for line in rings if line[0] in world].index(mine)
-    here = {places[r] for r in mine}
-    shared = here.pop().device if len(here) == 1 else ""
+    here = {(places[r].host, places[r].device) for r in mine}  # whichever GPU of that name it is
+    shared = here.pop()[1] if len(here) == 1 else ""
     place = (size, len(world), mine.index(rank), data_rank, rank)
     return Groups(*place, ring, everyone, mesh, shared, mesh_is_own)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from hashlib import sha256
 from itertools import pairwise
 
 import numpy as np
@@ -54,6 +55,12 @@ class Layout:
     def columns(self, rank: int) -> RunColumns:
         """The runs of one rank."""
         return self.runs.take(slice(int(self.bounds[rank]), int(self.bounds[rank + 1])))
+
+    @cached_property
+    def digest(self) -> str:
+        """A text that layouts which place a token differently do not share."""
+        columns = (self.bounds, self.rank, *self.runs)
+        return sha256(b"".join(np.asarray(column, dtype=np.int64).tobytes() for column in columns)).hexdigest()
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 Attention is a registered operator and not a Python autograd function: `remat` tells it from the other operators of a
 layer and hands its results back, and torch.compile leaves it as it is. What surrounds the ring is here: sharing out
-heads before it and back after it (inside the operator, so that a recomputed layer does not communicate), sinks, and the
+heads before it and back after it (inside the operator, so that a recomputed layer does not do it again), sinks, and the
 choice of what travels in backward. It checks nothing (`ring_attention` has) but that ranks run the same backward pass.
 """
 

@@ -27,9 +27,8 @@ from seqpar_ring.layout import LAYOUTS
 from seqpar_ring.lengths import of_each
 from seqpar_ring.loss import mean_of_sums, misfit, token_mean
 from seqpar_ring.plan import Documents, Plan
-from seqpar_ring.planner.job import Workload
 from seqpar_ring.planner.model import Model
-from seqpar_ring.planner.settle import Settled, on_device, settle, unsettled
+from seqpar_ring.planner.settle import Decision
 from seqpar_ring.schedule import BUILDERS
 from seqpar_ring.tiling import summed_cross_entropy
 from seqpar_ring.transport.stats import Report
@@ -88,12 +87,9 @@ class SequenceParallel(OfThisProcess):
         return made
 
     def _set_up(self, groups: Groups, settings: Settings) -> None:
-        asked, settings = settings, on_device(settings, groups.device)
-        self.groups, self.settings, self._found = groups, settings, settings is not asked
+        self.groups, self.settings, self._decision = groups, settings, Decision(settings, groups.device)
         self.size, self.rank = groups.size, groups.rank
         self.data_size, self.data_rank, self.world_size = groups.data_size, groups.data_rank, groups.world_size
-        self._model: tuple[Model, str] | None = None
-        self._settled = None if settings.undecided else Settled(settings, "")
         self._documents = lru_cache(maxsize=PLANS_KEPT)(
             lambda lengths, keys, kind, longest=None: kind(
                 lengths, self.settle(lengths), groups.ring, keys, longest=longest
@@ -107,7 +103,15 @@ class SequenceParallel(OfThisProcess):
             model: its shapes; `Model.of_attention(heads, kv_heads, head_dim)` where only attention is known.
             dtype: "bf16", "fp16" or "fp32".
         """
-        self._model = model, dtype
+        self._decision.describe(model, dtype)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Settings that the model and the first batch decide: what is "auto", and block_tokens on a GPU that is known.
+
+        The second needs no `describe`: without it blocks are whole.
+        """
+        return self._decision.undecided
 
     def settle(self, lengths: Sequence[int]) -> Settings:
         """The settings in which nothing is open: decided once, for `tokens` or the first batch. No communication.
@@ -115,22 +119,15 @@ class SequenceParallel(OfThisProcess):
         Raises:
             ConfigError: something is "auto", and neither `describe` nor `hardware` says what to decide it by.
         """
-        if self._settled is None:
-            if self._model is None and self._found and self.settings.undecided == ("block_tokens",):
-                return self.settings.model_copy(update={"hardware": None, "fabric": None})  # blocks are whole
-            if self._model is None:
-                raise unsettled(self.settings, known=False)
-            model, dtype = self._model
-            typical = tuple(lengths) if self.settings.tokens is None else (self.settings.tokens,)
-            self._settled = settle(self.settings, Workload(model, typical, dtype))
-            if self.groups.global_rank == 0:
-                LOG.info("decided %s", self._settled.reason)
-        return self._settled.settings
+        before, settings = self.decided, self._decision.settle(lengths)
+        if self.decided != before and self.groups.global_rank == 0:
+            LOG.info("decided %s", self.decided)
+        return settings
 
     @property
     def decided(self) -> str:
         """What "auto" came to and why; "" where nothing was open, or nothing was planned yet."""
-        return self._settled.reason if self._settled else ""
+        return self._decision.reason
 
     def plan(
         self,

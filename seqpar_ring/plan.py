@@ -80,7 +80,7 @@ class Documents:
         if kv_lengths is not None:
             self.k_side = layouts.make(settings.layout, kv_lengths, self.ring.world, balance, least=0)
             self.kv_layout = layouts.split(self.k_side, heads)
-        self.sizes = self.layout.sizes
+        self.sizes, self.placed = self.layout.sizes, placed is not None
         self.longest = longest or max(lengths)
         self._plans: dict[Mask, Plan] = {}
 
@@ -226,6 +226,7 @@ class Plan(OfThisProcess):
             "kv_lengths": documents.kv_lengths,
             "mask": self.mask,
             "settings": documents.settings.model_dump(exclude={"timeout"}),
+            "placement": documents.layout.digest if documents.placed else "",  # else settings and lengths say it
         }
         return {name: Shown(repr(value)) for name, value in record.items()}
 

@@ -1,7 +1,7 @@
 """Activation checkpointing that never runs the ring twice.
 
 Attention is one operator that returns (out, lse). A `Kept` keeps both when a checkpointed layer first runs and hands
-them back when it is recomputed, so that the recompute costs the projections and not one byte of communication. It is no
+them back when it is recomputed, so that this costs the projections and sends no keys and no gradients again. It is no
 checkpointing of its own: it works under any that runs a function again, torch's (reentrant or not), transformers',
 DeepSpeed's. torch's selective checkpointing would do the same in one of these, but refuses a recompute whose other
 operators differ from the forward's, and under ZeRO-3 they may: which parameters are gathered and freed inside a layer
@@ -248,7 +248,9 @@ class Kept:
 
     def _keep(self, name: Hashable, result: Result) -> Result:
         """One name may be that of several calls, as where layers share a module: which of them is recomputed cannot be
-        told then, and they run again."""
+        told then, and they run again. What was made in inference mode is not differentiated, so nothing is kept."""
+        if any(x.is_inference() for x in result):
+            return result
         self._names[name] += 1
         if self._names[name] == 1:
             self.bytes += sum(x.nbytes for x in result)

@@ -105,7 +105,8 @@ def test_every_way_to_make_logits_equals_dense_in_fp64(world: int, schedule: str
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_heads_shared_out_inside_a_ring_equal_dense_in_fp64(world: int, heads: int, layout: str) -> None:
     """As many key heads as ranks that share them, fewer (then they are replicated), one, and more."""
-    cases = [Case(8, 8), Case(8, 2), Case(8, 1, sinks=True), Case(4, 4, alibi=True), Case(8, 4, window=5, value_dim=5)]
+    cases = [Case(8, 8, batch=2), Case(8, 2), Case(8, 1, sinks=True, batch=3), Case(4, 4, alibi=True)]
+    cases.append(Case(8, 4, window=5, value_dim=5, batch=2))
     schedules = itertools.cycle(SCHEDULES)
     for case, lengths in itertools.product(cases, ([67], [13, 1, 30, 7], [2, 1])):
         node = world // 2 if world == 8 else world

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from seqpar_ring import executor, operator, ring_attention, run
+from seqpar_ring import layout as layouts
 from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
+from seqpar_ring.geometry import Mask
 from seqpar_ring.kernels import ReferenceKernel, merge, register, unregister
+from seqpar_ring.packing import Balance
 from seqpar_ring.parallel import SequenceParallel
-from seqpar_ring.plan import Plan, Reason
+from seqpar_ring.plan import Documents, Plan, Reason
 from seqpar_ring.schedule import Block, Move, Work
 from seqpar_ring.testing import (
     Case,
@@ -270,6 +273,39 @@ def caught_disagreement(sp: SequenceParallel) -> str:
     except DisagreementError as error:
         return str(error)
     return "no error"
+
+
+def placed_otherwise(sp: SequenceParallel) -> str:
+    """Each rank has its own idea of where the same tokens lie, as many on each: nothing but the places tells."""
+    layout = layouts.make("striped" if sp.rank else "zigzag", (4, 12), sp.size, Balance())
+    plan = Documents((4, 12), sp.settings, sp.groups.ring, placed=layout).plan(Mask.make(True))
+    q = torch.randn(1, plan.local_tokens, 2, 4)
+    with pytest.raises(DisagreementError) as caught:
+        ring_attention(q, q, q, plan)
+    return str(caught.value)
+
+
+def test_ranks_that_place_the_same_tokens_differently_are_told_so() -> None:
+    for message in run_lockstep(placed_otherwise, 2):
+        assert "placement" in message
+
+
+def on_another_device(sp: SequenceParallel) -> tuple[str, bool]:
+    plan = sp.plan(9)
+    q = torch.randn(1, plan.local_tokens, 2, 4)
+    away = q.to("meta")
+    with pytest.raises(PlanError) as caught:
+        ring_attention(away, away, away, plan)
+    assert not sp.groups.ring.carries(torch.device("cuda"))  # gloo takes them in collectives only
+    out = ring_attention(q, q, q, plan)
+    assert isinstance(out, Tensor)
+    return str(caught.value), bool(out.isfinite().all())
+
+
+def test_tensors_that_the_process_groups_do_not_carry_are_refused_and_the_groups_go_on(pool2: RankPool) -> None:
+    for message, goes_on in pool2.run(on_another_device):
+        assert "carry no messages from a meta device" in message
+        assert goes_on
 
 
 def test_a_window_the_named_kernel_lacks_is_refused() -> None:

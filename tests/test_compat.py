@@ -356,11 +356,15 @@ def test_every_function_refuses_dropout(name: str) -> None:
 def test_determinism_on_a_gpu_is_refused_where_torch_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Options(0.0, None, True, (-1, -1), None, deterministic=True, return_attn_probs=False)
     asked.check("cuda")  # conftest tells it
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    asked.check("cpu")
-    asked._replace(deterministic=False).check("cuda")
-    with pytest.raises(UnsupportedError, match="use_deterministic_algorithms"):
-        asked.check("cuda")
+    for name, value in (
+        ("is_deterministic_algorithms_warn_only_enabled", True),  # then kernels need not be
+        ("are_deterministic_algorithms_enabled", False),
+    ):
+        monkeypatch.setattr(torch, name, lambda value=value: value)
+        asked.check("cpu")
+        asked._replace(deterministic=False).check("cuda")
+        with pytest.raises(UnsupportedError, match="use_deterministic_algorithms"):
+            asked.check("cuda")
 
 
 @pytest.mark.parametrize("window", [(-2, 0), (3,), 3, (1.0, 2), (True, 0), None])

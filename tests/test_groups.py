@@ -287,6 +287,21 @@ def test_closing_does_not_fail_where_a_rank_is_dead(tmp_path: Path, pool2: RankP
     assert (tmp_path / "report").read_text() == "closed"
 
 
+def on_gpus_of_one_host(_: Groups) -> tuple[str, str]:
+    """What two ranks say of GPUs of the same kind, each its own, and of different ones."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for kinds in (("H100", "H100"), ("H100", "H200")):
+            place = places.Place("here", kinds[dist.get_rank()], str(dist.get_rank()))
+            patch.setattr(process_groups, "place_of", lambda _, place=place: place)
+            found.append(process_groups.make(2).device)
+    return found[0], found[1]
+
+
+def test_the_device_of_a_ring_is_the_kind_of_gpu_that_its_ranks_have_each_of_their_own(pool2: RankPool) -> None:
+    assert pool2.run_groups(on_gpus_of_one_host) == [("H100", "")] * 2
+
+
 def test_ranks_on_one_gpu_are_told_so_before_nccl_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nobody set a device: over NCCL two ranks cannot share one."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")

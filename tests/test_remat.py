@@ -121,6 +121,20 @@ def test_a_second_backward_pass_is_right_and_runs_the_ring_again(mode: str, monk
     assert len(runs) == 2 * 3  # forward, and the recompute of the second and the third backward
 
 
+@pytest.mark.parametrize("mode", KEPT)
+def test_inference_mode_keeps_nothing_and_is_no_error(mode: str) -> None:
+    """As in an evaluation of layers that always checkpoint; it ended in torch's error about version counters."""
+
+    def rank(sp: SequenceParallel) -> bool:
+        plan = sp.plan(11)
+        x = plan.shard(torch.randn(1, 11, 2, 4, generator=torch.Generator().manual_seed(0))).requires_grad_()
+        with torch.inference_mode():
+            same = MODES[mode](lambda h: ring_attention(h, h, h, plan), x)
+            return torch.equal(same, ring_attention(x, x, x, plan))
+
+    assert run_lockstep(rank, 2) == [True, True]
+
+
 def test_results_in_host_memory_come_back_in_any_order_once_each() -> None:
     shelf = remat.InHostMemory()
     made = {name: (torch.randn(3), torch.randn(2, 2)) for name in range(4)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from seqpar_ring.errors import PlanError, UnsupportedError
 from seqpar_ring.geometry import Mask
+from seqpar_ring.kernels.base import deterministic
 
 Tensors = tuple[Tensor, ...]
 """(q, k, v), (q, kv) or (qkv,), as they were given."""
@@ -66,7 +67,7 @@ class Options(NamedTuple):
                 fix="Give dropout_p=0.0.",
                 dropout_p=self.dropout_p,
             )
-        if self.deterministic and device == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        if self.deterministic and device == "cuda" and not deterministic():
             raise UnsupportedError(
                 "kernels give the same bits each time only where torch is told to",
                 fix="Call torch.use_deterministic_algorithms(True), or leave deterministic out.",

@@ -179,8 +179,11 @@ def choices_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
-    """What a DeepSpeed config trains in: fp32 where it asks for nothing else. "" where it leaves that open."""
-    switches = {key: config.get(key) for key in ("bf16", "fp16")}
+    """What a DeepSpeed config trains in: fp32 where it asks for nothing else. "" where it leaves that open.
+
+    Under its `torch_autocast` weights are fp32 and most activations of 16 bits: fp32 here, so memory is no less.
+    """
+    switches = {"bf16": config.get("bf16", config.get("bfloat16")), "fp16": config.get("fp16")}  # the older name, too
     asked = {key: part.get("enabled") for key, part in switches.items() if isinstance(part, Mapping)}
     for key, enabled in asked.items():
         if enabled is True:

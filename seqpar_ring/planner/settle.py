@@ -7,6 +7,7 @@ equals. It is arithmetic on what all ranks have in common, so all find the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from seqpar_ring.config import Settings
@@ -14,6 +15,7 @@ from seqpar_ring.errors import ConfigError, SeqparError
 from seqpar_ring.planner import candidates
 from seqpar_ring.planner.hardware import Machine, machine, reported
 from seqpar_ring.planner.job import Choice, Workload
+from seqpar_ring.planner.model import Model
 from seqpar_ring.planner.search import AS_FAST
 from seqpar_ring.planner.step import Prices
 
@@ -37,6 +39,60 @@ class Settled(NamedTuple):
 
     settings: Settings
     reason: str
+
+
+class Decision:
+    """What a group's settings come to: as they were asked for where nothing is open, else decided once.
+
+    On a GPU that is known the block size is open without anybody's asking; where that cannot be decided, blocks are
+    whole, as they are elsewhere.
+
+    Args:
+        asked: the settings as the user gave them.
+        device: see `on_device`.
+    """
+
+    def __init__(self, asked: Settings, device: str) -> None:
+        self._asked, self._open = asked, on_device(asked, device)
+        self._model: tuple[Model, str] | None = None
+        self._settled = None if self._open.undecided else Settled(asked, "")
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Names of what is decided, or was, by the model and its first batch."""
+        return self._open.undecided
+
+    @property
+    def reason(self) -> str:
+        """What it came to and why; "" where nothing was open, or nothing was decided yet."""
+        return self._settled.reason if self._settled else ""
+
+    def describe(self, model: Model, dtype: str) -> None:
+        """Say what is computed."""
+        self._model = model, dtype
+
+    def settle(self, lengths: Sequence[int]) -> Settings:
+        """The settings in which nothing is open: decided for `tokens`, or for the first lengths.
+
+        Raises:
+            ConfigError: something was asked to be decided, and neither the model nor the hardware is known, or nothing
+                fits.
+        """
+        if self._settled is None and self._model is None:
+            if self._asked.undecided:
+                raise unsettled(self._open, known=False)
+            return self._asked  # until the model is known
+        if self._settled is None and self._model is not None:
+            model, dtype = self._model
+            typical = tuple(lengths) if self._asked.tokens is None else (self._asked.tokens,)
+            try:
+                self._settled = settle(self._open, Workload(model, typical, dtype))
+            except SeqparError:
+                if self._asked.undecided:
+                    raise
+                self._settled = Settled(self._asked, "")
+        assert self._settled is not None
+        return self._settled.settings
 
 
 def settle(settings: Settings, workload: Workload) -> Settled:

@@ -100,6 +100,9 @@ class Transport(Messenger, Protocol):
     def groups(self) -> Sequence[Any]:
         """The process groups that messages go over; none where ranks are threads."""
 
+    def carries(self, device: torch.device) -> bool:
+        """Whether messages may be tensors on such a device."""
+
     def in_one_go(self, what: str) -> AbstractContextManager[None]:
         """While this rank does something that is many messages: an error in the middle makes the transport `broken`.
 
@@ -223,6 +226,10 @@ class BaseTransport(ABC):
     def groups(self) -> Sequence[Any]:
         """See `Transport.groups`."""
         return ()
+
+    def carries(self, device: torch.device) -> bool:
+        """See `Transport.carries`."""
+        return True
 
     def agree_at_first(
         self,

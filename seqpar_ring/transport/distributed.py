@@ -43,6 +43,8 @@ class DistributedTransport(BaseTransport):
         control = lanes["control"]
         super().__init__(dist.get_rank(control), dist.get_world_size(control), lanes)
         self.device, self.timeout = device, timeout
+        parts = str(dist.get_backend_config(control)).split(",")  # "cpu:gloo,cuda:nccl"
+        self._backends = dict(part.split(":", 1) for part in parts)
         # torch.distributed holds a group until it is destroyed, and then its threads must end: those that live on until
         # the interpreter ends may abort the process. So there is no second hold here.
         self._lanes = weakref.WeakValueDictionary(lanes)
@@ -55,6 +57,11 @@ class DistributedTransport(BaseTransport):
     def groups(self) -> Sequence[dist.ProcessGroup]:
         """See `Transport.groups`."""
         return list(self._lanes.values())
+
+    def carries(self, device: torch.device) -> bool:
+        """See `Transport.carries`. gloo takes tensors of a GPU in collectives only."""
+        backend = self._backends.get(device.type)
+        return backend is not None and (device.type == "cpu" or backend != "gloo")
 
     def exchange(self, sends: Sequence[Send], recvs: Sequence[Recv], lane: str = "kv") -> Handle:
         """See `Transport.exchange`."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 from seqpar_ring import SequenceParallel, ring_attention
 from seqpar_ring import groups as process_groups
 from seqpar_ring.errors import SeqparError
+from seqpar_ring.places import Place
 
 
 class OwnModel(torch.nn.Module):
@@ -138,6 +139,26 @@ def decided_block(sp: SequenceParallel, hardware: str, tokens: int) -> dict[str,
     found: dict[str, Any] = engine.seqpar_ring.settings.model_dump()
     engine.destroy()
     return found
+
+
+def said_twice(sp: SequenceParallel, size: int | str) -> tuple[str, tuple[str, ...]]:
+    """Of a model that was parallelized on GPUs of a known kind, and then given to DeepSpeed with a block of this size:
+    the error, and what the first batch decides."""
+    quietly_import_deepspeed(sp)
+    from seqpar_ring.integrations.deepspeed import initialize
+    from seqpar_ring.integrations.transformers import parallelize
+
+    with pytest.MonkeyPatch.context() as patch:
+        place = Place("here", "NVIDIA H100 80GB HBM3", str(sp.groups.global_rank))
+        patch.setattr(process_groups, "place_of", lambda _: place)
+        mine = SequenceParallel(sp.world_size)
+    made = parallelize(model(), mine)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "seqpar_ring": {"size": size}}
+    try:
+        initialize(model=made, optimizer=optimizer_of("sgd", made.parameters()), config=config)[0].destroy()
+    except SeqparError as error:
+        return str(error), mine.undecided
+    return "", mine.undecided
 
 
 def device_set_first(sp: SequenceParallel, args: Any = None) -> list[str]:

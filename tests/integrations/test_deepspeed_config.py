@@ -109,6 +109,7 @@ def test_a_wrong_config_is_refused_on_every_rank(
 def test_what_asks_for_no_split_is_not_refused(pool2: RankPool) -> None:
     idle = {"sequence_parallel_size": 1, "expert_parallel": {"enabled": False, "autoep_size": 2}, "checkpoint": {}}
     idle |= {"gradient_allreduce_op": "mean", "data_efficiency": {"enabled": True, "data_sampling": {"enabled": True}}}
+    idle["tensor_parallel"] = {"autotp_size": 1}
     idle["zero_optimization"] = {"stage": 0, "zero_hpz_partition_size": 1, "zero_quantized_gradients": False}
     config = {"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 1, **idle}
     assert pool2.run(ds_engines.refusal, [config], {}) == [("none", "")] * 2
@@ -125,6 +126,13 @@ def test_a_size_that_is_left_open_is_the_one_that_fits(pool2: RankPool, tmp_path
         assert found[0] == found[1]
         assert found[0]["size"] == size
         assert found[0]["layout"] == "zigzag"
+
+
+def test_what_is_known_of_the_gpus_is_no_setting_of_the_users(pool2: RankPool) -> None:
+    """The block and the model's group say the same, and the block size is decided. It was refused as another."""
+    assert pool2.run(ds_engines.said_twice, 2) == [("", ("block_tokens",))] * 2
+    for message, _ in pool2.run(ds_engines.said_twice, "auto"):
+        assert 'leaves "size" open, and the model is parallelized already' in message
 
 
 def test_a_config_that_is_wrong_on_one_rank_is_refused_on_both(pool2: RankPool) -> None:

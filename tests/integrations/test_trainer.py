@@ -67,7 +67,9 @@ def test_lora_trains_its_matrices_alone(pool2: RankPool, tmp_path: Path) -> None
 def test_deepspeed_comes_with_its_block_in_the_trainers_config(
     pool2: RankPool, tmp_path: Path, stage: int, kind: str
 ) -> None:
-    run = Run(size=2, kind=kind, deepspeed=stage, checkpointing=True, settings=(("remat", "attention"), ("logits", 7)))
+    """One of its keys is "auto", which accelerate must not fill in."""
+    settings = ("remat", "attention"), ("logits", 7), ("block_tokens", "auto")
+    run = Run(size=2, kind=kind, deepspeed=stage, checkpointing=True, settings=settings)
     for losses, _, ran in pool2.run(cases.train, run, str(tmp_path)):
         assert losses == pytest.approx(cases.one_process(run, 1), rel=NEAR)
         assert ran == LAYERS * run.steps * run.accumulation
@@ -268,6 +270,7 @@ REFUSALS = {
     "all masked": ("BatchError", "no token of the batch has a target"),
     "size not dividing": ("GroupError", "3"),
     "no size": ("ConfigError", "how many ranks share a sequence"),
+    "open size": ("ConfigError", 'leaves "size" open'),
     "wrapped": ("UnsupportedError", "wrapped already"),
     "predict": ("UnsupportedError", "predictions need the logits"),
     "prompt tuning": ("UnsupportedError", "prompt learning"),

@@ -82,6 +82,8 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
             settings = {"size": 3}
         elif what == "no size":
             settings = {}
+        elif what == "open size":
+            arguments_of["deepspeed"] = {"zero_optimization": {"stage": 1}, "seqpar_ring": {"size": "auto"}}
         elif what == "unfrozen":
             for parameter in made.model.layers[0].parameters():
                 parameter.requires_grad_(False)

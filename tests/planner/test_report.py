@@ -281,7 +281,9 @@ DEEPSPEED = {"zero_optimization": {"stage": 3}, "seqpar_ring": {"size": "auto"}}
     [
         ({}, "fp32", None),
         ({"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 4}, "bf16", 4),
-        ({"bf16": {"enabled": False}}, "fp32", None),
+        ({"bfloat16": {"enabled": True}}, "bf16", None),
+        ({"bf16": {"enabled": False}, "bfloat16": {"enabled": True}}, "fp32", None),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "fp32", None),
         ({"bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}, "", None),
     ],
 )

@@ -13,6 +13,7 @@ from seqpar_ring import SequenceParallel
 from seqpar_ring.config import Settings
 from seqpar_ring.errors import ConfigError
 from seqpar_ring.groups import Groups
+from seqpar_ring.planner import settle as settling
 from seqpar_ring.planner.hardware import machine
 from seqpar_ring.planner.job import Choice, Workload
 from seqpar_ring.planner.model import Model
@@ -165,6 +166,21 @@ def test_ranks_of_one_node_with_a_known_gpu_get_large_blocks_on_fast_links() -> 
 def test_no_hardware_is_guessed_where_it_is_unknown_or_the_user_decided(device: str, settings: dict[str, Any]) -> None:
     asked = Settings.parse({"size": 8, **settings})
     assert on_device(asked, device) is asked
+
+
+def test_what_nobody_asked_for_is_left_alone_where_it_cannot_be_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ConfigError("nothing fits", fix="Fix less.")
+
+    monkeypatch.setattr(settling, "settle", fails)
+    for asked, found in (({}, "auto"), ({"heads": "auto"}, None)):
+        decision = settling.Decision(Settings.parse({"size": 8, **asked}), "NVIDIA H100 80GB HBM3")
+        decision.describe(MODEL, "bf16")
+        if found is None:
+            with pytest.raises(ConfigError, match="nothing fits"):
+                decision.settle([65536])
+        else:
+            assert (decision.settle([65536]).block_tokens, decision.reason) == (found, "")
 
 
 def _on_h100(described: bool) -> Any:
