@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hf_cases import Batch, assert_refused, build, errors, packed, padded
+from seqpar_ring.integrations import transformers_edges as edges
 from seqpar_ring.integrations.transformers import parallelize, register
 
 from seqpar_ring import SequenceParallel
+from seqpar_ring.config import Settings
 from seqpar_ring.errors import (
     BatchError,
+    ConfigError,
     DisagreementError,
     PlanError,
     SeqparError,
     UnsupportedError,
 )
-from seqpar_ring.testing import RankPool, run_lockstep
+from seqpar_ring.groups import Groups
+from seqpar_ring.testing import RankPool, run_lockstep, run_lockstep_groups
 
 WHOLE = packed([21])
 CALLS: dict[str, tuple[Batch | dict[str, Any], type[SeqparError], tuple[str, ...]]] = {
@@ -272,6 +278,30 @@ def test_positional_arguments_are_bound_as_the_model_binds_them() -> None:
         return str(caught.value)
 
     assert all("multiple values" in text for text in run_lockstep(run, 2))
+
+
+def test_a_model_that_the_planner_does_not_know_is_refused_only_where_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On GPUs that are known the block size is its choice without anybody's asking."""
+
+    def unknown(*_: object) -> None:
+        raise ConfigError("the model has a wrong intermediate_size", fix="None.")
+
+    def run(groups: Groups, asked: dict[str, Any]) -> str:
+        settings = Settings.parse({"size": 2, **asked})
+        sp = SequenceParallel.over(replace(groups, device="NVIDIA H100 80GB HBM3"), settings)
+        try:
+            parallelize(copy.deepcopy(base), sp)
+        except ConfigError as error:
+            return error.what
+        return str(sp.plan(21).documents.settings.block_tokens)
+
+    base = build("Llama")
+    monkeypatch.setattr(edges, "of_config", unknown)
+    assert run_lockstep_groups(partial(run, asked={}), 2) == ["auto"] * 2
+    refused = run_lockstep_groups(partial(run, asked={"heads": "auto"}), 2)
+    assert all("intermediate_size" in text for text in refused)
 
 
 def refused_in_a_process(sp: SequenceParallel, dropout: float, call: dict[str, Any]) -> tuple[str, str]:
