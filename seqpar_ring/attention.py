@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from seqpar_ring import operator
 from seqpar_ring.errors import PlanError, UnsupportedError
-from seqpar_ring.kernels.base import wide
+from seqpar_ring.kernels.base import Request, wide
 from seqpar_ring.plan import Plan
 from seqpar_ring.reshard import shares
 
@@ -67,9 +67,8 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
     try:
         _check(q_BSHD, k_BSGD, v_BSGE, plan)
         _check_logits((q_BSHD, k_BSGD, v_BSGE), scale, softcap, sinks, alibi_slopes)
-        if plan.documents.members is not None:
-            shares(q_BSHD.shape[2], k_BSGD.shape[2], plan.documents.members.world)
-        plan.kernel(operator.request_for(q_BSHD, k_BSGD, v_BSGE, plan, softcap, alibi_slopes is not None))
+        request = operator.request_for(q_BSHD, k_BSGD, v_BSGE, plan, softcap, alibi_slopes is not None)
+        plan.kernel(_of_own_heads(request, plan))  # tried now, where an error is every rank's, and not within the pass
         scale, softcap = q_BSHD.shape[-1] ** -0.5 if scale is None else float(scale), softcap and float(softcap)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
@@ -81,6 +80,21 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
     plan.sequence.calls += 1
     out, lse = operator.attention(q_BSHD, k_BSGD, v_BSGE, sinks, alibi_slopes, plan.handle, scale, softcap)
     return (out, lse.detach()) if return_lse else out
+
+
+def _of_own_heads(request: Request, plan: Plan) -> Request:
+    """The same of the heads that this rank computes, where ranks share them out.
+
+    Raises:
+        UnsupportedError: they cannot be shared out evenly.
+    """
+    members = plan.documents.members
+    if members is None:
+        return request
+    (first, end), (kv_first, kv_end) = (
+        of[members.rank] for of in shares(request.heads, request.kv_heads, members.world)
+    )
+    return request._replace(heads=end - first, kv_heads=kv_end - kv_first)
 
 
 def _expect_types(plan: object, *tensors: object) -> None:

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from seqpar_ring import executor, operator, ring_attention, run
 from seqpar_ring import layout as layouts
+from seqpar_ring import plan as plans
 from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
 from seqpar_ring.geometry import Mask
 from seqpar_ring.kernels import ReferenceKernel, merge, register, unregister
@@ -371,6 +372,23 @@ def test_heads_that_cannot_be_shared_out_are_refused_with_those_that_can(
 
     for message in run_lockstep(refuse, 8, heads=size):
         assert f'Set "heads" {words};' in message
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "wanted"), [(8, 4, (4, 2)), (8, 1, (4, 1))])
+def test_a_kernel_is_chosen_for_the_heads_that_a_rank_computes_and_before_anything_is_sent(
+    heads: int, kv_heads: int, wanted: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a choice is a trial: one of other heads came first, and the one that counts between the messages."""
+    asked: list[tuple[int, int]] = []
+
+    def select(request: Any, name: str) -> Any:
+        asked.append((request.heads, request.kv_heads))
+        return chosen(request, name)
+
+    chosen = plans.select
+    monkeypatch.setattr(plans, "select", select)
+    run_lockstep(lambda sp: ring_results(sp, [13], Case(heads, kv_heads)), 2, heads=2)
+    assert set(asked) == {wanted}
 
 
 def test_a_plan_that_no_kernel_can_run_is_refused_when_it_is_made() -> None:

@@ -121,6 +121,8 @@ def _select(request: Request, name: str) -> Choice:
             **request._asdict(),
         )
     best = max((rates[kernel.name] for kernel in able if kernel.name in rates), default=0.0)
+    if request.deterministic:
+        best = 0.0  # the preferred one: a clock may choose otherwise on another rank, and in the next run
     chosen = next(kernel for kernel in able if rates.get(kernel.name, 0.0) >= NEAR * best)
     # Nobody expects a kernel that is made for other devices here.
     near = {name: words for name, words in missing.items() if _KERNELS[name].capabilities.made_for(request.device)}

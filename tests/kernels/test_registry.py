@@ -170,6 +170,13 @@ def test_on_a_gpu_the_fastest_of_those_that_pass_a_trial_is_taken(
     assert why == reason
 
 
+def test_where_bits_must_be_the_same_each_time_no_clock_chooses(on_gpu: dict[str, Entry]) -> None:
+    on_gpu.update({"quick": Entry("", "", 300e12), "slow": Entry("", "", 350e12)})
+    for told, name in ((False, "slow"), (True, "quick")):
+        asked = request(device="cuda", dtype=torch.bfloat16)._replace(deterministic=told)
+        assert select(asked).kernel.name == name
+
+
 def test_a_kernel_that_errs_in_empty_segments_gets_calls_without_them(on_gpu: dict[str, Entry]) -> None:
     gaps = "right answers here (out of empty segments is off by nan)"
     on_gpu.update({"quick": Entry("", gaps, 9e12), "slow": Entry("", "", 1e12)})
