@@ -20,6 +20,7 @@ import argparse
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def case(world: int, tokens: int, chosen: argparse.Namespace) -> list[dict[str, 
     plain = Setting(world, tokens)
 
     def timed(settings: list[Setting], turns: int, packet: int = PACKET) -> list[Result]:
-        said = {"progress": lambda line: print(line, flush=True)}
-        return measure(settings, nice=chosen.nice, turns=turns, packet=packet, **said)
+        say = partial(print, flush=True)
+        return measure(settings, nice=chosen.nice, progress=say, turns=turns, packet=packet)
 
     [first] = timed([plain], 2)
     rows = []
     for times in chosen.times if tokens == chosen.tokens[0] else chosen.times[:1]:
         rate = sent(plain) / (times * first.both)
-        pieces = PIECES[times]
+        pieces, packet = PIECES[times], LARGE if times == HIDES else PACKET
         some = [pieces_of(plain, n) for n in pieces]
         if times == HIDES and world > 2 and tokens < LONG:  # at 2 ranks it is the ring
             some += [pieces_of(plain, n)._replace(schedule="direct") for n in pieces]
@@ -85,14 +86,14 @@ def case(world: int, tokens: int, chosen: argparse.Namespace) -> list[dict[str, 
             some += [pieces_of(plain, n)._replace(cut="halves") for n in pieces[-2:]]
             some += [pieces_of(plain, pieces[-1])._replace(kv_dtype=kv, dkv_dtype=dkv) for kv, dkv in FORMS[1:]]
         some = [plain, *(setting._replace(rate_bytes_per_s=rate) for setting in some)]
-        alone, *results = timed(some, chosen.turns, LARGE if times == HIDES else PACKET)
+        alone, *results = timed(some, chosen.turns, packet)
         for result in results:
             transfer = sent(result.setting) / rate
             rows.append(
                 {
                     **result.setting._asdict(),
                     "transfer_over_computation": times,
-                    "packet": LARGE if times == HIDES else PACKET,
+                    "packet": packet,
                     "computation": alone.both,
                     "transfer": transfer,
                     "forward": result.forward,

@@ -78,11 +78,11 @@ class Decision:
             ConfigError: something was asked to be decided, and neither the model nor the hardware is known, or nothing
                 fits.
         """
-        if self._settled is None and self._model is None:
-            if self._asked.undecided:
-                raise unsettled(self._open, known=False)
-            return self._asked  # until the model is known
-        if self._settled is None and self._model is not None:
+        if self._settled is None:
+            if self._model is None:
+                if self._asked.undecided:
+                    raise unsettled(self._open, known=False)
+                return self._asked  # until the model is known
             model, dtype = self._model
             typical = tuple(lengths) if self._asked.tokens is None else (self._asked.tokens,)
             try:
@@ -91,7 +91,6 @@ class Decision:
                 if self._asked.undecided:
                     raise
                 self._settled = Settled(self._asked, "")
-        assert self._settled is not None
         return self._settled.settings
 
 
