@@ -173,6 +173,7 @@ class _Ring:
             )
         rules.check_arguments(me.args)  # a subclass may have made others
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        rules.check_engine(me.args, me.is_deepspeed_enabled)
         self.seqpar = SequenceParallel(**asked.model_dump())
         rules.check_even_batches(me.args, self.seqpar.data_size)
         if me.is_deepspeed_enabled:
@@ -247,7 +248,10 @@ class _Ring:
         outputs = model(**inputs, **weigh)
         if outputs.loss is None:
             raise BatchError("a batch has no labels to compute a loss of", fix="Give labels.", keys=sorted(inputs))
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        # Another tensor than the engine returned: DeepSpeed 0.19.8 divides the gradient of that one by the number of
+        # micro-batches in ZeRO 0, where Trainer asks it not to.
+        loss = outputs.loss.clone()
+        return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, which gathers in its own way again after each evaluation.

@@ -5,6 +5,7 @@ Each check returns, or raises an error which names the values and the fix; nothi
 
 from __future__ import annotations
 
+import os
 from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
@@ -69,6 +70,20 @@ def block_of(args: Any) -> Settings | None:
     settings = Settings.parse(block, where)
     config["seqpar_ring"] = UserDict(block)
     return settings
+
+
+def check_engine(args: Any, enabled: bool) -> None:
+    """Refuse a DeepSpeed config that is not used: accelerate 1.15 trains by DDP where ACCELERATE_USE_CPU is set.
+
+    Raises:
+        UnsupportedError: there is one, and accelerate does not use DeepSpeed.
+    """
+    if getattr(args, "deepspeed", None) and not enabled:
+        raise UnsupportedError(
+            "the training arguments have a DeepSpeed config, and accelerate does not use DeepSpeed here",
+            fix="Without a GPU start it with torchrun and use_cpu=True: accelerate launch sets ACCELERATE_USE_CPU.",
+            ACCELERATE_USE_CPU=os.environ.get("ACCELERATE_USE_CPU"),
+        )
 
 
 def check_class(trainer: type) -> None:

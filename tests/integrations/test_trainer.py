@@ -215,6 +215,15 @@ def test_a_plain_loop_with_accelerate_is_exact(pool4: RankPool, kind: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_plain_loop_with_accelerate_and_deepspeed_is_exact(pool4: RankPool, stage: int) -> None:
+    run = Run(size=2, accumulation=1, checkpointing=True, deepspeed=stage, settings=(("remat", "attention"),))
+    for losses, ran in pool4.run(cases.plain_loop_of_deepspeed, run):
+        assert losses == pytest.approx(cases.one_process(run, 2), rel=NEAR)
+        assert ran == LAYERS * run.steps
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packed", "padded", "masked"])
 def test_fsdp2_is_exact_and_runs_the_ring_once_a_layer(pool4: RankPool, kind: str) -> None:
     run = Run(size=2, kind=kind, accumulation=1, checkpointing=True)
@@ -270,6 +279,7 @@ REFUSALS = {
     "all masked": ("BatchError", "no token of the batch has a target"),
     "size not dividing": ("GroupError", "3"),
     "no size": ("ConfigError", "how many ranks share a sequence"),
+    "accelerate launch --cpu": ("UnsupportedError", "accelerate does not use DeepSpeed here"),
     "open size": ("ConfigError", 'leaves "size" open'),
     "wrapped": ("UnsupportedError", "wrapped already"),
     "predict": ("UnsupportedError", "predictions need the logits"),

@@ -119,7 +119,7 @@ def summed(made: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
 def as_torchrun(sp: SequenceParallel) -> Iterator[None]:
     """What torchrun would have set, and no state of accelerate from a run before."""
     rank, world = str(sp.groups.global_rank), str(sp.world_size)
-    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=world, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="true")
+    os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=world, DS_ACCELERATOR="cpu")
     # The group exists already. accelerate reads the number of threads: without it each rank takes all cores, and spins.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1")
     warnings.simplefilter("ignore")
@@ -129,6 +129,8 @@ def as_torchrun(sp: SequenceParallel) -> Iterator[None]:
     try:
         yield
     finally:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]  # a Trainer of later would use DeepSpeed, too
         AcceleratorState._reset_state(True)
 
 
@@ -202,6 +204,7 @@ def train(sp: SequenceParallel, run: Run, folder: str) -> tuple[list[float], flo
     """Losses of the steps, the evaluation loss after them, and forward runs of the ring in training."""
     with as_torchrun(sp):
         trainer = trainer_of(run, folder)
+        assert trainer.is_deepspeed_enabled == (run.deepspeed is not None)
         with counted() as ran:
             trainer.train()
         return losses_of(trainer), trainer.evaluate()["eval_loss"], len(ran)
@@ -364,6 +367,33 @@ def plain_loop(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
                 accelerator.clip_grad_norm_(made.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses, len(ran)
+
+
+def plain_loop_of_deepspeed(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
+    """As `plain_loop`, where accelerate has a DeepSpeedPlugin and the block in its config turns the ring on."""
+    with as_torchrun(sp):
+        from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+        from seqpar_ring.integrations import deepspeed
+        from seqpar_ring.integrations.trainer import data_loader
+
+        deepspeed.install()
+        sizes = {"train_micro_batch_size_per_gpu": run.rows, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+        config = {name: value for name, value in deepspeed_config(run).items() if name != "train_batch_size"} | sizes
+        PartialState(cpu=True)  # Accelerator(cpu=True) would forget DeepSpeed
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        made = model(run)
+        if run.checkpointing:
+            made.gradient_checkpointing_enable({"use_reentrant": False})
+        engine, _ = accelerator.prepare(made, optimizer_of(run.optimizer, made.parameters()))
+        loader = data_loader(torch.utils.data.DataLoader(rows(run.kind), batch_size=run.rows), engine.seqpar_ring)  # type: ignore[arg-type]
+        losses = []
+        batches = [batch for _ in range(run.steps) for batch in loader][: run.steps]
+        with counted() as ran:
+            for batch in batches:
+                loss = engine(**batch).loss
+                accelerator.backward(loss)  # the engine's step, too
                 losses.append(loss.item())
         return losses, len(ran)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import hf_cases
@@ -81,6 +82,10 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
         elif what == "size not dividing":
             settings = {"size": 3}
         elif what == "no size":
+            settings = {}
+        elif what == "accelerate launch --cpu":
+            arguments_of["deepspeed"] = {"zero_optimization": {"stage": 1}, "seqpar_ring": {"size": 2}}
+            os.environ["ACCELERATE_USE_CPU"] = "true"
             settings = {}
         elif what == "open size":
             arguments_of["deepspeed"] = {"zero_optimization": {"stage": 1}, "seqpar_ring": {"size": "auto"}}
