@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,22 +52,21 @@ DECODE = (
 )
 
 
-@dataclass
 class Calls:
     """What one forward did: calls of attention, those of them with a window, calls of the loss and what that made. And
     what it keeps: attention's results, the number of tiles of its head and that head where there are more than one, the
-    number of tiles of its MLPs, and the state of the random numbers before it."""
+    number of tiles of its MLPs, and the state of the random numbers before it.
 
-    attention: int = 0
-    windowed: int = 0
-    loss: int = 0
-    made: Tensor | None = None
-    kept: Kept | None = None
-    tiles: int = 1
-    why_tiles: str = "asked for, or no labels"
-    head: Any = None
-    mlp_tiles: int = 1
-    chance: Tensor | None = None
+    Not a dataclass: FSDP2 with a dtype to compute in copies those among its arguments, and counts would go to copies.
+    """
+
+    def __init__(self, kept: Kept | None = None, chance: Tensor | None = None) -> None:
+        self.kept, self.chance = kept, chance
+        self.attention = self.windowed = self.loss = 0
+        self.made: Tensor | None = None
+        self.tiles = self.mlp_tiles = 1
+        self.why_tiles = "asked for, or no labels"
+        self.head: Any = None
 
     def tally(self) -> dict[str, object]:
         """The counts, by name."""

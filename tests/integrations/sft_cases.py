@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import hf_cases
@@ -37,7 +38,7 @@ def sft(
     sp: SequenceParallel, run: Run, folder: str, packing: bool, prompts: bool = False
 ) -> tuple[list[float], float, list[Any], int]:
     """SFTTrainer: losses, the evaluation loss before training, the batches it made, and ring forwards in training."""
-    with as_torchrun(sp):
+    with as_torchrun(sp, run):
         from datasets import Dataset
         from seqpar_ring.integrations.trainer import ring
         from trl import SFTConfig, SFTTrainer
@@ -50,7 +51,7 @@ def sft(
             train_dataset=Dataset.from_list(texts(prompts)),
             eval_dataset=Dataset.from_list(texts(prompts)),
         )
-        before = float(trainer.evaluate()["eval_loss"])
+        before = math.nan if run.fsdp is not None else float(trainer.evaluate()["eval_loss"])  # accelerate raises there
         seen: list[Any] = []
         trainer.model.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append({**kwargs}), with_kwargs=True, prepend=True

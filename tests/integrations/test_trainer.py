@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,55 @@ def test_optimizer_and_parameters_may_wait_on_the_cpu(pool2: RankPool, tmp_path:
         assert ran == LAYERS * run.steps * run.accumulation
 
 
-def test_mixed_precision_follows_fp32_as_far_as_bf16_can(pool2: RankPool, tmp_path: Path) -> None:
-    run = Run(size=2, steps=4, bf16=True, checkpointing=True, settings=(("remat", "attention"), ("logits", 7)))
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["DDP", "FSDP", 0, 1, 2, 3])
+def test_gradients_have_the_size_that_they_have_in_one_process(
+    pool4: RankPool, tmp_path: Path, engine: str | int
+) -> None:
+    """Neither Adam nor clipping would show a factor before all of them."""
+    from transformers import Trainer
+
+    stage = engine if isinstance(engine, int) else None
+    run = Run(size=2, steps=4, optimizer="sgd", deepspeed=stage, fsdp=() if engine == "FSDP" else None)
+    expected = cases.losses_and_norms(run, 2, clip=1e9)
+    for found in pool4.run(trainer_refusals.losses, run, str(tmp_path), Trainer):
+        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=NEAR)
+        if engine != 0:  # DeepSpeed tells none there
+            assert [norm for _, norm in found] == pytest.approx([norm for _, norm in expected], rel=NEAR)
+
+
+FSDP = {
+    "packed": Run(2, checkpointing=True, fsdp=(), settings=(("remat", "attention"), ("logits", 7), ("mlp", 9))),
+    "padded": Run(2, "padded", rows=2, fsdp=(("cpu_ram_efficient_loading", True),)),
+    "masked": Run(2, "masked", steps=8, fsdp=(("reshard_after_forward", False),), settings=(("logits", 7),)),
+    "FSDP's checkpoints": Run(
+        2, steps=8, fsdp=(("activation_checkpointing", True),), settings=(("remat", "attention"), ("logits", 7))
+    ),
+    "LoRA": Run(2, steps=8, fsdp=(), lora=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", FSDP)
+def test_fsdp2_by_trainers_own_arguments(pool4: RankPool, tmp_path: Path, which: str) -> None:
+    """accelerate shards the head, and the norm before it, as a unit of their own; a head in tiles is called often."""
+    run = FSDP[which]
+    expected = cases.one_process(run, 2)
+    for losses, after, ran in pool4.run(cases.train, run, str(tmp_path)):
+        assert losses == pytest.approx(expected, rel=NEAR)
+        assert ran == LAYERS * run.steps * run.accumulation
+        evaluated = after
+    if which == "masked":
+        by_ddp = pool4.run(cases.train, replace(run, fsdp=None), str(tmp_path / "DDP"))
+        assert evaluated == pytest.approx(by_ddp[0][1], rel=NEAR)
+
+
+@pytest.mark.parametrize("fsdp", [None, ()])
+def test_mixed_precision_follows_fp32_as_far_as_bf16_can(
+    pool2: RankPool, tmp_path: Path, fsdp: tuple[()] | None
+) -> None:
+    settings = (("remat", "attention"), ("logits", 7))
+    run = Run(size=2, steps=4, bf16=True, checkpointing=True, settings=settings, fsdp=fsdp)
     for losses, _, ran in pool2.run(cases.train, run, str(tmp_path)):
         assert losses == pytest.approx(cases.one_process(run, 1), rel=5e-3)
         assert ran == LAYERS * run.steps * run.accumulation
@@ -180,10 +228,15 @@ def test_gradients_are_averaged_after_an_evaluation_too(pool2: RankPool, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (4, 1)])
-def test_a_checkpoint_goes_on_at_another_size(pool4: RankPool, tmp_path: Path, before: int, after: int) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "fsdp"),
+    [(4, 2, None), (2, 4, None), (4, 1, None), (4, 2, ()), (2, 4, (("state_dict_type", "SHARDED_STATE_DICT"),))],
+)
+def test_a_checkpoint_goes_on_at_another_size(
+    pool4: RankPool, tmp_path: Path, before: int, after: int, fsdp: tuple[tuple[str, str], ...] | None
+) -> None:
     """The rows of a step stay the same: fewer ranks a sequence, more data ranks, less accumulation."""
-    runs = [Run(size=size, steps=8, accumulation=size) for size in (before, after)]
+    runs = [Run(size=size, steps=8, accumulation=size, fsdp=fsdp) for size in (before, after)]
     expected = cases.one_process(Run(size=1, steps=8, accumulation=4), 1)
     for losses in pool4.run(cases.resume, *runs, str(tmp_path), 4):
         assert losses == pytest.approx(expected, rel=1e-6)
@@ -233,15 +286,25 @@ def test_fsdp2_is_exact_and_runs_the_ring_once_a_layer(pool4: RankPool, kind: st
         assert ran == LAYERS * run.steps
 
 
+def test_fsdp2_may_compute_in_bf16(pool2: RankPool) -> None:
+    """It makes copies of what layers are given."""
+    run = Run(size=2, steps=4, accumulation=1, checkpointing=True, bf16=True)
+    for losses, ran in pool2.run(cases.fully_sharded, run, remat="attention", logits=7, mlp=9):
+        assert losses == pytest.approx(cases.one_process(run, 1), rel=5e-3)
+        assert ran == LAYERS * run.steps
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(
+    ("packing", "lora", "fsdp"),
+    [(True, True, None), (True, False, None), (False, True, None), (False, False, None), (True, True, ())],
+)
 def test_trls_sfttrainer_is_exact_packed_and_with_lora(
-    pool2: RankPool, tmp_path: Path, packing: bool, lora: bool
+    pool2: RankPool, tmp_path: Path, packing: bool, lora: bool, fsdp: tuple[()] | None
 ) -> None:
     settings = (("remat", "attention"), ("logits", 11))
     rows = 1 if packing else 2
-    run = Run(size=2, rows=rows, lora=lora, checkpointing=True, settings=settings)
+    run = Run(size=2, rows=rows, lora=lora, checkpointing=True, settings=settings, fsdp=fsdp)
     (losses, _, seen, ran), (others, _, same, _) = pool2.run(sft_cases.sft, run, str(tmp_path), packing)
     assert losses == others == pytest.approx(sft_cases.one_process_on(run, seen), rel=NEAR)
     assert ran == LAYERS * run.steps * run.accumulation

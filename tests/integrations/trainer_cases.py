@@ -16,6 +16,7 @@ from typing import Any
 import hf_cases
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils import data as sampling
 
 from seqpar_ring import SequenceParallel, executor
@@ -40,6 +41,7 @@ class Run:
     lora: bool = False
     deepspeed: int | None = None  # ZeRO stage
     offload: bool = False  # of optimizer states, and in stage 3 of parameters
+    fsdp: tuple[tuple[str, Any], ...] | None = None  # Trainer's fsdp_config; None: no FSDP
     bf16: bool = False
     fault: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
@@ -87,9 +89,14 @@ def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
 
 def one_process(run: Run, data_ranks: int) -> list[float]:
     """The loss of every optimizer step: the mean over the targets of all its rows, each document alone."""
+    return [loss for loss, _ in losses_and_norms(run, data_ranks)]
+
+
+def losses_and_norms(run: Run, data_ranks: int, clip: float = 1.0) -> list[tuple[float, float]]:
+    """As `one_process`, and the norm of the gradient before it is clipped."""
     made, data = model(run), rows(run.kind)
     optimizer = optimizer_of(run.optimizer, [p for p in made.parameters() if p.requires_grad])
-    a_step, losses = run.rows * run.accumulation * data_ranks, []
+    a_step, found = run.rows * run.accumulation * data_ranks, []
     for step in range(run.steps):
         total, count = torch.zeros(()), 0
         for i in range(step * a_step, (step + 1) * a_step):
@@ -97,11 +104,11 @@ def one_process(run: Run, data_ranks: int) -> list[float]:
             total, count = total + one, count + n
         loss = total / count
         loss.backward()
-        nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(made.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        found.append((loss.item(), norm.item()))
+    return found
 
 
 def summed(made: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
@@ -116,19 +123,28 @@ def summed(made: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
 
 
 @contextmanager
-def as_torchrun(sp: SequenceParallel) -> Iterator[None]:
-    """What torchrun would have set, and no state of accelerate from a run before."""
+def as_torchrun(sp: SequenceParallel, run: Run | None = None) -> Iterator[None]:
+    """What torchrun would have set, and no state of accelerate from a run before.
+
+    accelerate knows FSDP on GPUs only (on a CPU it trains by DDP and says nothing), so for a run with it the ranks pose
+    as GPUs'.
+    """
     rank, world = str(sp.groups.global_rank), str(sp.world_size)
     os.environ.update(LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=world, DS_ACCELERATOR="cpu")
     # The group exists already. accelerate reads the number of threads: without it each rank takes all cores, and spins.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", OMP_NUM_THREADS="1")
     warnings.simplefilter("ignore")
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
 
+    known = PartialState._prepare_backend
+    if run is not None and run.fsdp is not None:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     AcceleratorState._reset_state(True)
     try:
         yield
     finally:
+        PartialState._prepare_backend = known
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]  # a Trainer of later would use DeepSpeed, too
         AcceleratorState._reset_state(True)
@@ -147,6 +163,8 @@ def arguments(run: Run, folder: str, **others: Any) -> dict[str, Any]:
     }
     if run.deepspeed is not None:
         given["deepspeed"] = deepspeed_config(run)
+    if run.fsdp is not None:
+        given |= {"fsdp": True, "fsdp_config": dict(run.fsdp)}
     return {**given, **others}
 
 
@@ -202,11 +220,12 @@ def losses_of(trainer: Any) -> list[float]:
 
 def train(sp: SequenceParallel, run: Run, folder: str) -> tuple[list[float], float, int]:
     """Losses of the steps, the evaluation loss after them, and forward runs of the ring in training."""
-    with as_torchrun(sp):
+    with as_torchrun(sp, run):
         trainer = trainer_of(run, folder)
         assert trainer.is_deepspeed_enabled == (run.deepspeed is not None)
         with counted() as ran:
             trainer.train()
+        assert isinstance(trainer.model, FSDPModule) == (run.fsdp is not None)
         return losses_of(trainer), trainer.evaluate()["eval_loss"], len(ran)
 
 
@@ -294,7 +313,7 @@ def train_after_evaluation(sp: SequenceParallel, run: Run, folder: str) -> list[
 
     from seqpar_ring.errors import UnsupportedError
 
-    with as_torchrun(sp):
+    with as_torchrun(sp, run):
         trainer = trainer_of(run, folder)
         trainer.evaluate()
         mark = integration.PREPARED
@@ -310,11 +329,11 @@ def train_after_evaluation(sp: SequenceParallel, run: Run, folder: str) -> list[
 
 def resume(sp: SequenceParallel, before: Run, after: Run, folder: str, at: int) -> list[float]:
     """Losses of a run that saves a checkpoint and of another that goes on from it, both as long as the second."""
-    with as_torchrun(sp):
+    with as_torchrun(sp, before):
         first = trainer_of(before, folder, save_strategy="steps", save_steps=at)
         first.train()
         found = losses_of(first)[:at]
-    with as_torchrun(sp):
+    with as_torchrun(sp, after):
         second = trainer_of(after, folder)
         second.train(resume_from_checkpoint=f"{folder}/checkpoint-{at}")
         return found + losses_of(second)[at:]
@@ -401,16 +420,17 @@ def plain_loop_of_deepspeed(sp: SequenceParallel, run: Run) -> tuple[list[float]
 def fully_sharded(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
     """Losses of a loop with torch's FSDP2, each layer and the whole sharded over all ranks; and ring forwards."""
     from seqpar_ring.integrations.transformers import parallelize
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     warnings.simplefilter("ignore")
     made = parallelize(model(run), sp)
     if run.checkpointing:
         made.activation_checkpointing_enable({"use_reentrant": False})
-    mesh = torch.distributed.init_device_mesh("cpu", (sp.world_size,))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if run.bf16 else None, torch.float32)
+    over: dict[str, Any] = {"mesh": torch.distributed.init_device_mesh("cpu", (sp.world_size,)), "mp_policy": policy}
     for layer in made.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(made, mesh=mesh)
+        fully_shard(layer, **over)
+    fully_shard(made, **over)
     optimizer, data, losses = optimizer_of(run.optimizer, made.parameters()), rows(run.kind), []
     with counted() as ran:
         for step in range(run.steps):

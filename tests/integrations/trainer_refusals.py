@@ -123,17 +123,17 @@ def refused(sp: SequenceParallel, run: Run, folder: str, what: str) -> str:
     return "not refused"
 
 
-def losses(sp: SequenceParallel, run: Run, folder: str, kind: type) -> list[tuple[float, float]]:
-    """Loss and norm of the gradient in each step of a Trainer class."""
+def losses(sp: SequenceParallel, run: Run, folder: str, kind: type) -> list[tuple[float, float | None]]:
+    """Loss and norm of the gradient, where it is told, in each step of a Trainer class."""
     from seqpar_ring.integrations.trainer import ring
     from transformers import TrainingArguments, default_data_collator
 
-    with as_torchrun(sp):
+    with as_torchrun(sp, run):
         training = TrainingArguments(**arguments(run, folder, max_grad_norm=1e9))
         given = {"train_dataset": rows(run.kind), "data_collator": default_data_collator}
         trainer = ring(kind, size=run.size)(model=model(run), args=training, **given)
         trainer.train()
-    return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [(entry["loss"], entry.get("grad_norm")) for entry in trainer.state.log_history if "loss" in entry]
 
 
 def another_vocabulary(sp: SequenceParallel, run: Run, folder: str) -> str:
