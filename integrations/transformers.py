@@ -242,9 +242,11 @@ class _Adapter:
             calls.made = mean = self.sp.loss(logits, shifted, plan, num_items=num_items)
             return mean
         cut, calls.head = calls.head, None
-        # What is done to logits may show only when they have grown. On a GPU the host has to wait for it.
-        if not logits.is_cuda or self._tiled % head.EVERY == 0:
-            self.sp.groups.agree("the head in tiles", {}, cut.difference(logits))
+        # What is done to logits may show only when they have grown.
+        read = head.is_read(logits, self._tiled)
+        problem = cut.difference(logits, read)
+        if read:
+            self.sp.groups.agree("the head in tiles", {}, problem)
         self._tiled += 1
         tiled: dict[str, Any] = {"tiles": calls.tiles, "num_items": num_items, "vocabulary": logits.shape[-1]}
         calls.made = mean = self.sp.tiled_loss(cut.hidden_BSC, cut.logits, shifted, **tiled)

@@ -78,6 +78,11 @@ def choose(model: Any, most_tokens: int, asked: int | str) -> Tiles:
     return Tiles(1, f"the model has {missing}")
 
 
+def is_read(logits: Tensor, before: int) -> bool:
+    """Whether the host looks at a comparison after so many: on a GPU it has to wait for it."""
+    return not logits.is_cuda or before % EVERY == 0
+
+
 class Cut:
     """A model's head to be run in tiles, in one forward: what it is given, and how logits come of it.
 
@@ -98,13 +103,19 @@ class Cut:
         out = out if self._factor is None else out * self._factor
         return out if self._cap is None else torch.tanh(out / self._cap) * self._cap
 
-    def difference(self, found_BSV: Tensor) -> UnsupportedError | None:
-        """What is wrong if the last token's logits, as the model computed them, are not those that tiles would give."""
+    def difference(self, found_BSV: Tensor, read: bool = True) -> UnsupportedError | None:
+        """What is wrong if the last token's logits, as the model computed them, are not those that tiles would give.
+
+        Ours are computed also where nobody reads them: ZeRO-3 expects the same modules to run in every forward, and
+        would gather ahead of none for two of them where they change.
+        """
         if self.hidden_BSC is None:
             what = "the model's last hidden states were not seen, so its head cannot run in tiles"
             return UnsupportedError(what, fix=WHOLE, model=self._model)
         with torch.no_grad():
             ours = self.logits(self.hidden_BSC[:, -1:])
+            if not read:
+                return None
             theirs = found_BSV[:, -1:].double()
             least = max(float(theirs.abs().max()) * SMALL, torch.finfo(torch.float32).tiny)
             error = float(((ours - theirs).abs() / theirs.abs().clamp(min=least)).max())

@@ -305,7 +305,8 @@ class BaseTransport(ABC):
         shapes = [[*x.shape[:dim], size, *x.shape[dim + 1 :]] for size in sizes]
         parts = [mine if r == self.rank else mine.new_empty(shape) for r, shape in enumerate(shapes)]
         others = [r for r in range(self.world) if r != self.rank]
-        self.exchange([Send(r, mine) for r in others], [Recv(r, parts[r]) for r in others], lane="control").wait()
+        sends, recvs = [Send(r, _bytes(mine)) for r in others], [Recv(r, _bytes(parts[r])) for r in others]
+        self.exchange(sends, recvs, lane="control").wait()
         return torch.cat(parts, dim)
 
     def _to_post(
@@ -336,3 +337,8 @@ class BaseTransport(ABC):
         for message in sends:
             self.stats.count(lane, message.tensor.nbytes)
         return sends, recvs
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, uint8 (bytes,): NCCL knows no 16-bit integers, nor some unsigned ones."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # where a size is 1, strides may be any

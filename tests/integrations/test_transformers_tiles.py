@@ -110,6 +110,27 @@ def test_ranks_of_unequal_batches_make_as_many_tiles_each() -> None:
     assert found[0] == found[1] == 1 + 1 + 2 * 6  # the model's one token, the comparison, and each tile twice
 
 
+def test_the_same_modules_run_whether_the_host_compares_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ZeRO-3 records it; on a GPU the host compares in each hundredth forward."""
+    from seqpar_ring.integrations import transformers_head as head
+
+    monkeypatch.setattr(head, "is_read", lambda _, before: before % 3 == 0)
+    base, batch = build("Llama"), packed([51])
+
+    def run(sp: SequenceParallel) -> list[int]:
+        model = parallelize(copy.deepcopy(base), sp)
+        calls: list[int] = []
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        forwards = []
+        for _ in range(4):
+            model(**batch)
+            forwards.append(len(calls))
+            calls.clear()
+        return forwards
+
+    assert run_lockstep(run, 2, logits=10)[0] == [1 + 1 + 3] * 4
+
+
 def test_no_tensor_holds_the_logits_of_more_than_a_tile() -> None:
     base, batch = build("Llama"), packed([64])
 

@@ -128,6 +128,28 @@ def test_all_gather_takes_unequal_parts_along_any_dimension(run: Run) -> None:
         assert torch.equal(last, whole.t())
 
 
+def gather_in_many_dtypes(groups: Groups) -> set[torch.dtype]:
+    """What travels."""
+    ring, known, sent = groups.ring, groups.ring.exchange, set[torch.dtype]()
+
+    def watched(sends: Any, recvs: Any, lane: str = "kv") -> Any:
+        sent.update(message.tensor.dtype for message in (*sends, *recvs))
+        return known(sends, recvs, lane)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "exchange", watched)
+        for dtype in (torch.int16, torch.uint16, torch.uint64, torch.bool, torch.complex64, torch.float64, torch.int64):
+            mine = torch.tensor([[ring.rank, 0, 1]]).to(dtype)
+            whole = torch.tensor([[r, 0, 1] for r in range(ring.world)]).to(dtype)
+            assert torch.equal(ring.all_gather(mine, [1] * ring.world), whole)
+    return sent
+
+
+def test_all_gather_takes_what_no_backend_knows(run: Run) -> None:
+    """NCCL sends no 16-bit integers, nor some unsigned ones; gloo sends all."""
+    assert run(gather_in_many_dtypes) == [{torch.uint8}] * 4
+
+
 def sum_up(groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(groups.rank)
     x = torch.randn(1001, generator=generator)
