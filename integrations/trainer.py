@@ -172,6 +172,7 @@ class _Ring:
                 block=block,
             )
         rules.check_arguments(me.args)  # a subclass may have made others
+        rules.check_liger(me.args, asked.mlp != "whole")
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         rules.check_engine(me.args, me.is_deepspeed_enabled)
         self.seqpar = SequenceParallel(**asked.model_dump())

@@ -180,6 +180,7 @@ def check_arguments(args: Any) -> None:
         value = getattr(args, name, exact[0])
         if value not in exact:
             raise UnsupportedError(why, fix=f"Leave {name} at its default, {exact[0]!r}.", **{name: value})
+    check_liger(args)
     config = getattr(args, "accelerator_config", None)
     if config is None:
         return
@@ -190,6 +191,32 @@ def check_arguments(args: Any) -> None:
             dispatch_batches=config.dispatch_batches,
         )
     config.dispatch_batches = False  # the default deals out those of a stream
+
+
+def check_liger(args: Any, tiled_mlps: bool = False) -> None:
+    """Refuse those of Liger's kernels that take the place of what is ours; the others see one token at a time.
+
+    Trainer applies them as it starts to train, when all else is looked at. Their names are those of liger-kernel 0.8.
+
+    Raises:
+        UnsupportedError: its loss, or its MLPs where these run in tiles.
+    """
+    if not getattr(args, "use_liger_kernel", False):
+        return
+    given: Mapping[str, Any] = getattr(args, "liger_kernel_config", None) or {}
+    if given.get("fused_linear_cross_entropy", True):
+        raise UnsupportedError(
+            "Liger's fused cross entropy would take the mean over this rank's tokens",
+            fix='Give liger_kernel_config={"fused_linear_cross_entropy": False}: large heads run in tiles here anyway.',
+            liger_kernel_config=dict(given),
+        )
+    mlps = {name: False for name in ("swiglu", "geglu") if given.get(name, True)}
+    if tiled_mlps and len(mlps) == 2:
+        raise UnsupportedError(
+            "Liger's MLPs would take the place of those that run in tiles",
+            fix='Leave "mlp" out of the settings, or add "swiglu": False (in some families "geglu").',
+            liger_kernel_config=dict(given),
+        )
 
 
 def labels_of_first(own: int, samples: int, inputs: Mapping[str, Any]) -> tuple[Tensor, UnsupportedError | None]:

@@ -429,6 +429,25 @@ def test_losses_of_sfttrainer_that_are_no_mean_are_refused(tmp_path: Path) -> No
     trainer_rules.check_arguments(SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True))
 
 
+def test_ligers_kernels_that_would_take_the_place_of_ours_are_refused(tmp_path: Path) -> None:
+    """Its loss would be refused by the first forward, without a word of Liger; its MLPs would not run in tiles."""
+    from transformers import TrainingArguments
+
+    def arguments(**config: bool) -> TrainingArguments:
+        given = {"use_cpu": True, "use_liger_kernel": True, "liger_kernel_config": config}
+        return TrainingArguments(output_dir=str(tmp_path), **given)
+
+    for config in ({}, {"rope": False}, {"fused_linear_cross_entropy": True}):
+        with pytest.raises(UnsupportedError, match="fused cross entropy would take the mean over this rank's tokens"):
+            trainer_rules.check_arguments(arguments(**config))
+    trainer_rules.check_arguments(arguments(fused_linear_cross_entropy=False))
+    trainer_rules.check_arguments(TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(UnsupportedError, match="Liger's MLPs"):
+        trainer_rules.check_liger(arguments(fused_linear_cross_entropy=False), tiled_mlps=True)
+    for name in ("swiglu", "geglu"):
+        trainer_rules.check_liger(arguments(fused_linear_cross_entropy=False, **{name: False}), tiled_mlps=True)
+
+
 def test_settings_without_a_size_are_refused() -> None:
     from transformers import Trainer
 
