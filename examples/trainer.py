@@ -21,18 +21,19 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 
 def main(config: Annotated[Path, typer.Option(help="YAML: the ring's settings and Trainer's arguments.")]) -> None:
-    """Evaluate, train, evaluate."""
+    """Train, with an evaluation before and one after."""
     job = yaml.safe_load(config.read_text())
     rows = tiny.rows(job["tokens"], job["rows"])
     trainer = ring(Trainer, **job.get("ring", {}))(
         model=tiny.model(),
-        args=TrainingArguments(**job["training"], use_cpu=not torch.cuda.is_available()),
+        # The first evaluation is part of train(): under DeepSpeed or FSDP2 none may come before it.
+        args=TrainingArguments(**job["training"], eval_on_start=True, use_cpu=not torch.cuda.is_available()),
         data_collator=default_data_collator,
         train_dataset=rows[2:],
         eval_dataset=rows[:2],
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train()
+    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         print(f"evaluation loss {before:.4f} -> {after:.4f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -75,10 +76,28 @@ def test_deepspeed_trains_the_same_under_torchrun_and_its_own_launcher(tmp_path:
     assert losses(other) == found
 
 
-def test_trainer_learns(tmp_path: Path) -> None:
-    text = forked(tmp_path, 2, ROOT / "examples" / "trainer.py", "--config", ROOT / "configs" / "trainer.yaml")
-    before, after = map(float, re.findall(r"evaluation loss ([\d.]+) -> ([\d.]+)", text)[0])
+def evaluations(text: str) -> list[float]:
+    before, after = re.findall(r"evaluation loss ([\d.]+) -> ([\d.]+)", text)[0]
+    return [float(before), float(after)]
+
+
+def test_trainer_learns_also_by_deepspeed(tmp_path: Path) -> None:
+    script, shipped = ROOT / "examples" / "trainer.py", ROOT / "configs" / "trainer.yaml"
+    before, after = evaluations(forked(tmp_path, 2, script, "--config", shipped))
     assert after < before - 1
+    job = yaml.safe_load(shipped.read_text())
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    engine = {
+        **dict.fromkeys(sizes, "auto"),
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "seqpar_ring": job.pop("ring"),
+    }
+    (tmp_path / "zero2.json").write_text(json.dumps(engine))
+    job["training"]["deepspeed"] = "zero2.json"
+    (tmp_path / "zero2.yaml").write_text(yaml.safe_dump(job))
+    text = forked(tmp_path, 2, script, "--config", tmp_path / "zero2.yaml")
+    assert evaluations(text) == pytest.approx([before, after], abs=2e-4)
 
 
 def test_sfttrainer_learns_and_saves_its_adapter(tmp_path: Path) -> None:
