@@ -202,9 +202,9 @@ class _Ring:
             UnsupportedError: the model is not wrapped, or has parameters to train that it was wrapped without.
         """
         me: Any = self
-        if not (self.seqpar.world_size == 1 or me.is_deepspeed_enabled or me.is_fsdp_enabled or _is_ddp(model)):
+        if not (self.seqpar.world_size == 1 or me.is_deepspeed_enabled or me.is_fsdp_enabled or rules.is_ddp(model)):
             raise rules.not_averaged(model, self.seqpar.world_size)
-        if _is_ddp(model):
+        if rules.is_ddp(model):
             trained = frozenset(name for name, p in me.model.named_parameters() if p.requires_grad)
             self._seqpar_trained = self._seqpar_trained or trained
             rules.check_trained(self._seqpar_trained, trained)
@@ -313,11 +313,16 @@ class _Ring:
         found, alone = me.accelerator.gradient_state, self.seqpar.data_size == 1
         if alone or inputs.get("labels") is None or not found.end_of_dataloader or found.remainder <= 0:
             return inputs
-        samples = me.args.eval_batch_size
+        samples = me.args.eval_batch_size // self._parts_of_a_batch()
         own = max(0, found.remainder - self.seqpar.data_rank * samples)
         labels, problem = rules.labels_of_first(own, samples, inputs)
         self.seqpar.groups.agree("the last batch of an evaluation", {}, problem)
         return {**inputs, "labels": labels}
+
+    def _parts_of_a_batch(self) -> int:
+        """Data ranks that share what a data loader calls a batch."""
+        me: Any = self
+        return self.seqpar.data_size if me.accelerator.split_batches else 1
 
     @contextmanager
     def _dealt_to_groups(self) -> Iterator[None]:
@@ -335,13 +340,8 @@ class _Ring:
         """Evaluation losses of all data ranks, once each; without the samples that fill up the last batch."""
         me: Any = self
         every = me.accelerator.gather(losses).reshape(self.seqpar.world_size, -1)
-        found: Tensor = every[:: self.seqpar.size].flatten()
+        once = every.shape[1] // self._parts_of_a_batch()  # Trainer repeats a loss as for a batch that is not split
+        found: Tensor = every[:: self.seqpar.size, :once].flatten()
         left = me.accelerator.gradient_state.remainder
         last = me.accelerator.gradient_state.end_of_dataloader
         return found[:left] if last and left > 0 else found
-
-
-def _is_ddp(model: nn.Module) -> bool:
-    """Wrapped by torch's DistributedDataParallel, perhaps under a compiled module."""
-    return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
-

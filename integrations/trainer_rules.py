@@ -103,6 +103,11 @@ def check_class(trainer: type) -> None:
             )
 
 
+def is_ddp(model: nn.Module) -> bool:
+    """Wrapped by torch's DistributedDataParallel, perhaps under a compiled module."""
+    return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
+
+
 def not_averaged(model: nn.Module, world: int) -> UnsupportedError:
     """The error of a model that nothing is around which averages its gradients."""
     return UnsupportedError(

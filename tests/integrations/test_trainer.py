@@ -169,6 +169,8 @@ def test_rows_that_fill_up_the_last_evaluation_batch_do_not_count(
     expected = cases.eval_loss(run, 2 * rows, count)
     for losses in pool4.run(cases.evaluate, run, str(tmp_path), count):
         assert losses == pytest.approx([expected] * 2, rel=NEAR)
+    for losses in pool4.run(cases.evaluate, replace(run, rows=2 * rows), str(tmp_path), count, True):
+        assert losses == pytest.approx([expected] * 2, rel=NEAR)  # accelerate's split_batches: of all data ranks
 
 
 @pytest.mark.parametrize(("rows", "count"), [(2, 3), (4, 6), (2, 1), (2, 4)])

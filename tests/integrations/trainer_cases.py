@@ -240,10 +240,11 @@ def eval_loss(run: Run, batch_rows: int, count: int = ROWS) -> float:
     return total / count
 
 
-def evaluate(sp: SequenceParallel, run: Run, folder: str, count: int = ROWS) -> list[float]:
+def evaluate(sp: SequenceParallel, run: Run, folder: str, count: int = ROWS, split: bool = False) -> list[float]:
     """Trainer's evaluation losses of the model as it is made: twice, as it must not change."""
     with as_torchrun(sp):
-        trainer = trainer_of(run, folder, eval_dataset=rows(run.kind)[:count])
+        config = {"split_batches": split}
+        trainer = trainer_of(run, folder, eval_dataset=rows(run.kind)[:count], accelerator_config=config)
         return [trainer.evaluate()["eval_loss"] for _ in range(2)]
 
 
