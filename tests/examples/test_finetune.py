@@ -78,7 +78,11 @@ def books(tmp_path: Path) -> list[Path]:
 def test_two_ranks_train_on_the_users_text_and_plain_transformers_loads_the_result(
     tmp_path: Path, books: list[Path], stage: int
 ) -> None:
-    engine = ROOT / "configs" / f"deepspeed_zero{stage}.json"
+    config = json.loads((ROOT / "configs" / f"deepspeed_zero{stage}.json").read_text())
+    if stage == 3:  # or each rank holds weights as small as these whole
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = tmp_path / "engine.json"
+    engine.write_text(json.dumps(config))
     done = torchrun(tmp_path, SCRIPT, "--text", *books, "--lr", 0.003, "--output", "out", "--deepspeed", engine)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "short.txt" in done.stdout

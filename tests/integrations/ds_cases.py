@@ -187,11 +187,21 @@ def engine_of(sp: SequenceParallel, run: Run) -> Any:
     if run.fault == "declared sequence group":
         integration.HiddenSequenceGroup = declared(hidden)
     try:
-        return integration.initialize(
+        engine = integration.initialize(
             model=made, optimizer=optimizer_of(run.optimizer, made.parameters()), config=config
         )[0]
     finally:
         integration.HiddenSequenceGroup = hidden
+    as_asked(engine, run.stage, run.bf16)
+    return engine
+
+
+def as_asked(engine: Any, stage: int, bf16: bool = False) -> None:
+    """That an engine does what the test has asked for: results would be right without it, too."""
+    assert engine.zero_optimization_stage() == stage
+    assert engine.bfloat16_enabled() == bf16
+    parameters = list(engine.module.parameters())
+    assert all(hasattr(p, "ds_id") and not p.ds_persist for p in parameters) == (stage == 3)
 
 
 def sharded_model(config: dict[str, Any]) -> Any:

@@ -52,7 +52,7 @@ def train_own_model(sp: SequenceParallel, stage: int) -> tuple[float, dict[str, 
     made = OwnModel()
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **SMALL},
         "zero_allow_untested_optimizer": True,
         "seqpar_ring": {"size": sp.world_size, "layout": "striped"},
     }

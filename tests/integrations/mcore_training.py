@@ -14,6 +14,7 @@ from mcore_cases import counted, faults, local
 from mcore_models import Case, Dense, config_of, model_of, mpu, parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -39,7 +40,8 @@ class Engine(NamedTuple):
 
 
 def train(_: Groups, case: Case, asked: dict[str, Any], plain: bool = False) -> tuple[list[float], int]:
-    """The token mean of each step, the same on all ranks, and how often the ring ran forward on this one.
+    """The token mean of each step and the norm of its gradient, one after the other, the same on all ranks, and how
+    often the ring ran forward on this one.
 
     `asked` is as in `Engine`; `plain`: with plain attention.
     """
@@ -55,11 +57,12 @@ def train(_: Groups, case: Case, asked: dict[str, Any], plain: bool = False) -> 
     with mcore_shim.OnTheCpu(), faults(case.fault), counted() as rings:
         chunks = built(case, config, engine, Dense if plain else None)
         options = OptimizerConfig(
-            optimizer="adam", lr=3e-3, clip_grad=0.0, use_distributed_optimizer=engine.distributed
+            optimizer="adam", lr=3e-3, clip_grad=1e9, use_distributed_optimizer=engine.distributed
         )
         optimizer = get_megatron_optimizer(options, chunks, use_gloo_process_groups=False)
-        losses = [one_step(chunks, optimizer, case, step) for step in range(STEPS)]
-    return losses, rings[0]
+        assert isinstance(optimizer.chained_optimizers[0], DistributedOptimizer) == engine.distributed
+        figures = [figure for step in range(STEPS) for figure in one_step(chunks, optimizer, case, step)]
+    return figures, rings[0]
 
 
 def built(case: Case, config: Any, engine: Engine, attention: Any) -> list[Any]:
@@ -96,7 +99,7 @@ def same_in_every_pipeline(model: Any) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=made) * 0.3 + (parameter.dim() == 1))
 
 
-def one_step(chunks: list[Any], optimizer: Any, case: Case, step: int) -> float:
+def one_step(chunks: list[Any], optimizer: Any, case: Case, step: int) -> tuple[float, float]:
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -110,11 +113,11 @@ def one_step(chunks: list[Any], optimizer: Any, case: Case, step: int) -> float:
         seq_length=tokens,
         micro_batch_size=1 if case.lengths else 2,
     )
-    optimizer.step()
+    _, norm, _ = optimizer.step()  # Adam alone would not show a factor before all gradients
     total = torch.stack(done).sum(0) if done else torch.zeros(2)  # only the last stage of a pipeline has losses
     for group in (mpu.get_context_parallel_group(), mpu.get_pipeline_model_parallel_group()):
         dist.all_reduce(total, group=group)
-    return (total[0] / total[1]).item()
+    return (total[0] / total[1]).item(), float(norm)
 
 
 def forward_step(case: Case, seeds: Iterator[int], model: Any) -> tuple[Tensor, Any]:

@@ -51,8 +51,8 @@ def step(sp: SequenceParallel, stage: int, mode: str) -> tuple[list[float], int]
 
 
 def partitioned(sp: SequenceParallel, partition: bool, keep: bool) -> tuple[list[Tensor], int]:
-    """Gradients through layers under DeepSpeed's own checkpointing, with its inputs split over the hidden mpu's ranks,
-    or without any; and forward runs of the ring."""
+    """Gradients through layers under DeepSpeed's own checkpointing, with its inputs flattened as for a split over the
+    hidden mpu's one model-parallel rank, or without any; and forward runs of the ring."""
     deepspeed = ds_cases.quietly_import_deepspeed(sp)
     from seqpar_ring.integrations.deepspeed import _start_torch_distributed
     from seqpar_ring.integrations.deepspeed_mpu import HiddenSequenceGroup, WholeModel

@@ -8,7 +8,7 @@ from typing import Any
 import hf_cases
 import torch
 from torch import nn
-from trainer_cases import Run, arguments, as_torchrun, counted, losses_of, model, optimizer_of, summed
+from trainer_cases import Run, arguments, as_torchrun, counted, figures_of, model, optimizer_of, summed
 
 from seqpar_ring import SequenceParallel
 
@@ -37,7 +37,7 @@ def texts(prompts: bool) -> list[dict[str, str]]:
 def sft(
     sp: SequenceParallel, run: Run, folder: str, packing: bool, prompts: bool = False
 ) -> tuple[list[float], float, list[Any], int]:
-    """SFTTrainer: losses, the evaluation loss before training, the batches it made, and ring forwards in training."""
+    """SFTTrainer: figures, the evaluation loss before training, the batches it made, and ring forwards in training."""
     with as_torchrun(sp, run):
         from datasets import Dataset
         from seqpar_ring.integrations.trainer import ring
@@ -59,20 +59,20 @@ def sft(
         with counted() as ran:
             trainer.train()
         keys = ("input_ids", "labels", "position_ids", "attention_mask")
-        return losses_of(trainer), before, [{k: b[k] for k in keys if k in b} for b in seen], len(ran)
+        return figures_of(trainer), before, [{k: b[k] for k in keys if k in b} for b in seen], len(ran)
 
 
 def one_process_on(run: Run, batches: list[Any]) -> list[float]:
     """As `one_process`, on these micro-batches: in packed rows each document alone, counted by its positions."""
     made = model(run)
     optimizer = optimizer_of(run.optimizer, [p for p in made.parameters() if p.requires_grad])
-    losses = []
+    losses, norms = [], []
     for first in range(0, len(batches), run.accumulation):
         parts = [summed(made, batch) for batch in batches[first : first + run.accumulation]]
         loss = sum((one for one, _ in parts), torch.zeros(())) / sum(n for _, n in parts)
         loss.backward()
-        nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        norms.append(nn.utils.clip_grad_norm_(made.parameters(), 1.0).item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return losses + norms

@@ -25,7 +25,7 @@ def test_the_ring_runs_once_a_layer_and_training_is_the_same(pool2: RankPool, st
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_deepspeeds_own_checkpointing_is_exact_with_inputs_partitioned(pool2: RankPool, keep: bool) -> None:
+def test_deepspeeds_own_checkpointing_is_exact_with_inputs_flattened(pool2: RankPool, keep: bool) -> None:
     plain = pool2.run(remat_cases.partitioned, False, False)[0][0]
     for grads, runs in pool2.run(remat_cases.partitioned, True, keep):
         for found, expected in zip(grads, plain, strict=True):

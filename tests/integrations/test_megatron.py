@@ -166,8 +166,8 @@ ENGINES = {
 
 
 def furthest(found: list[tuple[list[float], int]], truth: list[float]) -> float:
-    """The largest relative difference of a loss, over ranks and steps."""
-    return max(abs(a - b) / abs(b) for losses, _ in found for a, b in zip(losses, truth, strict=True))
+    """The largest relative difference of a loss or a gradient's norm, over ranks and steps."""
+    return max(abs(a - b) / abs(b) for figures, _ in found for a, b in zip(figures, truth, strict=True))
 
 
 @pytest.mark.parametrize("batch", [{}, PADDED], ids=["sbhd", "padded thd"])

@@ -44,8 +44,8 @@ def test_an_interleaved_pipeline_learns_as_one_rank_does(pool4: RankPool, engine
     interleaved = in_worker("mcore_training", "train", cp=2, **case)
     found = pool4.run_groups(interleaved, {"pp": 2, "virtual": 2, **engine})
     truth = pool4.run_groups(in_worker("mcore_training", "train", cp=1, **case), {}, True)[0][0]
-    for losses, rings in found:
-        assert losses == pytest.approx(truth, rel=LOSS)
+    for figures, rings in found:
+        assert figures == pytest.approx(truth, rel=LOSS)  # losses and norms of gradients
         assert rings == 4 * 4 * 2, "once a layer of this stage and micro-batch"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import hf_cases
 import torch
+from ds_cases import as_asked
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils import data as sampling
@@ -90,6 +91,13 @@ def optimizer_of(name: str, parameters: Any) -> torch.optim.Optimizer:
 def one_process(run: Run, data_ranks: int) -> list[float]:
     """The loss of every optimizer step: the mean over the targets of all its rows, each document alone."""
     return [loss for loss, _ in losses_and_norms(run, data_ranks)]
+
+
+def figures(run: Run, data_ranks: int) -> list[float]:
+    """The losses, and then the norms of the gradients, which Adam and clipping would not show to be too large."""
+    found = losses_and_norms(run, data_ranks)
+    norms = [] if run.deepspeed == 0 else [norm for _, norm in found]  # DeepSpeed tells none there
+    return [loss for loss, _ in found] + norms
 
 
 def losses_and_norms(run: Run, data_ranks: int, clip: float = 1.0) -> list[tuple[float, float]]:
@@ -218,15 +226,36 @@ def losses_of(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def figures_of(trainer: Any) -> list[float]:
+    """As `figures`."""
+    return losses_of(trainer) + [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+@contextmanager
+def recomputed(made: nn.Module, run: Run) -> Iterator[None]:
+    """While it is open, the first layer's norm runs twice in each micro-batch if layers are checkpointed, else once."""
+    first = next(one for name, one in made.named_modules() if name.endswith("input_layernorm"))
+    seen = list[int]()
+    handle = first.register_forward_hook(lambda *_: seen.append(1))
+    yield
+    handle.remove()
+    again = run.checkpointing or "activation_checkpointing" in dict(run.fsdp or ())
+    assert len(seen) == run.steps * run.accumulation * (2 if again else 1)
+
+
 def train(sp: SequenceParallel, run: Run, folder: str) -> tuple[list[float], float, int]:
-    """Losses of the steps, the evaluation loss after them, and forward runs of the ring in training."""
+    """Figures of the steps, the evaluation loss after them, and forward runs of the ring in training."""
     with as_torchrun(sp, run):
         trainer = trainer_of(run, folder)
         assert trainer.is_deepspeed_enabled == (run.deepspeed is not None)
-        with counted() as ran:
+        with counted() as ran, recomputed(trainer.model, run):
             trainer.train()
         assert isinstance(trainer.model, FSDPModule) == (run.fsdp is not None)
-        return losses_of(trainer), trainer.evaluate()["eval_loss"], len(ran)
+        if run.deepspeed is not None:
+            as_asked(trainer.model_wrapped, run.deepspeed)
+            assert bool(trainer.model_wrapped.zero_offload_optimizer()) == run.offload
+            assert bool(trainer.model_wrapped.zero_offload_param()) == (run.offload and run.deepspeed == 3)
+        return figures_of(trainer), trainer.evaluate()["eval_loss"], len(ran)
 
 
 def eval_loss(run: Run, batch_rows: int, count: int = ROWS) -> float:
@@ -325,7 +354,7 @@ def train_after_evaluation(sp: SequenceParallel, run: Run, folder: str) -> list[
             return str(error)
         finally:
             integration.PREPARED = mark
-        return losses_of(trainer)
+        return figures_of(trainer)
 
 
 def resume(sp: SequenceParallel, before: Run, after: Run, folder: str, at: int) -> list[float]:
@@ -355,7 +384,7 @@ def stream(sp: SequenceParallel, run: Run, folder: str) -> list[float]:
     with as_torchrun(sp):
         trainer = trainer_of(run, folder, train_dataset=Stream(rows(run.kind), 100))
         trainer.train()
-        return losses_of(trainer)
+        return figures_of(trainer)
 
 
 def by_length(sp: SequenceParallel, run: Run, folder: str) -> int:
@@ -365,7 +394,7 @@ def by_length(sp: SequenceParallel, run: Run, folder: str) -> int:
 
 
 def plain_loop(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
-    """Losses of a loop of one's own with accelerate: its DDP, its backward, our data loader; and ring forwards."""
+    """Figures of a loop of one's own with accelerate: its DDP, its backward, our data loader; and ring forwards."""
     with as_torchrun(sp):
         from accelerate import Accelerator
         from seqpar_ring.integrations.trainer import data_loader
@@ -378,17 +407,17 @@ def plain_loop(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
             made.activation_checkpointing_enable({"use_reentrant": False})
         made, optimizer = accelerator.prepare(made, optimizer_of(run.optimizer, made.parameters()))
         loader = data_loader(torch.utils.data.DataLoader(rows(run.kind), batch_size=run.rows), own)  # type: ignore[arg-type]
-        losses = []
+        losses, norms = [], []
         batches = [batch for _ in range(run.steps) for batch in loader][: run.steps]
-        with counted() as ran:
+        with counted() as ran, recomputed(made, run):
             for batch in batches:
                 loss = made(**batch).loss
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(made.parameters(), 1.0)
+                norms.append(accelerator.clip_grad_norm_(made.parameters(), 1.0).item())
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-        return losses, len(ran)
+        return losses + norms, len(ran)
 
 
 def plain_loop_of_deepspeed(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
@@ -408,18 +437,20 @@ def plain_loop_of_deepspeed(sp: SequenceParallel, run: Run) -> tuple[list[float]
             made.gradient_checkpointing_enable({"use_reentrant": False})
         engine, _ = accelerator.prepare(made, optimizer_of(run.optimizer, made.parameters()))
         loader = data_loader(torch.utils.data.DataLoader(rows(run.kind), batch_size=run.rows), engine.seqpar_ring)  # type: ignore[arg-type]
-        losses = []
+        losses, norms = [], []
         batches = [batch for _ in range(run.steps) for batch in loader][: run.steps]
-        with counted() as ran:
+        with counted() as ran, recomputed(made, run):
             for batch in batches:
                 loss = engine(**batch).loss
                 accelerator.backward(loss)  # the engine's step, too
                 losses.append(loss.item())
-        return losses, len(ran)
+                norms.append(engine.get_global_grad_norm())
+        as_asked(engine, run.deepspeed)
+        return losses + (norms if run.deepspeed else []), len(ran)
 
 
 def fully_sharded(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
-    """Losses of a loop with torch's FSDP2, each layer and the whole sharded over all ranks; and ring forwards."""
+    """Figures of a loop with torch's FSDP2, each layer and the whole sharded over all ranks; and ring forwards."""
     from seqpar_ring.integrations.transformers import parallelize
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -432,14 +463,15 @@ def fully_sharded(sp: SequenceParallel, run: Run) -> tuple[list[float], int]:
     for layer in made.model.layers:
         fully_shard(layer, **over)
     fully_shard(made, **over)
-    optimizer, data, losses = optimizer_of(run.optimizer, made.parameters()), rows(run.kind), []
-    with counted() as ran:
+    optimizer, data = optimizer_of(run.optimizer, made.parameters()), rows(run.kind)
+    losses, norms = [], []
+    with counted() as ran, recomputed(made, run):
         for step in range(run.steps):
             row = data[(step * sp.data_size + sp.data_rank) % ROWS]
             loss = made(**{key: value[None] for key, value in row.items()}).loss
             loss.backward()
-            nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+            norms.append(nn.utils.clip_grad_norm_(made.parameters(), 1.0).full_tensor().item())
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    return losses, len(ran)
+    return losses + norms, len(ran)
