@@ -145,19 +145,35 @@ def ddp_step(sp: SequenceParallel, family: str, batch: Batch) -> Step:
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def compiled_steps(sp: SequenceParallel, what: str, batches: Sequence[Batch]) -> list[Step]:
-    """A step on each batch of a parallelized model that torch.compile has seen: the "model", or its "layers" alone."""
+def compiled_steps(sp: SequenceParallel, what: str, batches: Sequence[Batch]) -> tuple[list[Step], list[int]]:
+    """A step on each batch of a parallelized model that torch.compile has seen: the "model", or its "layers" alone; and
+    how many operators ran compiled in each."""
     import torch._dynamo
+    from torch._dynamo.backends.debugging import aot_eager
+
+    ran = [0]
+
+    def counting(graph: Any, inputs: Any, **options: Any) -> Any:
+        made, operators = aot_eager(graph, inputs, **options), sum(n.op == "call_function" for n in graph.graph.nodes)
+
+        def run(*args: Any) -> Any:
+            ran[0] += operators
+            return made(*args)
+
+        return run
 
     torch._dynamo.reset()
     model = parallelize(build("Llama", num_hidden_layers=2), sp)
     for part in [model] if what == "model" else model.model.layers:
-        part.compile(backend="aot_eager")
-    steps = []
-    for batch in batches:
-        model.zero_grad()
-        steps.append(step(sp, model, batch))
-    return steps
+        part.compile(backend=counting)
+    steps, counts = [], []
+    with torch._dynamo.config.patch(recompile_limit=64):  # docs/huggingface.md says why
+        for batch in batches:
+            model.zero_grad()
+            before = ran[0]
+            steps.append(step(sp, model, batch))
+            counts.append(ran[0] - before)
+    return steps, counts
 
 
 def turn_on(model: Any, checkpointing: str) -> None:

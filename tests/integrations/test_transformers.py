@@ -129,11 +129,12 @@ def test_ddp_around_the_model_averages_to_the_same_gradients(pool2: RankPool) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "layers"])
 def test_a_compiled_model_takes_the_same_steps_at_any_length(pool2: RankPool, what: str) -> None:
-    batches = [packed(lengths) for lengths in ([43], [31], [13, 7, 20], [29])]
+    batches = [packed(lengths) for lengths in ([43], [31], [13, 7, 20], [29], [37])]
     base = build("Llama", num_hidden_layers=2)
-    for steps in pool2.run(compiled_steps, what, batches):
+    for steps, operators in pool2.run(compiled_steps, what, batches):
         for found, batch in zip(steps, batches, strict=True):
             assert_same_step(found, one_process(base, batch), GRAD, LOSS)
+        assert min(operators) == max(operators) > 50, "as much runs compiled at every length"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
