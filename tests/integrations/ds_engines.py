@@ -12,7 +12,7 @@ import pytest
 import torch
 from ds_cases import SMALL, VOCAB, model, optimizer_of, quietly_import_deepspeed, row
 from hf_cases import turn_on
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from seqpar_ring import SequenceParallel, ring_attention
@@ -116,6 +116,24 @@ def split_by_deepspeed(sp: SequenceParallel) -> tuple[str, str]:
         return type(error).__name__, str(error)
     finally:
         init_utils._TP_MODEL_INIT_ARGS = None  # DeepSpeed keeps them for the process
+    return "none", ""
+
+
+def of_deepspeed(sp: SequenceParallel, what: str) -> tuple[str, str]:
+    """The same of a model with DeepSpeed's experts in it, or of one for its pipelines."""
+    quietly_import_deepspeed(sp)
+    from deepspeed.moe.experts import Experts
+    from deepspeed.pipe import PipelineModule
+    from seqpar_ring.integrations.deepspeed import initialize
+
+    made: Any = nn.Sequential(nn.Linear(2, 2), Experts(nn.Linear(2, 2)))
+    if what == "pipeline":
+        made = PipelineModule.__new__(PipelineModule)  # made, it would ask for a topology of the ranks
+        nn.Module.__init__(made)
+    try:
+        initialize(model=made, config={"seqpar_ring": {"size": 2}, "train_micro_batch_size_per_gpu": 1})
+    except SeqparError as error:
+        return type(error).__name__, str(error)
     return "none", ""
 
 

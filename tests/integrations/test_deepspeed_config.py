@@ -54,6 +54,8 @@ def test_deepspeeds_own_loader_gives_the_ranks_of_a_sequence_the_same_samples(po
         ({"seqpar_ring": {"size": "auto", "tokens": 64, "hardware": "cpux"}}, {}, "ConfigError", 'Did you mean "cpu"?'),
         ({"seqpar_ring": {"size": 2}, "sequence_parallel_size": 2}, {}, "UnsupportedError", "sequence_parallel_size"),
         ({"seqpar_ring": {"size": 2}, "expert_parallel": {"enabled": True}}, {}, "UnsupportedError", "expert_parallel"),
+        ({"seqpar_ring": {"size": 2}, "data_parallel_size": 2}, {}, "UnsupportedError", "data_parallel_size"),
+        ({"seqpar_ring": {"size": 2}, "tensor_parallel": {"autotp_size": 2}}, {}, "UnsupportedError", "autotp_size"),
         ({"seqpar_ring": {"size": 2}, "checkpoint": {"writer": {}}}, {}, "UnsupportedError", "checkpoint.writer"),
         ({"seqpar_ring": {"size": 2}, "gradient_allreduce_op": "SUM"}, {}, "UnsupportedError", "gradient_allreduce_op"),
         *(
@@ -186,6 +188,13 @@ def test_a_model_that_deepspeed_was_told_to_split_is_refused(pool2: RankPool) ->
     for kind, message in pool2.run(ds_engines.split_by_deepspeed):
         assert kind == "UnsupportedError"
         assert "deepspeed.tp_model_init cannot be combined" in message
+
+
+def test_deepspeeds_experts_and_its_pipelines_are_refused(pool2: RankPool) -> None:
+    for what, words in (("experts", "DeepSpeed's expert layers"), ("pipeline", "a pipeline model")):
+        for kind, message in pool2.run(ds_engines.of_deepspeed, what):
+            assert kind == "UnsupportedError"
+            assert f"{words} cannot be combined" in message
 
 
 def test_the_device_is_set_before_groups_are_made_of_it(pool2: RankPool) -> None:
