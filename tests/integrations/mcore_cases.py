@@ -98,7 +98,24 @@ def trains(groups: Groups, case: Case, other: tuple[tuple[str, Any], ...] = ()) 
 def forward(model: Any, case: Case, seed: int) -> tuple[Tensor, Tensor]:
     """The loss of a micro-batch summed over this rank's tokens, and their number."""
     here, params = local(case, seed)
-    return summed(model, here, params), here["loss_mask"].sum()
+    rows = here["tokens"].shape[1] // (case.tp if case.spec == "sequence parallel" else 1)
+    with rows_of_layers(model, rows):
+        return summed(model, here, params), here["loss_mask"].sum()
+
+
+@contextlib.contextmanager
+def rows_of_layers(model: Any, rows: int) -> Iterator[None]:
+    """While it is open, layers get so many rows: results would be right without sequence parallelism, too."""
+
+    def expect(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert (args[0] if args else kwargs["hidden_states"]).shape[0] == rows
+
+    layers = next(one.layers for one in model.modules() if hasattr(one, "layers"))
+    handle = layers[0].register_forward_pre_hook(expect, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def summed(model: Any, batch: dict[str, Tensor], params: Any) -> Tensor:

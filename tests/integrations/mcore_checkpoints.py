@@ -39,7 +39,9 @@ class Job:
         self.optimizer = get_megatron_optimizer(options, self.chunks, use_gloo_process_groups=False)
 
     def train(self, first: int) -> list[float]:
-        return [one_step(self.chunks, self.optimizer, self.case, step) for step in range(first, first + STEPS)]
+        """Loss and norm of the gradient, one after the other, in each step."""
+        steps = [one_step(self.chunks, self.optimizer, self.case, step) for step in range(first, first + STEPS)]
+        return [figure for step in steps for figure in step]
 
     def state(self, loading: bool) -> dict[str, Any]:
         """What goes into a checkpoint. A distributed optimizer saves what it knows only with Apex's or other Adams."""
