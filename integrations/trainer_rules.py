@@ -215,11 +215,10 @@ def check_liger(args: Any, tiled_mlps: bool = False) -> None:
             fix='Give liger_kernel_config={"fused_linear_cross_entropy": False}: large heads run in tiles here anyway.',
             liger_kernel_config=dict(given),
         )
-    mlps = {name: False for name in ("swiglu", "geglu") if given.get(name, True)}
-    if tiled_mlps and len(mlps) == 2:
+    if tiled_mlps and (given.get("swiglu", True) or given.get("geglu", True)):
         raise UnsupportedError(
             "Liger's MLPs would take the place of those that run in tiles",
-            fix='Leave "mlp" out of the settings, or add "swiglu": False (in some families "geglu").',
+            fix='Leave "mlp" out of the settings, or give "swiglu": False and "geglu": False there.',
             liger_kernel_config=dict(given),
         )
 
