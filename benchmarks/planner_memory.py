@@ -2,9 +2,7 @@
 
     python benchmarks/planner_memory.py [--out benchmarks/results] [--only "'bf16'"] [--again]
 
-torch's profiler reports each block that the CPU allocator hands out and takes back, exactly, also what kernels allocate
-for themselves. It sees those of its own thread only: where one of gloo's frees a block, the next one at its place shows
-that it was gone, and what no tensor holds at the beginning of a step was gone too. The second step is measured, of ZeRO
+What is allocated is seen as `tracked` says. The second step is measured, of ZeRO
 3, which learns in the first what to gather, the third, so that whatever is made once is there. Models are small and
 sequences long, so that activations count as they do in earnest; the error of what a step adds to the states is given
 beside that of the whole. Two ranks, in some cases four, DeepSpeed, gloo, no GPU. What the results hold already is not
@@ -19,7 +17,6 @@ import json
 import os
 import time
 import warnings
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product
 from pathlib import Path
@@ -28,6 +25,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from machine import described
 from torch.profiler import ProfilerActivity, profile
+from tracked import blocks_of, mended, most_of, places, spans_of
 
 from seqpar_ring import SequenceParallel
 from seqpar_ring.config import Settings
@@ -52,6 +50,13 @@ MODELS: dict[str, dict[str, Any]] = {
 """Grouped heads; norms of queries and keys and a tied head; LayerNorm, an MLP of two matrices and learned positions;
 two more norms a layer, and windows; a mixture of experts."""
 
+LORA = "llama, LoRA"
+MODELS[LORA] = MODELS["llama"]
+RANK = 8
+"""Of the adapters of `LORA`, beside each projection of a layer."""
+
+ATTENTION = "seqpar_ring::attention_backward"
+
 GRID = ("llama", "qwen3", "gpt2")
 """Models that are measured in every way."""
 
@@ -60,8 +65,6 @@ MODES = {"kept": (True, "attention"), "again": (True, "none"), "saved": (False, 
 """Whether layers are recomputed, and what becomes of attention then."""
 
 BUCKETS = Buckets(HIDDEN**2, int(0.9 * HIDDEN**2))
-SMALL = 1 << 14
-"""Bytes from which on a block counts as one that some tensor must hold."""
 
 
 class Case(NamedTuple):
@@ -85,25 +88,29 @@ class Case(NamedTuple):
     @property
     def workload(self) -> Workload:
         """What is trained, as the planner takes it."""
-        return Workload(shapes(self.model), (self.tokens,), self.dtype)
+        model = shapes(self.model)
+        return Workload(model, (self.tokens,), self.dtype, trained=adapters(model) if self.model == LORA else None)
 
 
 Figures = list[dict[str, int]]
-
-
-class Block(NamedTuple):
-    """A block of memory that was handed out (bytes > 0) or taken back."""
-
-    when: int
-    bytes: int
-    place: int
 
 
 def shapes(name: str) -> Model:
     """The planner's view of a model of transformers."""
     from transformers import AutoConfig
 
-    return of_config(AutoConfig.for_model(name, **MODELS[name]).to_dict(), name)
+    return of_config(AutoConfig.for_model(family(name), **MODELS[name]).to_dict(), name)
+
+
+def family(name: str) -> str:
+    """What transformers calls it."""
+    return name.partition(",")[0]
+
+
+def adapters(model: Model) -> int:
+    """Parameters of LoRA's adapters: a matrix from each projection's width to `RANK`, one from there on."""
+    q, k, c, f = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.hidden, model.intermediate
+    return model.layers * RANK * (2 * (c + q) + 2 * (c + k) + 3 * (c + f))
 
 
 def settings_of(case: Case) -> dict[str, Any]:
@@ -126,11 +133,11 @@ def measured(sp: SequenceParallel, case: Case) -> dict[str, int]:
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         marks, held, begin = _steps(sp, case)
-    blocks = list(_mended(sorted(_blocks(seen)), held, begin))
+    blocks = list(mended(sorted(blocks_of(seen)), held, begin))
     spans = dict(zip(("forward", "backward", "update"), pairwise(marks), strict=True))
-    found = {name: _most(blocks, *span) for name, span in spans.items()}
-    found["attention"] = max((_most(blocks, *span) for span in _operators(seen, begin)), default=0)
-    return {"before": _most(blocks, 0, begin, last=True), **found, "peak": max(found.values())}
+    found = {name: most_of(blocks, *span) for name, span in spans.items()}
+    found["attention"] = max((most_of(blocks, *span) for span in spans_of(seen, ATTENTION, begin)), default=0)
+    return {"before": most_of(blocks, 0, begin, last=True), **found, "peak": max(found.values())}
 
 
 def _steps(sp: SequenceParallel, case: Case) -> tuple[list[int], set[int], int]:
@@ -139,7 +146,7 @@ def _steps(sp: SequenceParallel, case: Case) -> tuple[list[int], set[int], int]:
     steps = 3 if case.zero == 3 else 2
     for step in range(steps):
         gc.collect()
-        held = _places() if step == steps - 1 else set()
+        held = places() if step == steps - 1 else set()
         marks = [time.time_ns()]
         loss = engine(**batch).loss
         marks.append(time.time_ns())
@@ -177,79 +184,19 @@ def _engine(sp: SequenceParallel, case: Case) -> tuple[Any, dict[str, torch.Tens
         "seqpar_ring": sp.settings.model_dump(),
     }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.model, **MODELS[case.model])).train()
+    of_family = AutoConfig.for_model(family(case.model), **MODELS[case.model])
+    model: Any = AutoModelForCausalLM.from_config(of_family).train()
     model = model.bfloat16() if case.dtype == "bf16" else model
-    engine = initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)[0]
+    if case.model == LORA:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine = initialize(model=model, optimizer=torch.optim.AdamW(trained), config=config)[0]
     if case.choice.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.arange(case.tokens)[None] % VOCABULARY
     return engine, {"input_ids": ids, "labels": ids}
-
-
-def _events(seen: profile) -> Iterator[Any]:
-    stack = list(seen.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
-    while stack:
-        event = stack.pop()
-        stack += event.children
-        yield event
-
-
-def _blocks(seen: profile) -> Iterator[Block]:
-    for event in _events(seen):
-        if event.tag == torch._C._profiler._EventType.Allocation:
-            yield Block(event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr)
-
-
-def _operators(seen: profile, begin: int) -> Iterator[tuple[int, int]]:
-    for event in _events(seen):
-        late = event.tag == torch._C._profiler._EventType.TorchOp and event.start_time_ns >= begin
-        if late and event.name == "seqpar_ring::attention_backward":
-            yield event.start_time_ns, event.end_time_ns
-
-
-def _places() -> set[int]:
-    """Where the tensors lie that Python can reach."""
-    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-    tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
-    return {x.untyped_storage().data_ptr() for x in tensors if x.layout == torch.strided and x.device.type == "cpu"}
-
-
-def _mended(blocks: list[Block], held: set[int], begin: int) -> Iterator[Block]:
-    """The blocks, with what other threads took back: see the module."""
-    live: dict[int, int] = {}
-    places: list[int] = []
-
-    def gone(when: int, place: int) -> Block:
-        places.pop(bisect_left(places, place))
-        return Block(when, -live.pop(place), place)
-
-    started = False
-    for block in blocks:
-        if not started and block.when >= begin:
-            started = True
-            yield from [gone(begin, place) for place in list(live) if place not in held and live[place] >= SMALL]
-        if block.bytes < 0:
-            if block.place in live:
-                yield gone(block.when, block.place)
-            continue
-        at = bisect_left(places, block.place)
-        at -= at > 0 and places[at - 1] + live[places[at - 1]] > block.place
-        while at < len(places) and places[at] < block.place + block.bytes:
-            yield gone(block.when, places[at])
-        live[block.place] = block.bytes
-        insort(places, block.place)
-        yield block
-
-
-def _most(blocks: list[Block], begin: int, end: int, last: bool = False) -> int:
-    """The most bytes that were handed out between two times, or those at the end of it."""
-    most = now = 0
-    for block in blocks:
-        if block.when > end:
-            break
-        now += block.bytes
-        most = max(most, now) if block.when >= begin else now
-    return now if last else most
 
 
 def compared(case: Case, found: Figures) -> dict[str, Any]:
@@ -279,6 +226,8 @@ def cases() -> Iterator[Case]:
         yield Case(model, LENGTHS[1], 0, mode, "bf16")
     for zero in (1, 2):
         yield Case("llama", LENGTHS[1], zero, "kept", "bf16")
+    for mode, zero in product(MODES, (0, 3)):
+        yield Case(LORA, LENGTHS[1], zero, mode, "bf16")
     yield Case("llama", 8192, 0, "kept", settings=(("mlp", 1024), ("logits", 512)))
     yield Case("llama", 8192, 0, "saved", settings=(("block_tokens", 512),))
     yield Case("llama", 8192, 3, "kept", ranks=4)

@@ -130,9 +130,17 @@ def tables(found: Sequence[Figure]) -> str:
         lines = [f"| {name} | ranks | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
         for setting, ranks in dict.fromkeys((f.setting, f.ranks) for f in mine):
             values = {f.metric: f.value for f in mine if (f.setting, f.ranks) == (setting, ranks)}
-            cells = [f"{float(values[metric]):.3g}" if metric in values else "" for metric in shown.headline]
+            cells = [_cell(values.get(metric, "")) for metric in shown.headline]
             if "not timed" in values:
                 cells[0] = f"not timed: {values['not timed']}"
             lines.append(f"| {setting} | {ranks} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _cell(value: str) -> str:
+    """A number in three digits; what is not one (that of several runs, with how far they lie apart) as it is."""
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return value

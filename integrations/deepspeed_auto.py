@@ -1,8 +1,9 @@
 """`"size": "auto"` in the "seqpar_ring" block of a DeepSpeed config: the planner's search, before any group is made.
 
 The size of a sequence group cannot wait for the first batch as the other settings do, so the block says for how many
-`tokens`, and on what `hardware`. ZeRO stage, offloading and dtype are the config's own and stay as they are. All ranks
-find the same by arithmetic; nothing here communicates.
+`tokens`, and on what `hardware`. ZeRO stage, offloading and dtype are the config's own and stay as they are; what is
+recomputed and what is frozen (LoRA) is seen on the model. All ranks find the same by arithmetic; nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -59,12 +60,11 @@ def decide(block: Mapping[str, Any], config: Mapping[str, Any], model: Any, worl
     gpus, rank = world
     shapes, batch = of_config(described.to_dict(), type(model).__name__), _micro_batch(config)
     _expect_counted(shapes, model)
-    workload = Workload(shapes, (block["tokens"],), dtype_of(config) or "fp32", batch)
+    workload = Workload(shapes, (block["tokens"],), dtype_of(config) or "fp32", batch, trained=_trained(model, shapes))
     on = machine(block["hardware"], block.get("fabric"), block.get("node"))
     fixed = {k: v for k, v in block.items() if k not in ("tokens", "hardware", "fabric") and v not in (AUTO, None)}
     choices = choices_of({"zero_optimization": False, **config}, "the DeepSpeed config")
-    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second before transformers 5.20 or so
-    recomputes = bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
+    recomputes = _recomputes(model)
     found = search(workload, on, gpus, Fixed(settings=fixed, checkpointing=recomputes, **choices))
     if not found.options:
         raise ConfigError(
@@ -96,13 +96,32 @@ def _micro_batch(config: Mapping[str, Any]) -> int:
     return said or 1
 
 
+def _recomputes(model: Any) -> bool:
+    """Whether the model recomputes layers; of a model that PEFT has wrapped, the one within."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second before transformers 5.20 or so
+    found = (getattr(part, name) for part in model.modules() for name in names if hasattr(type(part), name))
+    return bool(next(found, False))
+
+
+def _trained(model: Any, shapes: Model) -> int | None:
+    """Parameters that are trained, as DeepSpeed sees it: what asks for gradients. None: all of them."""
+    if all(p.requires_grad for p in model.parameters()):
+        return None
+    return min(sum(_size(p) for p in model.parameters() if p.requires_grad), shapes.parameters)
+
+
+def _size(parameter: Any) -> int:
+    """Of the whole parameter, also where ZeRO 3 has parted it already."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _expect_counted(shapes: Model, model: Any) -> None:
     """The planner knows many families and takes others for a Llama; here the model itself can be counted.
 
     Raises:
         ConfigError: it has other parameters than would be planned for.
     """
-    there = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    there = sum(_size(p) for p in model.parameters())
     if not COUNTED[0] < shapes.parameters / max(there, 1) < COUNTED[1]:
         raise ConfigError(
             '"size" is "auto", and the planner does not know this model: it would plan for other parameters',

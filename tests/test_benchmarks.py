@@ -309,3 +309,32 @@ def test_what_is_no_file_of_figures_is_not_compared(tmp_path: Path) -> None:
     done = run("compare.py", good, good, "--within", "-0.1")
     assert done.returncode == 2
     assert "--within -0.1: at least 0" in done.stderr
+
+
+def test_several_runs_are_shown_by_their_median_and_how_far_they_lie_apart(tmp_path: Path) -> None:
+    ratios, rare = ("1.02", "1.09", "1.05"), ("wall_over_ours", "0.97", "x")
+    runs = [
+        figures(tmp_path / f"{i}.csv", ("cpu_over_one_process", ratio, "x"), *([rare] if i == 1 else []))
+        for i, ratio in enumerate(ratios)
+    ]
+    done = run("runs.py", *runs)
+    assert done.returncode == 0, done.stderr
+    assert "| way ours, pass both | 2 | 1.05 (1.02 to 1.09) | 0.97 (1 of 3 runs) |" in done.stdout
+    assert done.stdout.count("a box  abc1234 : ") == 3
+    done = run("runs.py", *runs, "--only", "host")
+    assert done.returncode == 0, done.stderr
+    assert "way ours" not in done.stdout
+
+
+def test_runs_of_different_machines_are_not_taken_together(tmp_path: Path) -> None:
+    here, there = (figures(tmp_path / f"{name}.csv", ("cpu_over_one_process", "1", "x")) for name in "ab")
+    Path(there).write_text(Path(there).read_text().replace("a box", "another box"))
+    done = run("runs.py", here, there)
+    assert done.returncode == 2
+    assert "different machines" in done.stderr
+    done = run("runs.py", here, figures(tmp_path / "c.csv", ("cpu_over_one_process", "fast", "x")))
+    assert done.returncode == 2
+    assert "'fast'" in done.stderr
+    done = run("runs.py", str(tmp_path / "none.csv"))
+    assert done.returncode == 2
+    assert "cannot read figures" in done.stderr

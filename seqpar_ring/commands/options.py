@@ -43,6 +43,9 @@ Config = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option(help="Sequences that a group holds at a time.  [default: 1]")]
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32, of weights and activations.  [default: bf16]")]
+Trained = Annotated[
+    str, typer.Option(help="Parameters that are trained, where others are frozen (LoRA): 40M, or 0.5%.  [default: all]")
+]
 Full = Annotated[bool, typer.Option("--full", help="Every query sees every key of its document, instead of causal.")]
 Setting = Annotated[
     list[str] | None, typer.Option(help="A setting that is decided: layout=packed, size=8. Repeatable.")

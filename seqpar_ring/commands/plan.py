@@ -30,6 +30,7 @@ Examples:
 \b
   seqpar-ring plan --model llama-3.1-8b --seq-len 1M --gpus 64 --hardware h100 --fabric nvlink+ndr
   seqpar-ring plan ... --config ds_config.json --zero 3 --setting layout=packed --documents 16x8K,300
+  seqpar-ring plan ... --trained 40M             LoRA: few gradients, and few states of the optimizer
   seqpar-ring plan ... --save plan.yaml        the choices, for SequenceParallel, DeepSpeed, and plan --config plan.yaml
   seqpar-ring plan ... --largest               the longest sequence that these devices hold; --fewest: how few suffice
 
@@ -51,6 +52,7 @@ def plan(  # noqa: PLR0913 - options of a command line
     batch: take.Batch = None,
     dtype: take.Dtype = "",
     full: take.Full = False,
+    trained: take.Trained = "",
     zero: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3.  [default: searched]")] = None,
     checkpointing: Annotated[
         bool | None, typer.Option(help="Whether layers are recomputed.  [default: searched]", show_default=False)
@@ -69,7 +71,7 @@ def plan(  # noqa: PLR0913 - options of a command line
         raise ConfigError("--largest and --fewest choose nothing that could be saved", fix="Leave --save out.")
     fixed = Fixed(checkpointing=checkpointing, zero=zero)
     causal = False if full else None
-    written = Given(model, hardware, fabric, seq_len, documents, gpus, node, batch, dtype, causal, fixed)
+    written = Given(model, hardware, fabric, seq_len, documents, gpus, node, batch, dtype, causal, trained, fixed)
     question = take.question(written, config, setting)
     if largest and not (question.seq_len or question.documents):
         question = question._replace(seq_len="1K")  # not looked at, but a question has a length

@@ -7,6 +7,7 @@ It answers nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle, takewhile
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ class Given(NamedTuple):
         batch: sequences that a group holds at a time.
         dtype: of weights and activations.
         causal: whether a query sees only what is before it.
+        trained: parameters that are trained, e.g. "40M" or "0.5%".
         fixed: what is decided already.
     """
 
@@ -49,6 +51,7 @@ class Given(NamedTuple):
     batch: int | None = None
     dtype: str = ""
     causal: bool | None = None
+    trained: str = ""
     fixed: Fixed = Fixed()
 
 
@@ -100,7 +103,8 @@ def asked(given: Given) -> Asked:
     if sum(lengths) > MOST_TOKENS:
         fix = "Give a shorter sequence; nothing runs a longer one."
         raise ConfigError("more tokens than can be counted", fix=fix, tokens=sum(lengths), most=MOST_TOKENS)
-    workload = Workload(model, lengths, dtype, given.batch or 1, given.causal is not False)
+    few = trained(given.trained, model.parameters)
+    workload = Workload(model, lengths, dtype, given.batch or 1, given.causal is not False, trained=few)
     _check_fixed(given.fixed, given.gpus)
     return Asked(workload, on, given.gpus, given.fixed, given)
 
@@ -124,6 +128,31 @@ def documents(text: str, seq_len: str) -> tuple[int, ...]:
         fix = "Give longer documents or a shorter sequence."
         raise ConfigError("too many documents", fix=fix, documents=len(ends) + 1, most=MOST_DOCUMENTS)
     return tuple(b - a for a, b in zip([0, *ends], [*ends, whole], strict=True))
+
+
+def trained(text: str, parameters: int) -> int | None:
+    """How many parameters are trained, from "40M", "0.5%" or "40_000_000"; None: all of them, as of no text.
+
+    Unlike tokens, parameters are counted in powers of ten: 40M is 40,000,000.
+
+    Args:
+        text: as written.
+        parameters: of the model.
+
+    Raises:
+        ConfigError: it is no such number, or not between 1 and all of them.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kmb%]?)", text.strip().lower())
+    unit = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "%": parameters / 100}
+    number = round(float(re.sub("[_,]", "", found[1])) * unit[found[2]]) if found else 0
+    if not 1 <= number <= parameters:
+        fix = "Write e.g. 40M (40,000,000) or 0.5%: what LoRA's adapters have, of which PEFT prints the number."
+        raise ConfigError(
+            "--trained is no number of the model's parameters", fix=fix, value=text, parameters=parameters
+        )
+    return None if number == parameters else number
 
 
 def pairs(texts: Sequence[str]) -> dict[str, Any]:

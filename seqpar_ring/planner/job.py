@@ -38,6 +38,16 @@ class Workload(NamedTuple):
         return sum(self.lengths)
 
     @property
+    def parameters_trained(self) -> int:
+        """Parameters that have gradients and optimizer states."""
+        return self.model.parameters if self.trained is None else self.trained
+
+    @property
+    def share_trained(self) -> float:
+        """The same as a share of all."""
+        return self.parameters_trained / self.model.parameters
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a number of weights and activations."""
         return ITEMSIZE[self.dtype]

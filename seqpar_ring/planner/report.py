@@ -88,6 +88,7 @@ def asked_data(asked: Asked) -> dict[str, Any]:
     return {
         "model": workload.model.name,
         "parameters": workload.model.parameters,
+        "trained": workload.parameters_trained,
         "tokens": workload.tokens,
         "documents": len(workload.lengths),
         "batch": workload.batch,

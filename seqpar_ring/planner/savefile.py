@@ -24,7 +24,9 @@ FORMAT = 1
 
 BLOCKS = ("ring", "seqpar_ring")
 CHOICES = ("checkpointing", "zero", "offload_optimizer", "offload_parameters")
-MADE_FOR = ("model", "hardware", "fabric", "seq_len", "documents", "gpus", "node", "batch", "dtype", "causal")
+MADE_FOR = (
+    "model", "hardware", "fabric", "seq_len", "documents", "gpus", "node", "batch", "dtype", "causal", "trained",
+)  # fmt: skip
 
 MICRO_BATCH = "train_micro_batch_size_per_gpu"
 
@@ -148,7 +150,7 @@ def _made_for(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key not in MADE_FOR:
             fix = did_you_mean(str(key), MADE_FOR)
             raise ConfigError(f"{where} has an unknown entry", fix=fix, key=f"made_for.{key}")
-    texts = ("model", "hardware", "fabric", "seq_len", "documents", "dtype")
+    texts = ("model", "hardware", "fabric", "seq_len", "documents", "dtype", "trained")
     for key, value in made_for.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
         right = isinstance(value, bool) if key == "causal" else isinstance(value, str | int) if key in texts else whole

@@ -72,6 +72,8 @@ def asked_section(asked: Asked) -> Section:
     mask = "causal" if workload.causal else "full attention"
     counted = "" if workload.model.exact else " (estimated as of a Llama: this family is not known)"
     size = f"{workload.model.parameters / 1e9:.2f} billion parameters{counted}"
+    if workload.trained is not None:
+        size += f", of which {workload.trained / 1e6:,.4g} million are trained"
     joined = machine.inner.name
     if asked.gpus > machine.node:
         joined = f"{machine.node} a node: {machine.inner.name} within, {machine.outer.name} between"

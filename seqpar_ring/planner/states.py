@@ -87,7 +87,7 @@ def states(workload: Workload, choice: Choice, buckets: Buckets, update: Update,
         matrix: parameters of an MLP's largest matrix.
     """
     model, b, zero, host = workload.model, workload.itemsize, choice.zero, choice.offload_optimizer
-    trained = model.parameters if workload.trained is None else workload.trained
+    trained = workload.parameters_trained
     share = trained / (choice.gpus if zero else 1)
     yield Held.always("weights", b * model.parameters / (choice.gpus if zero == 3 else 1), choice.offload_parameters)
     if b < 4 or zero:  # ZeRO has fp32 weights of its own even where the model's are fp32
@@ -98,7 +98,7 @@ def states(workload: Workload, choice: Choice, buckets: Buckets, update: Update,
         yield from _whole_gradients(workload, choice, trained, matrix)
     else:
         yield _shard_of_gradients(workload, choice, trained)
-        yield _one_gradient(model, b, min(matrix, trained))
+        yield _one_gradient(model, b * workload.share_trained, matrix)
     if zero and choice.gpus > 1:
         yield Held.always("gradients on their way", b * buckets.reduce)
     if zero == 3 and choice.gpus > 1:
@@ -122,9 +122,9 @@ def _shard_of_gradients(workload: Workload, choice: Choice, trained: int) -> Hel
     return Held("gradients", dict.fromkeys((MLP, NORM, ATTENTION, FIRST, AVERAGE, UPDATE), size))
 
 
-def _one_gradient(model: Model, b: int, matrix: int) -> Held:
+def _one_gradient(model: Model, b: float, matrix: int) -> Held:
     """The gradient of one whole matrix, before it is reduced: of the head, of the MLP, of attention's last
-    projection."""
+    projection; `b` bytes for each of its numbers, on average over those that are trained and those that are not."""
     head, out = model.vocabulary * model.hidden, model.heads * model.value_dim * model.hidden
     at = {FINAL: head, MLP: matrix, NORM: matrix, ATTENTION: min(out, matrix), FIRST: matrix}
     return Held("gradient of one matrix", {moment: float(b * size) for moment, size in at.items()})

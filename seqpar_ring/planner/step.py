@@ -142,14 +142,14 @@ def step(prices: Prices, choice: Choice) -> Step:
     far = choice.gpus > machine.node  # then the collectives of all ranks cross nodes
     again = forward if choice.checkpointing and choice.settings.remat == "none" else 0.0
     tokens = workload.tokens * batch / choice.settings.size
-    layers_once, head = _dense(workload, machine, tokens)
+    layers_once, layers_backward, head = _dense(workload, machine, tokens)
     recomputed = layers_once if choice.checkpointing else 0.0
     if choice.settings.mlp != "whole":
         recomputed += layers_once * _share_of_mlps(model)  # a tile is run again in its own backward
     if choice.settings.logits != "whole":
-        head *= 4 / 3  # the same for a tile of logits
+        head *= (3 + workload.share_trained) / (2 + workload.share_trained)  # the same for a tile of logits
     offloaded = _offloaded(workload, choice, machine, tokens)
-    dense = 3 * layers_once
+    dense = layers_once + layers_backward
     # Collectives hide under computation, not under waiting, and have the link when the ring does not.
     hiding = max(0.0, forward + backward - exposed + dense + recomputed + head - sending[far])
     flop = prices.flop * choice.data
@@ -171,18 +171,23 @@ def step(prices: Prices, choice: Choice) -> Step:
 
 
 def model_flop(workload: Workload) -> float:
-    """FLOP of a step of one sequence group: 6 for each parameter that a token goes through, and attention's pairs.
+    """FLOP of a step of one sequence group: 6 for each parameter that a token goes through (4 where it is frozen, for
+    which no gradient is computed), and attention's pairs.
 
     The count of PaLM (arXiv 2204.02311, appendix B), but for causal attention, whose masked half is not counted.
     """
     model = workload.model
     pairs = sum(s.layers * float(mask_of(s, workload).regions(workload.lengths).pairs()) for s in model.spans)
     attention = (1 + BACKWARD) * 2 * model.heads * (model.head_dim + model.value_dim) * pairs
-    return workload.batch * (6.0 * model.active_parameters * workload.tokens + attention)
+    each = 4.0 + 2.0 * workload.share_trained
+    return workload.batch * (each * model.active_parameters * workload.tokens + attention)
 
 
-def _dense(workload: Workload, machine: Machine, tokens: float) -> tuple[float, float]:
-    """Seconds of all layers forward, but for attention; and of the head, forward and backward."""
+def _dense(workload: Workload, machine: Machine, tokens: float) -> tuple[float, float, float]:
+    """Seconds of all layers but for attention, forward and backward; and of the head, both.
+
+    Backward is a product for the gradient of what came in, and one for that of the weights that are trained.
+    """
     model, itemsize, rate = workload.model, workload.itemsize, machine.device.products(workload.dtype)
     head = model.vocabulary * model.hidden
     flop = 2.0 * tokens * (model.active_parameters - head)
@@ -190,9 +195,9 @@ def _dense(workload: Workload, machine: Machine, tokens: float) -> tuple[float, 
     width = model.intermediate if experts is None else experts.active * experts.width + experts.shared
     matrices = 3 if model.gated else 2
     touched = model.layers * tokens * itemsize * (TOUCHED_HIDDEN * model.hidden + TOUCHED_MLP * matrices * width / 2)
-    layers = flop / rate + touched / machine.device.bandwidth
-    logits = 3 * 2.0 * tokens * head / rate + 4 * tokens * model.vocabulary * 4 / machine.device.bandwidth
-    return layers, logits
+    products, passing, share = flop / rate, touched / machine.device.bandwidth, workload.share_trained
+    logits = (2 + share) * 2.0 * tokens * head / rate + 4 * tokens * model.vocabulary * 4 / machine.device.bandwidth
+    return products + passing, (1 + share) * products + 2 * passing, logits
 
 
 def _share_of_mlps(model: Model) -> float:
@@ -201,12 +206,8 @@ def _share_of_mlps(model: Model) -> float:
     return max(0.0, 1 - model.layers * model.attention_parameters / layers)
 
 
-def _trained(workload: Workload) -> int:
-    return workload.model.parameters if workload.trained is None else workload.trained
-
-
 def _optimizer(workload: Workload, choice: Choice, machine: Machine) -> float:
-    share = _trained(workload) / (choice.gpus if choice.zero else 1)
+    share = workload.parameters_trained / (choice.gpus if choice.zero else 1)
     touched = ADAM_BYTES if workload.optimizer == "adamw" else 10
     if not choice.offload_optimizer:
         return share * touched / machine.device.bandwidth
@@ -227,7 +228,7 @@ def _collectives(workload: Workload, choice: Choice, machine: Machine) -> float:
     if gpus > machine.node:
         outer = machine.outer
         bandwidth = min(bandwidth, machine.node * outer.bandwidth / min(outer.shared_by, machine.node))
-    weights, gradients = model.parameters * workload.itemsize, _trained(workload) * workload.itemsize
+    weights, gradients = model.parameters * workload.itemsize, workload.parameters_trained * workload.itemsize
     # All-reduce is a reduction and a gather; stage 3 gathers weights for forward and for backward instead.
     sent = 2 * weights + gradients if choice.zero == 3 else 2 * gradients
     return sent * (gpus - 1) / gpus / bandwidth

@@ -246,3 +246,24 @@ def test_a_size_that_is_left_open_wants_the_micro_batch_and_a_model_that_is_know
     made.model.layers[0].mlp = torch.nn.Linear(999, 999)
     with pytest.raises(ConfigError, match=r"does not know this model.*parameters=.*counted="):
         open_size({"memory": 9e9}, {"train_micro_batch_size_per_gpu": 1}, made, tmp_path)
+
+
+def test_a_size_that_is_left_open_counts_what_peft_has_frozen_and_what_it_recomputes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of 1 % have next to no gradients and states: the search took all parameters for trained."""
+    import peft
+    import transformers
+
+    shape = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 6, "num_key_value_heads": 3}
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, vocab_size=997, num_hidden_layers=3))
+    seen, search = [], deepspeed_auto.search
+    monkeypatch.setattr(deepspeed_auto, "search", lambda *a, **k: seen.append(a[0]) or search(*a, **k))
+    one = {"train_micro_batch_size_per_gpu": 1}
+    open_size({"memory": 9e9}, one, made, tmp_path)
+    hf_cases.turn_on(made, "plain")
+    adapted = peft.get_peft_model(made, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with caplog.at_level("INFO"):
+        open_size({"memory": 9e9}, one, adapted, tmp_path)
+    assert [workload.trained for workload in seen] == [None, 3 * 2 * (48 + 48 + 48 + 24)]
+    assert "with checkpointing" in caplog.messages[-1]

@@ -147,6 +147,22 @@ def test_the_flop_of_a_step_are_six_a_parameter_and_attention() -> None:
     assert model_flop(asked) == pytest.approx(6 * active * 8192 + attention)
 
 
+def test_a_frozen_parameter_has_no_product_for_its_gradient() -> None:
+    """Of six FLOP a parameter four are left, forward and for the gradient of what came in; attention stays."""
+    tokens, gpus = 131072, 8
+    choice = Choice(gpus, Settings.parse({"size": gpus}), checkpointing=False)
+    whole, few = (Workload(LLAMA, (tokens,), trained=trained) for trained in (None, LLAMA.parameters // 100))
+    active = LLAMA.parameters - LLAMA.vocabulary * LLAMA.hidden
+    assert model_flop(whole) - model_flop(few) == pytest.approx(2 * 0.99 * active * tokens)
+    every, frozen = (step(Prices(workload, on()), choice) for workload in (whole, few))
+    assert (frozen.forward, frozen.backward, frozen.recomputed) == (every.forward, every.backward, every.recomputed)
+    rate, head = on().device.products("bf16"), LLAMA.vocabulary * LLAMA.hidden
+    saved = 2 * 0.99 * tokens / gpus / rate
+    assert every.dense - frozen.dense == pytest.approx(saved * (active - head))
+    assert frozen.head < every.head
+    assert frozen.optimizer == pytest.approx(every.optimizer / 100, rel=1e-6)
+
+
 def test_utilisation_is_flop_over_peak_and_time() -> None:
     found = priced(131072, 8)
     assert found.mfu == pytest.approx(found.flop / (8 * 989e12 * found.seconds))

@@ -58,6 +58,27 @@ def test_what_is_written_goes_before_a_config_and_a_length_replaces_both_of_its(
     assert both == Given("m", "h", "f", "2K", "", 8, dtype="fp16", fixed=Fixed({"size": 8, "heads": 2}, zero=3))
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("40M", 40_000_000), ("1_500_000", 1_500_000), ("1.5b", 1_500_000_000), ("0.5%", 40_151_306), ("7k", 7000)],
+)
+def test_trained_parameters_are_counted_in_powers_of_ten_or_as_a_share(text: str, number: int) -> None:
+    assert asked(JOB._replace(trained=text)).workload.trained == number
+
+
+@pytest.mark.parametrize("text", ["", "100%", "8_030_261_248"])
+def test_all_parameters_are_trained_where_nothing_else_is_said(text: str) -> None:
+    workload = asked(JOB._replace(trained=text)).workload
+    assert workload.trained is None
+    assert workload.parameters_trained == 8_030_261_248
+
+
+@pytest.mark.parametrize("text", ["0", "9B", "101%", "-1", "few", "1e6", "40MM", "%"])
+def test_what_is_no_number_of_the_parameters_is_refused_with_how_many_there_are(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--trained is no number.*parameters=8030261248.*LoRA"):
+        asked(JOB._replace(trained=text))
+
+
 # ------------------------------------------------------------------------------------------------ the answer
 
 
@@ -259,6 +280,16 @@ def test_a_saved_plan_tells_everything_that_was_asked(found: Answer, tmp_path: P
     assert read.fixed.zero == choice.zero
     assert read.fixed.settings["size"] == choice.settings.size
     assert as_saved(found.asked, found.best)["versions"]["seqpar_ring"]
+
+
+def test_a_plan_for_few_trained_parameters_says_so_and_is_saved_with_them(tmp_path: Path) -> None:
+    what = asked(JOB._replace(trained="0.5%"))
+    best = answer(what, search(what.workload, what.machine, what.gpus, what.fixed))
+    assert "of which 40.15 million are trained" in text(sections(best, 1))
+    assert as_data(best, 1)["asked"]["trained"] == 40_151_306
+    assert best.best is not None
+    save(tmp_path / "plan.yaml", what, best.best)
+    assert asked(load(tmp_path / "plan.yaml")).workload == what.workload
 
 
 def test_hardware_in_a_settings_block_is_what_is_planned_for(tmp_path: Path) -> None:
