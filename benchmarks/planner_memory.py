@@ -2,11 +2,11 @@
 
     python benchmarks/planner_memory.py [--out benchmarks/results] [--only "'bf16'"] [--again]
 
-What is allocated is seen as `tracked` says. The second step is measured, of ZeRO
-3, which learns in the first what to gather, the third, so that whatever is made once is there. Models are small and
-sequences long, so that activations count as they do in earnest; the error of what a step adds to the states is given
-beside that of the whole. Two ranks, in some cases four, DeepSpeed, gloo, no GPU. What the results hold already is not
-measured again but compared with what the planner says now.
+What is allocated is seen as `tracked` says. The second step is measured, of ZeRO 3, which learns in the first what to
+gather, the third, so that whatever is made once is there. Models are small and sequences long, so that activations
+count as they do in earnest; the error of what a step adds to the states is given beside that of the whole. Two ranks,
+in some cases four, DeepSpeed, gloo, no GPU. What the results hold already is not measured again but compared with what
+the planner says now.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def _tiles(workload: Workload, layer: Layer, s: Settings, tokens: int) -> float:
     and the gradients of its matrices, which are added up."""
     count = -(-tokens // int(s.mlp))
     model, one = workload.model, alive(layer.mlp, activations.MLP)
-    whole = tokens * model.hidden + (2 + model.gated) * layer.matrix * workload.share_trained
+    whole = tokens * model.hidden + min((2 + model.gated) * layer.matrix, workload.parameters_trained)
     return float(-(-tokens // count) * one + workload.itemsize * whole)
 
 
@@ -239,7 +239,7 @@ def _loss(workload: Workload, s: Settings, tokens: int) -> Iterator[Held]:
     size = float(ENTROPY * model.vocabulary * -(-tokens // count))
     yield Held("logits, and what cross entropy makes", {LOSS: size})
     if count > 1:
-        head = 2.0 * b * model.vocabulary * model.hidden * workload.share_trained
+        head = 2.0 * b * min(model.vocabulary * model.hidden, workload.parameters_trained)
         yield Held("gradients of the head and of what it is given", {LOSS: head + float(tokens * b * model.hidden)})
 
 

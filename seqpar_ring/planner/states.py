@@ -95,10 +95,10 @@ def states(workload: Workload, choice: Choice, buckets: Buckets, update: Update,
     if workload.optimizer == "adamw":
         yield Held.always("moments of the optimizer", 8 * share, host)
     if zero < 2:
-        yield from _whole_gradients(workload, choice, trained, matrix)
+        yield from _whole_gradients(workload, choice, matrix)
     else:
-        yield _shard_of_gradients(workload, choice, trained)
-        yield _one_gradient(model, b * workload.share_trained, matrix)
+        yield _shard_of_gradients(workload, choice)
+        yield _one_gradient(workload, matrix)
     if zero and choice.gpus > 1:
         yield Held.always("gradients on their way", b * buckets.reduce)
     if zero == 3 and choice.gpus > 1:
@@ -114,26 +114,27 @@ def states(workload: Workload, choice: Choice, buckets: Buckets, update: Update,
     yield Held("what the update makes", {UPDATE: 4 * made})
 
 
-def _shard_of_gradients(workload: Workload, choice: Choice, trained: int) -> Held:
+def _shard_of_gradients(workload: Workload, choice: Choice) -> Held:
     """A rank's part: a buffer that stage 3 keeps, and stage 2 makes in backward and frees with the update."""
-    size = workload.itemsize * trained / choice.gpus
+    size = workload.itemsize * workload.parameters_trained / choice.gpus
     if choice.offload_optimizer or choice.zero == 3:
         return Held.always("gradients", size, choice.offload_optimizer)
     return Held("gradients", dict.fromkeys((MLP, NORM, ATTENTION, FIRST, AVERAGE, UPDATE), size))
 
 
-def _one_gradient(model: Model, b: float, matrix: int) -> Held:
+def _one_gradient(workload: Workload, matrix: int) -> Held:
     """The gradient of one whole matrix, before it is reduced: of the head, of the MLP, of attention's last
-    projection; `b` bytes for each of its numbers, on average over those that are trained and those that are not."""
+    projection; or, where few parameters are trained, at most those of all of them."""
+    model, b, most = workload.model, workload.itemsize, workload.parameters_trained
     head, out = model.vocabulary * model.hidden, model.heads * model.value_dim * model.hidden
     at = {FINAL: head, MLP: matrix, NORM: matrix, ATTENTION: min(out, matrix), FIRST: matrix}
-    return Held("gradient of one matrix", {moment: float(b * size) for moment, size in at.items()})
+    return Held("gradient of one matrix", {moment: float(b * min(size, most)) for moment, size in at.items()})
 
 
-def _whole_gradients(workload: Workload, choice: Choice, trained: int, matrix: int) -> Iterator[Held]:
+def _whole_gradients(workload: Workload, choice: Choice, matrix: int) -> Iterator[Held]:
     """Gradients that are not sharded: they come into being as backward goes, from the head to the first layer."""
     model, b = workload.model, workload.itemsize
-    part = b * trained / model.parameters
+    part = b * workload.share_trained
     whole, head = part * model.parameters, part * model.vocabulary * model.hidden
     mlp, layer = part * matrix, part * model.layer_parameters
     behind = head + layer - part * model.attention_parameters

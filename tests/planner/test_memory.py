@@ -82,6 +82,23 @@ def test_few_trained_parameters_have_few_gradients_and_moments() -> None:
     assert part(found, "weights") == part(everything, "weights")
 
 
+def test_no_gradient_is_larger_than_what_is_trained() -> None:
+    """Neither those of single matrices, nor those that the head and the MLPs in tiles add up; and none is smaller than
+    its matrix where half is trained, for it may be that half."""
+    tiled, numbers = chosen(logits=32, mlp=64), (1_000_000, LLAMA.parameters // 2, None)
+    few, half, every = (needed(1024, tiled, trained=trained) for trained in numbers)
+    head = "gradients of the head and of what it is given"
+    fed = 2 * 1024 / 8 * LLAMA.hidden
+    assert part(few, "gradient of one matrix") == 2 * 1_000_000
+    assert part(few, head) == 2 * 2 * 1_000_000 + fed
+    assert part(every, head) == 2 * 2 * LLAMA.vocabulary * LLAMA.hidden + fed
+    matrices = 3 * LLAMA.hidden * LLAMA.intermediate
+    saved = part(every, "alive in a layer") - part(few, "alive in a layer")
+    assert saved == pytest.approx(2 * (matrices - 1_000_000))
+    for name in ("gradient of one matrix", head, "alive in a layer"):
+        assert part(half, name) == part(every, name)
+
+
 def test_sgd_has_no_moments() -> None:
     assert part(needed(optimizer="sgd"), "moments of the optimizer") == 0
 
