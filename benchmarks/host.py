@@ -196,7 +196,7 @@ def host(world: int = 8, rounds: int = 15, names: Sequence[str] = NAMES) -> list
         ring: Any = sp.groups.ring
         ring.agree = lambda *_: None
         agree_at_first = ring.agree_at_first
-        ring.agree_at_first = lambda what, record, error=None, always=False: agree_at_first(what, record, error)
+        ring.agree_at_first = lambda *about, always=False, **more: agree_at_first(*about, **more)
         group = dist.new_group()
         assert isinstance(group, dist.ProcessGroup)
         at = Rank(sp, group, world * TOKENS, KV_HEADS)

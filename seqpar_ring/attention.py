@@ -7,18 +7,22 @@ holds no schedule and no kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from seqpar_ring import operator
 from seqpar_ring.errors import PlanError, UnsupportedError
-from seqpar_ring.kernels.base import Request, wide
+from seqpar_ring.kernels.base import Request, deterministic, wide
 from seqpar_ring.plan import Plan
 from seqpar_ring.reshard import shares
+
+MOST_SEEN = 64
+"""Kinds of calls that a plan remembers: layers differ in few ways, but a scale may be another number in each step."""
 
 
 def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a plan, five named options
@@ -63,23 +67,66 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
             in a pass. Not over NCCL, which does not tell who waits: its watchdog ends the process after the timeout.
     """
     _expect_types(plan, q_BSHD, k_BSGD, v_BSGE)
-    problem: Exception | None = None
+    qkv = q_BSHD, k_BSGD, v_BSGE
+    traits = _traits(qkv, scale, softcap, sinks, alibi_slopes)
+    seen = None if traits is None else plan.seen.get(traits)
+    if seen is None:
+        seen, problem = _examined(qkv, plan, scale, softcap, sinks, alibi_slopes)
+        if traits is not None and problem is None:
+            if len(plan.seen) >= MOST_SEEN:
+                plan.seen.clear()
+            plan.seen[traits] = seen
+    else:
+        problem = _tangents(*qkv)
+    # On a GPU a handshake in every layer would stall the stream, so there only what is new is agreed upon.
+    sequence = plan.sequence
+    sequence.agree_at_first("ring_attention", seen.record, problem, always=not q_BSHD.is_cuda, known_as=seen.text)
+    sequence.calls += 1
+    out, lse = operator.attention(*qkv, sinks, alibi_slopes, plan.handle, seen.scale, seen.softcap)
+    return (out, lse.detach()) if return_lse else out
+
+
+class Examined(NamedTuple):
+    """What a call comes to: the scale and softcap of its logits, and what ranks compare, also as text."""
+
+    scale: float
+    softcap: float | None
+    record: Mapping[str, object]
+    text: str
+
+
+def _traits(qkv: tuple[Tensor, Tensor, Tensor], *rest: object) -> Hashable | None:
+    """What the examination of a call depends on, where that is told quickly; None where it is not. `rest` are scale,
+    softcap, sinks and slopes."""
+    plain = all(type(x) in (Tensor, Parameter) for x in qkv) and all(x is None or type(x) is float for x in rest)
+    if not plain or torch.compiler.is_compiling():
+        return None
+    kinds = tuple((x.shape, x.dtype, x.device, x.layout, x.requires_grad) for x in qkv)
+    return kinds, rest, torch.is_grad_enabled(), deterministic()
+
+
+def _examined(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    plan: Plan,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+) -> tuple[Examined, Exception | None]:
+    """What a call comes to, and what is wrong with it."""
+    q, problem = qkv[0], None
     try:
-        _check(q_BSHD, k_BSGD, v_BSGE, plan)
-        _check_logits((q_BSHD, k_BSGD, v_BSGE), scale, softcap, sinks, alibi_slopes)
-        request = operator.request_for(q_BSHD, k_BSGD, v_BSGE, plan, softcap, alibi_slopes is not None)
+        _check(*qkv, plan)
+        _check_logits(qkv, scale, softcap, sinks, slopes)
+        request = operator.request_for(*qkv, plan, softcap, slopes is not None)
         plan.kernel(_of_own_heads(request, plan))  # tried now, where an error is every rank's, and not within the pass
-        scale, softcap = q_BSHD.shape[-1] ** -0.5 if scale is None else float(scale), softcap and float(softcap)
+        scale, softcap = q.shape[-1] ** -0.5 if scale is None else float(scale), softcap and float(softcap)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
         scale = softcap = None  # which may be what is wrong
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": alibi_slopes is not None}
-    record = _record((q_BSHD, k_BSGD, v_BSGE), plan, options, sinks)
-    # On a GPU a handshake in every layer would stall the stream, so there only what is new is agreed upon.
-    plan.sequence.agree_at_first("ring_attention", record, problem, always=not q_BSHD.is_cuda)
-    plan.sequence.calls += 1
-    out, lse = operator.attention(q_BSHD, k_BSGD, v_BSGE, sinks, alibi_slopes, plan.handle, scale, softcap)
-    return (out, lse.detach()) if return_lse else out
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": slopes is not None}
+    record = _record(qkv, plan, options, sinks)
+    return Examined(scale or 0.0, softcap, record, repr(record)), problem
 
 
 def _of_own_heads(request: Request, plan: Plan) -> Request:
@@ -158,7 +205,7 @@ def _check_logits(
     sinks: Tensor | None,
     slopes: Tensor | None,
 ) -> None:
-    q, k, v = qkv
+    q = qkv[0]
     B, _, H, _ = q.shape
     numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
     for name, value in numbers.items():
@@ -170,8 +217,8 @@ def _check_logits(
     if any(x is not None and not isinstance(x, Tensor) for x in (sinks, slopes)):
         given = type(sinks).__name__, type(slopes).__name__
         raise PlanError("sinks and alibi_slopes are tensors", fix="Make them some: torch.as_tensor.", given=given)
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v, sinks, slopes)):
-        raise UnsupportedError("ring attention has no forward-mode derivative", fix="Use torch.autograd.grad.")
+    if (problem := _tangents(*qkv, sinks, slopes)) is not None:
+        raise problem
     if sinks is not None and (tuple(sinks.shape) != (H,) or not sinks.is_floating_point() or sinks.device != q.device):
         raise PlanError(
             "sinks are not one number for each query head, on q's device",
@@ -191,6 +238,13 @@ def _check_logits(
         )
     if slopes is not None and slopes.requires_grad:
         raise PlanError("alibi_slopes have no gradient here", fix="Detach them; learned slopes are not supported.")
+
+
+def _tangents(*tensors: Tensor | None) -> UnsupportedError | None:
+    """What is wrong where one of them is differentiated forward."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return UnsupportedError("ring attention has no forward-mode derivative", fix="Use torch.autograd.grad.")
+    return None
 
 
 def _record(

@@ -165,6 +165,22 @@ def part(fields: Fields, a: int, b: int) -> Fields:
     return tuple([rows_of(x, a, b) for x in fields])
 
 
+class Parts:
+    """Rows of fields, each made once: every operator of torch takes the host a microsecond or more, also one that makes
+    nothing but a view, and a pass asks for the same few again and again. It holds what it is given."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, int], tuple[Fields, Fields]] = {}
+
+    def of(self, fields: Fields, a: int, b: int) -> Fields:
+        """As `part`."""
+        key = id(fields), a, b  # nothing else has this id, as long as the fields are held here
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = fields, part(fields, a, b)
+        return found[1]
+
+
 def within(rows: Rows, first: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Of a block of these rows, those numbered from `first` to `end`: (a, b) in memory, and which number a has."""
     at = 0

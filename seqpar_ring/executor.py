@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqpar_ring.cargo import Cargo, Fields, part
+from seqpar_ring.cargo import Cargo, Fields, Parts
 from seqpar_ring.kernels import Kept, Kernel, Resting, Scores
 from seqpar_ring.kernels.delta import delta_of
-from seqpar_ring.kernels.merge import Part, at_once, merge_parts_
+from seqpar_ring.kernels.merge import Part, at_once, merge_, merge_parts_
 from seqpar_ring.plan import Plan
 from seqpar_ring.run import Run, Sum
 from seqpar_ring.schedule import Call, Work
@@ -26,16 +26,16 @@ Pair = tuple[Tensor, Tensor]
 def forward(plan: Plan, qkv: tuple[Tensor, Tensor, Tensor], kernel: Kernel, scores: Scores) -> Pair:
     """The forward pass: (out_BSHE in a wide dtype or q's, lse_BHS in fp32 or fp64)."""
     q, k, v = qkv
-    scores = scores._replace(resting=Resting("q", {}))
+    scores = scores._replace(resting=Resting("q", {}, {}))
     partial = _Partial(q, v.shape[3])
+    own, parts = (q,), Parts()
 
     def compute(work: Work, view: Fields) -> None:
-        keys, values = view
         placed = _placed(scores, plan, work, plan.schedule.travels)
         for call in work.calls:
-            k0, k1 = call.k0, call.k1
-            mine, theirs = rows_of(q, call.q0, call.q1), (rows_of(keys, k0, k1), rows_of(values, k0, k1))
-            partial.take(Part(call.q0, *kernel.forward(mine, *theirs, call, _at(placed, call))))
+            rows = call.q0, call.q1
+            (q_rows,), (keys, values) = parts.of(own, *rows), parts.of(view, call.k0, call.k1)
+            partial.take(rows, *kernel.forward(q_rows, keys, values, call, _at(placed, call)))
         partial.merge()
 
     Run(plan, plan.forward_pass, (k, v)).go(compute)
@@ -57,22 +57,22 @@ def _keys_travel(
     q, k, v, out, lse, _ = kept
     assert out is not None
     dq = _Home(Cargo((q,), lse.dtype), q.shape[1])
-    scores = scores._replace(resting=Resting("q", {}))
-    mine: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by rows: most calls of a pass take the same few
+    scores = scores._replace(resting=Resting("q", {}, {}))
+    own, parts = (q, dout, out), Parts()
+    lse_rows: dict[tuple[int, int], Tensor] = {}
     run = Run(plan, plan.backward_pass, (k, v), lse.dtype)
 
     def compute(work: Work, view: Fields) -> None:
-        keys, values = view
         placed, total = _placed(scores, plan, work, "kv"), run.gradient_of(work)
         for call in work.calls:
-            rows, k0, k1 = (call.q0, call.q1), call.k0, call.k1
-            if rows not in mine:
-                mine[rows] = *part((q, dout, out), *rows), rows_of(lse, *rows, dim=2)
-            q_rows, dout_rows, out_rows, lse_rows = mine[rows]
-            kept = Kept(q_rows, rows_of(keys, k0, k1), rows_of(values, k0, k1), out_rows, lse_rows)
+            rows, cols = (call.q0, call.q1), (call.k0, call.k1)
+            if rows not in lse_rows:
+                lse_rows[rows] = rows_of(lse, *rows, dim=2)
+            (q_rows, dout_rows, out_rows), (keys, values) = parts.of(own, *rows), parts.of(view, *cols)
+            kept = Kept(q_rows, keys, values, out_rows, lse_rows[rows])
             dq_part, *dkv = kernel.backward(dout_rows, kept, call, _at(placed, call))
             dq.add(*rows, (dq_part,))
-            total.add(k0, k1, tuple(dkv))
+            total.add(*cols, tuple(dkv))
         run.keep(work, total)
 
     run.go(compute)
@@ -88,7 +88,7 @@ def _queries_travel(
     if delta is None:
         assert out is not None
         delta = delta_of(dout, out, lse.dtype)
-    scores = scores._replace(resting=Resting("k", {}))
+    scores = scores._replace(resting=Resting("k", {}, {}))
     dkv = _Home(Cargo((k, v), lse.dtype), k.shape[1])
     run = Run(plan, plan.query_pass, (q, dout, lse.transpose(1, 2), delta.transpose(1, 2)), lse.dtype, gradients=1)
 
@@ -135,18 +135,22 @@ class _Partial:
         self._q, self._value_dim = q, value_dim
         self._dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
         self._sum: Pair | None = None
-        self._at_once = 1  # parts that are worth waiting for
+        self._at_once = 0  # parts that are worth waiting for; 0 as long as nothing can be merged into the sum
         self._waiting: list[Part] = []
+        self._views: dict[tuple[int, int], Pair] = {}  # of the sum, by rows
 
-    def take(self, part: Part) -> None:
+    def take(self, rows: tuple[int, int], out: Tensor, lse: Tensor) -> None:
         """A part of these rows' answer. It is merged at once, or on a GPU with others of the same step."""
-        if self._sum is None and part.lse.shape[2] == self._q.shape[1]:
-            self._sum = part.out, part.lse  # nothing to merge with yet; with W = 1 this is the answer
-            return
-        if not self._waiting:
+        if not self._at_once:
+            if self._sum is None and rows == (0, self._q.shape[1]):
+                self._sum = out, lse  # nothing to merge with yet; with W = 1 this is the answer
+                return
             self._sum = self._accumulators()
             self._at_once = at_once(self._sum[0])
-        self._waiting.append(part)
+        if self._at_once == 1:
+            merge_(*self._of(rows), out, lse)
+            return
+        self._waiting.append(Part(rows[0], out, lse))
         if len(self._waiting) == self._at_once:
             self.merge()
 
@@ -155,6 +159,13 @@ class _Partial:
         if self._waiting and self._sum is not None:
             merge_parts_(*self._sum, self._waiting)
             self._waiting = []
+
+    def _of(self, rows: tuple[int, int]) -> Pair:
+        """These rows of the sum."""
+        assert self._sum is not None
+        if rows not in self._views:
+            self._views[rows] = rows_of(self._sum[0], *rows), rows_of(self._sum[1], *rows, dim=2)
+        return self._views[rows]
 
     def result(self) -> Pair:
         return self._accumulators() if self._sum is None else self._sum

@@ -93,6 +93,8 @@ def _as_written(body: Callable[..., Results]) -> Callable[..., Results]:
 
     @wraps(body)
     def run(first: Tensor, *rest: Any) -> Results:
+        if not torch.is_autocast_enabled(first.device.type):
+            return body(first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return body(first, *rest)
 

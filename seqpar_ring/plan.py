@@ -7,9 +7,9 @@ plan is also interned under a number (`handles`). A plan computes nothing itself
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,7 @@ class Plan(OfThisProcess):
         schedule: the forward traffic of the ring.
         reasons: the choices made, each with its reason.
         handle: the number under which attention's operator finds the plan.
+        seen: what `ring_attention` has found out about its calls, by what they depend on.
 
     Raises:
         UnsupportedError: no kernel, or not the one that the settings name, can compute the mask.
@@ -131,6 +132,7 @@ class Plan(OfThisProcess):
         self.handle = intern(self)
         self._positions: dict[tuple[tuple[Block, ...], str, str], tuple[Tensor, Tensor]] = {}
         self._travels: dict[Request, Reason] = {}  # every layer asks again
+        self.seen: dict[Hashable, Any] = {}
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -11,13 +11,12 @@ from collections.abc import Callable
 
 import torch
 
-from seqpar_ring.cargo import Cargo, Coded, Fields, Form, Laid, add_rows, part
+from seqpar_ring.cargo import Cargo, Coded, Fields, Form, Laid, Parts, add_rows, part
 from seqpar_ring.geometry import count
-from seqpar_ring.passes import Pass
+from seqpar_ring.passes import Message, Pass, Posted
 from seqpar_ring.plan import Plan
-from seqpar_ring.schedule import Block, Move, Place, Places, Posting, Work
+from seqpar_ring.schedule import Block, Move, Place, Places, Work
 from seqpar_ring.transport import Handle, Messenger, Recv, Send
-from seqpar_ring.views import rows_of
 
 BACKWARD = {"kv": "backward", "q": "backward, queries travel"}
 """Names of the pass, by what travels, for who records."""
@@ -27,7 +26,7 @@ class Sum:
     """A sum of gradients over calls, in memory that is given; `begun` where something is in it already."""
 
     def __init__(self, fields: Fields, begun: bool = False) -> None:
-        self._fields, self._begun = fields, begun
+        self._fields, self._begun, self._parts = fields, begun, Parts()
 
     def add(self, a: int, b: int, parts: Fields) -> None:
         """Add the gradients of rows `a` to `b`."""
@@ -35,9 +34,9 @@ class Sum:
             for x in self._fields:
                 x.zero_()
             self._begun = True
-        for total, x in zip(self._fields, parts, strict=True):
+        for total, x in zip(self._parts.of(self._fields, a, b), parts, strict=True):
             if self._begun:
-                rows_of(total, a, b).add_(x)
+                total.add_(x)
             else:
                 total.copy_(x)
         self._begun = True
@@ -89,7 +88,7 @@ class Run:
         self._form: Form = Coded(own) if keys_travel and settings.kv_dtype == "int8" else self._plain
         self._arrived: dict[Block, Laid] = {}
         self._written: set[Block] = set()
-        self._under_way: dict[int, list[tuple[Posting, Handle, list[Laid]]]] = {}  # by the stage when they are due
+        self._under_way: dict[int, list[tuple[Posted, Handle, list[Laid]]]] = {}  # by the stage when they are due
         planned = what.buffers
         self._copies = self._must_copy()
         self._rows = Held(self._form, planned.rows_and_copies if self._copies else planned.rows)
@@ -162,13 +161,19 @@ class Run:
         return use
 
     def _wait(self, step: int) -> None:
-        for posting, handle, messages in self._under_way.pop(step, ()):
+        for posted, handle, laid in self._under_way.pop(step, ()):
             handle.wait()
-            self._take(posting, messages)
+            for message, landed in zip(posted.messages, laid, strict=True):
+                if message.out:
+                    continue
+                if posted.gradients:
+                    self._take_gradient(message, landed)
+                else:
+                    self._arrived[message.move.block] = landed
 
     def _post_all(self, step: int) -> None:
-        for posting in self._pass.stages[step].posts:
-            self._post(posting)
+        for posted in self._pass.posts[step]:
+            self._post(posted)
 
     def _seen(self, work: Work) -> Fields:
         """The rows of a step's blocks as the calls see them: where they are, or laid together."""
@@ -191,56 +196,52 @@ class Run:
             at += rows
         return view
 
-    def _take(self, posting: Posting, messages: list[Laid]) -> None:
-        """What has arrived of a posting: rows to compute with, or gradients to add."""
-        for move, landed in zip(posting.moves, messages, strict=True):
-            if move.dst == self._ring.rank and posting.gradients:
-                self._take_gradient(move.block, landed)
-            elif move.dst == self._ring.rank:
-                self._arrived[move.block] = landed
-
-    def _take_gradient(self, block: Block, landed: Laid) -> None:
-        if block.owner == self._ring.rank:
+    def _take_gradient(self, message: Message, landed: Laid) -> None:
+        block = message.move.block
+        if message.home:
             add_rows(self._total, block.rows, landed.fields)
         else:  # of as many rows, so both lie alike
             for total, x in zip(self._sums.of(block).pieces, landed.pieces, strict=True):
                 total.add_(x)
 
-    def _post(self, posting: Posting) -> None:
-        """Send and expect what a posting says; its tensors are held until it is due."""
+    def _post(self, posted: Posted) -> None:
+        """Send and expect what a posting says; its tensors are held until it is due.
+
+        Both sides know without asking what tensors a transfer is made of: own rows that lie together are sent from
+        where they are, field by field; all else lies in memory of the run, and is sent as it lies there.
+        """
         sends: list[Send] = []
         recvs: list[Recv] = []
-        messages: list[Laid] = []
-        for move in posting.moves:
-            if move.src == self._ring.rank:
-                message = self._gradient_out(move) if posting.gradients else self._rows_out(move)
-                sends += [Send(move.dst, tensor) for tensor in self._sent(move, message, posting.gradients)]
+        held: list[Laid] = []
+        for message in posted.messages:
+            if not message.out:
+                laid = (self._on_their_way if posted.gradients else self._rows).of(message.move)
+            elif posted.gradients:
+                laid = self._gradient_out(message.move)
             else:
-                message = (self._on_their_way if posting.gradients else self._rows).of(move)
-                recvs += [Recv(move.src, tensor) for tensor in self._sent(move, message, posting.gradients)]
-            messages.append(message)
-        handle = self._ring.exchange(sends, recvs, posting.lane)
-        self._under_way.setdefault(posting.due, []).append((posting, handle, messages))
+                laid = self._rows_out(message)
+            for tensor in laid.fields if message.in_place and self._form.as_computed else laid.pieces:
+                if message.out:
+                    sends.append(Send(message.peer, tensor))
+                else:
+                    recvs.append(Recv(message.peer, tensor))
+            held.append(laid)
+        handle = self._ring.exchange(sends, recvs, posted.lane)
+        self._under_way.setdefault(posted.due, []).append((posted, handle, held))
 
-    def _sent(self, move: Move, message: Laid, gradients: bool) -> Fields:
-        """The tensors that a transfer is made of, as both sides know without asking: own rows that lie together are
-        sent from where they are, field by field; all else lies in memory of the run, and is sent as it lies there."""
-        own = not gradients and move.block.owner == move.src and len(move.block.rows) == 1 and self._form.as_computed
-        return message.fields if own else message.pieces
-
-    def _rows_out(self, move: Move) -> Laid:
+    def _rows_out(self, message: Message) -> Laid:
         """The message of a block: passed on as it came, or own rows from where they lie, or a copy of them."""
-        block = move.block
-        if block.owner != self._ring.rank:
+        block = message.move.block
+        if not message.home:
             return self._arrived[block]
         if len(block.rows) == 1 and not self._copies:
             return Laid(part(self._own, *block.rows[0]), ())
-        message, at = self._rows.of(block), 0
+        copied, at = self._rows.of(block), 0
         for a, b in block.rows if block not in self._written else ():
-            self._form.write(part(message.fields, at, at + b - a), part(self._own, a, b))
+            self._form.write(part(copied.fields, at, at + b - a), part(self._own, a, b))
             at += b - a
         self._written.add(block)
-        return message
+        return copied
 
     def _gradient_out(self, move: Move) -> Laid:
         made = self._sums.of(move.block)

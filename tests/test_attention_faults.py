@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from seqpar_ring import executor, operator, ring_attention, run
+from seqpar_ring import attention, executor, operator, ring_attention, run
 from seqpar_ring import layout as layouts
 from seqpar_ring import plan as plans
 from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
@@ -24,8 +24,9 @@ from seqpar_ring.geometry import Mask
 from seqpar_ring.kernels import ReferenceKernel, merge, register, unregister
 from seqpar_ring.packing import Balance
 from seqpar_ring.parallel import SequenceParallel
+from seqpar_ring.passes import Message
 from seqpar_ring.plan import Documents, Plan, Reason
-from seqpar_ring.schedule import Block, Move, Work
+from seqpar_ring.schedule import Move, Work
 from seqpar_ring.testing import (
     Case,
     RankPool,
@@ -62,7 +63,7 @@ def average_instead_of_merge(patch: pytest.MonkeyPatch) -> None:
         out.copy_(torch.where(seen, (out + part_out) / 2, out))
         merged(torch.zeros_like(out), lse, torch.zeros_like(out), part_lse)
 
-    patch.setattr(merge, "merge_", average)
+    patch.setattr(executor, "merge_", average)
 
 
 def wait_for_others(patch: pytest.MonkeyPatch) -> None:
@@ -79,9 +80,9 @@ def lose_a_gradient(patch: pytest.MonkeyPatch) -> None:
     """One dKV that comes home is not added."""
     take = run.Run._take_gradient
 
-    def lossy(self: Any, block: Block, landed: Any) -> None:
-        if block.owner != 0:
-            take(self, block, landed)
+    def lossy(self: Any, message: Message, landed: Any) -> None:
+        if message.move.block.owner != 0:
+            take(self, message, landed)
 
     patch.setattr(run.Run, "_take_gradient", lossy)
 
@@ -232,6 +233,48 @@ def test_bad_arguments_are_refused_on_every_rank(change: dict[str, Any], error: 
 
     for message in run_lockstep(on_rank_1_only, 2):
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"tokens": 5}, PlanError, "expected_tokens=6"),
+        ({"q_dtype": torch.float64}, PlanError, "differ in dtype"),
+        ({"kv_heads": 3}, PlanError, "must divide query heads"),
+        ({"softcap": 0.0}, PlanError, "softcap=0.0"),
+        ({"scale": -1.0}, PlanError, "scale=-1.0"),
+        ({"sinks": torch.zeros(3)}, PlanError, "one number for each query head"),
+    ],
+)
+def test_a_call_that_was_right_lets_no_wrong_one_through(
+    change: dict[str, Any], error: type[SeqparError], words: str
+) -> None:
+    """What a kind of call comes to is remembered, layer for layer and step for step."""
+
+    def second(sp: SequenceParallel) -> None:
+        for _ in range(2):
+            attend(sp)
+        with pytest.raises(error) as caught:
+            attend(sp, **change)
+        assert words in str(caught.value)
+        attend(sp)
+
+    run_lockstep(second, 2)
+
+
+def test_other_numbers_are_other_calls_and_few_kinds_are_remembered() -> None:
+    def several(sp: SequenceParallel) -> None:
+        plan, seen = sp.plan(12), []
+        q, k, v = (torch.randn(1, plan.local_tokens, 2, 8, dtype=torch.float64) for _ in range(3))
+        for number in range(1, 100):
+            scale = 1.0 / number
+            out = ring_attention(q, k, v, plan, scale=scale)
+            assert torch.equal(out, ring_attention(q, k, v, plan, scale=torch.tensor(scale, dtype=torch.float64)))
+            seen.append(len(plan.seen))
+        assert max(seen) == attention.MOST_SEEN
+        assert seen[-1] < attention.MOST_SEEN
+
+    run_lockstep(several, 2)
 
 
 def test_what_is_no_plan_and_no_tensor_is_named() -> None:
@@ -475,11 +518,14 @@ def test_tensors_that_are_none_no_width_and_the_same_softcap_twice() -> None:
     run_lockstep(lambda sp: run(sp, softcap=(30, 30.0)[sp.rank]), 2)
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["", "after a call without"])
 @pytest.mark.parametrize("way", ["jvp", "dual", "sinks", "alibi_slopes"])
-def test_forward_mode_derivatives_are_refused_and_not_zero(way: str) -> None:
+def test_forward_mode_derivatives_are_refused_and_not_zero(way: str, before: bool) -> None:
     def run(sp: SequenceParallel) -> None:
         plan = sp.plan(6)
         x, by_head = torch.randn(1, plan.local_tokens, 2, 4), torch.ones(2)
+        if before:
+            ring_attention(x, x, x, plan)
         if way == "jvp":
             torch.func.jvp(lambda q: ring_attention(q, x, x, plan), (x,), (torch.ones_like(x),))
         elif way != "dual":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqpar_ring import SequenceParallel, ring_attention
-from seqpar_ring.cargo import Cargo, Kind, Store
+from seqpar_ring.cargo import Cargo, Kind, Parts, Store, part
 from seqpar_ring.testing import run_lockstep
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
@@ -49,6 +50,21 @@ def test_results_have_memory_of_their_own() -> None:
     a, b = Cargo(like, torch.bfloat16).apart(7)
     assert (a.shape, b.shape, a.dtype) == ((2, 7, 4), (2, 7, 5), torch.bfloat16)
     assert a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+
+
+def test_parts_are_made_once_and_are_those_of_their_fields() -> None:
+    parts = Parts()
+    for number in range(3):
+        fields = torch.full((1, 7, 2), float(number)), torch.full((1, 7), -float(number))
+        held = sys.getrefcount(fields)
+        found = parts.of(fields, 2, 5)
+        assert all(torch.equal(x, y) for x, y in zip(found, part(fields, 2, 5), strict=True))
+        assert parts.of(fields, 2, 5) is found
+        assert parts.of(fields, 2, 6)[0].shape == (1, 4, 2)
+        fields[0].fill_(-1.0)
+        assert found[0].eq(-1.0).all()
+        assert all(x is y for x, y in zip(parts.of(fields, 0, 7), fields, strict=True))
+        assert sys.getrefcount(fields) > held, "another tuple could come to the same address"
 
 
 def messages(sp: SequenceParallel) -> tuple[int, int]:

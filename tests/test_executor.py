@@ -164,7 +164,7 @@ def test_a_step_takes_no_memory_once_the_sums_are_there(
     settings: dict[str, Any], queries_travel: bool, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of the rows that stay begin as the first result that fits, so the first two computations may make them."""
-    monkeypatch.setattr(executor, "merge_parts_", lambda *_: None)  # one kernel on a GPU, which takes no memory
+    monkeypatch.setattr(executor, "merge_", lambda *_: None)  # one kernel on a GPU, which takes no memory
     coded = settings.get("kv_dtype") == "int8"
     for passes in run_lockstep(lambda sp: allocations(sp, batch, queries_travel=queries_travel), 4, **settings):
         assert len(passes) == 2

@@ -10,7 +10,6 @@ from seqpar_ring.kernels.base import (
     architecture_of,
     deterministic,
     lacks,
-    request_of,
 )
 from seqpar_ring.kernels.cpu import CpuKernel
 from seqpar_ring.kernels.cudnn import CudnnKernel
@@ -59,7 +58,6 @@ __all__ = [
     "refuse_impossible",
     "register",
     "registered",
-    "request_of",
     "select",
     "unregister",
 ]

@@ -26,11 +26,15 @@ class Resting(NamedTuple):
     """The side whose rows stay on their rank during a pass: the same memory, unchanged, in all of its calls.
 
     `side` is "q" (where keys and values travel) or "k"; what a kernel finds out of these rows it may put into `notes`
-    for the calls that follow, by memory: the other side's memory holds one block after another.
+    for the calls that follow, by memory: the other side's memory holds one block after another. A pass gives the same
+    tensors, of either side, to many calls; what is only another view of their memory, or a small copy of rows that
+    stay, may be put into `views`, by the tensor's `id` and with the tensor, which so keeps its `id`. What a kernel made
+    in a call does not belong there: it would be held for the whole pass.
     """
 
     side: str
     notes: dict[tuple[object, ...], float]
+    views: dict[tuple[int, object], tuple[Tensor, Tensor]]
 
 
 class Scores(NamedTuple):
@@ -228,40 +232,52 @@ def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, sc
         PlanError: the slices do not have the call's rows.
         UnsupportedError: the kernel lacks something these tensors or scores need.
     """
+    admit_traits(call, kernel, traits_of(tensors, scores))
+
+
+Traits = tuple[tuple[torch.Size, torch.Size, torch.Size], tuple[torch.dtype, ...], torch.device, bool, bool]
+"""What `admit` looks at: shapes and dtypes of q, k and v, their device, whether there are a softcap and slopes."""
+
+
+def traits_of(tensors: tuple[Tensor, Tensor, Tensor], scores: Scores) -> Traits:
+    """Of q, k and v."""
     q, k, v = tensors
-    if q.shape[1] != call.cu_q[-1] or k.shape[1] != call.cu_k[-1] or v.shape[1] != k.shape[1]:
+    shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
+    return shapes, dtypes, q.device, scores.softcap is not None, scores.slopes is not None
+
+
+def admit_traits(call: Call, kernel: Kernel, traits: Traits) -> None:
+    """The same, for a kernel that remembers what it has admitted. Bits that vary are no wrong answer: selection minds
+    them."""
+    (q, k, v), dtypes, device, softcap, alibi = traits
+    if q[1] != call.cu_q[-1] or k[1] != call.cu_k[-1] or v[1] != k[1]:
         raise PlanError(
             "q, k and v are not the slices this call is about",
             fix="Slice q to call.q0:call.q1 and k, v to call.k0:call.k1 before calling the kernel.",
             call_rows=(call.cu_q[-1], call.cu_k[-1]),
-            q=tuple(q.shape),
-            k=tuple(k.shape),
-            v=tuple(v.shape),
+            q=tuple(q),
+            k=tuple(k),
+            v=tuple(v),
         )
-    missing = _lacks(kernel.capabilities, request_of(tensors, call.left < INF, scores))
-    if not q.dtype == k.dtype == v.dtype:
-        missing += (f"q, k, v of different dtypes {_listed((q.dtype, k.dtype, v.dtype))}",)
+    request = Request(
+        device=device.type,
+        dtype=dtypes[0],
+        head_dim=q[3],
+        value_dim=v[3],
+        heads=q[2],
+        kv_heads=k[2],
+        window=call.left < INF,
+        softcap=softcap,
+        alibi=alibi,
+    )
+    missing = _lacks(kernel.capabilities, request)
+    if len({*dtypes}) > 1:
+        missing += (f"q, k, v of different dtypes {_listed(dtypes)}",)
     if missing:
         raise UnsupportedError(
             f'kernel "{kernel.name}" cannot compute this call: it lacks {"; ".join(missing)}',
             fix='Let select(request, "auto") choose the kernel.',
         )
-
-
-def request_of(tensors: tuple[Tensor, Tensor, Tensor], window: bool, scores: Scores) -> Request:
-    """The request that q_BSHD, k_BSGD, v_BSGE amount to. Bits that vary are no wrong answer: selection minds them."""
-    q, k, v = tensors
-    return Request(
-        device=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        value_dim=v.shape[3],
-        heads=q.shape[2],
-        kv_heads=k.shape[2],
-        window=window,
-        softcap=scores.softcap is not None,
-        alibi=scores.slopes is not None,
-    )
 
 
 def deterministic() -> bool:

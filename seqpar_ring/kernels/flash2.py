@@ -1,6 +1,6 @@
 """flash-attention 2 (package flash-attn), varlen: the kernel that most GPUs of the field run.
 
-Three traps of its interface, read in csrc/flash_attn/flash_api.cpp, are closed in `bounds`. A right side of the
+Three traps of its interface, read in csrc/flash_attn/flash_api.cpp, are closed in `bounded`. A right side of the
 window that is not below the longest key segment is dropped, though with more queries than keys it still cuts; a side
 that is unbounded beside one that is not becomes as wide as the keys, which then cuts; and segments of one query each
 take a path of their own, which goes wrong beside empty segments (flash-attention issue 1537). Its log-sum-exp of an
@@ -10,7 +10,7 @@ empty row is +inf.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +24,14 @@ FORWARD, BACKWARD = "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"
 LIBRARY = Library("flash-attn", MODULE, (FORWARD, BACKWARD), oldest=(2, 7))
 
 
-class Bounds(NamedTuple):
-    """Lengths and a window that flash-attention 2 reads as they are meant."""
-
-    max_q: int
-    max_k: int
-    left: int
-    right: int
-
-
-def bounds(packed: Packed) -> Bounds:
+def bounded(packed: Packed) -> Packed:
     """What to tell flash-attention 2 about a call. Longer bounds than the segments' cost blocks that end at once."""
     max_q = max(packed.max_q, 2)  # not 1: see the module
     left, right = packed.left, packed.right
     if packed.causal or (left == UNBOUNDED and right == UNBOUNDED):
-        return Bounds(max_q, packed.max_k, left, right)
+        return packed._replace(max_q=max_q)
     right = packed.max_q if right == UNBOUNDED else right  # so wide that it cuts nothing, and said
-    return Bounds(max_q, max(packed.max_k, right + 1), left, right)
+    return packed._replace(max_q=max_q, max_k=max(packed.max_k, right + 1), right=right)
 
 
 class Flash2Kernel(VarlenKernel):
@@ -59,6 +50,10 @@ class Flash2Kernel(VarlenKernel):
 
     def __init__(self, library: Library = LIBRARY, devices: tuple[str, ...] = ("cuda",)) -> None:
         super().__init__(library, devices)
+
+    def as_read(self, packed: Packed) -> Packed:
+        """See `VarlenKernel.as_read`."""
+        return bounded(packed)
 
     def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `VarlenKernel.attend`."""
@@ -85,17 +80,16 @@ class Flash2Kernel(VarlenKernel):
 
 def _arguments(packed: Packed, scores: Scores) -> dict[str, Any]:
     """What both functions take."""
-    at = bounds(packed)
     return {
         "cu_seqlens_q": packed.cu_q,
         "cu_seqlens_k": packed.cu_k,
-        "max_seqlen_q": at.max_q,
-        "max_seqlen_k": at.max_k,
+        "max_seqlen_q": packed.max_q,
+        "max_seqlen_k": packed.max_k,
         "dropout_p": 0.0,
         "softmax_scale": scores.scale,
         "causal": packed.causal,
-        "window_size_left": at.left,
-        "window_size_right": at.right,
+        "window_size_left": packed.left,
+        "window_size_right": packed.right,
         "softcap": scores.softcap or 0.0,
         "alibi_slopes": None,
     }

@@ -1,8 +1,8 @@
 """torch's own varlen flash kernel on a GPU: flash-attention 2 inside of torch, which needs nothing installed.
 
 A private op of aten, so it is named in this file only; called with what all releases from 2.6 on share. It is the same
-code as the package's and has the same traps, closed by the same `bounds`. It has no softcap. Before 2.7 its log-sum-exp
-of packed rows was padded: the trial passes it over there.
+code as the package's and has the same traps, closed by the same `bounded`. It has no softcap. Before 2.7 its
+log-sum-exp of packed rows was padded: the trial passes it over there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.kernels.base import Capabilities, Scores
-from seqpar_ring.kernels.flash2 import bounds
+from seqpar_ring.kernels.flash2 import bounded
 from seqpar_ring.kernels.library import Aten, Library
 from seqpar_ring.kernels.varlen import HALVES, UNBOUNDED, Packed, Results, Rows, VarlenKernel
 
@@ -40,27 +40,29 @@ class TorchFlashKernel(VarlenKernel):
     def __init__(self, library: Library = LIBRARY, devices: tuple[str, ...] = ("cuda",)) -> None:
         super().__init__(library, devices)
 
+    def as_read(self, packed: Packed) -> Packed:
+        """See `VarlenKernel.as_read`."""
+        return bounded(packed)
+
     def attend(self, rows: Rows, packed: Packed, scores: Scores) -> tuple[Tensor, Tensor]:
         """See `VarlenKernel.attend`."""
-        at = bounds(packed)
         out, lse, *_ = self._library.function(FORWARD)(
             *rows,
             packed.cu_q,
             packed.cu_k,
-            at.max_q,
-            at.max_k,
+            packed.max_q,
+            packed.max_k,
             0.0,
             packed.causal,
             False,
             scale=scores.scale,
-            window_size_left=_side(at.left),
-            window_size_right=_side(at.right),
+            window_size_left=_side(packed.left),
+            window_size_right=_side(packed.right),
         )
         return out, lse
 
     def differentiate(self, rows: Rows, results: Results, packed: Packed, scores: Scores) -> Iterable[Tensor]:
         """See `VarlenKernel.differentiate`."""
-        at = bounds(packed)
         found: Iterable[Tensor] = self._library.function(BACKWARD)(
             results.dout,
             *rows,
@@ -68,14 +70,14 @@ class TorchFlashKernel(VarlenKernel):
             results.lse,
             packed.cu_q,
             packed.cu_k,
-            at.max_q,
-            at.max_k,
+            packed.max_q,
+            packed.max_k,
             0.0,
             packed.causal,
             *_no_dropout(rows.q.device),
             scale=scores.scale,
-            window_size_left=_side(at.left),
-            window_size_right=_side(at.right),
+            window_size_left=_side(packed.left),
+            window_size_right=_side(packed.right),
         )
         return found
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seqpar_ring.geometry import INF
-from seqpar_ring.kernels.base import Capabilities, Kept, Scores, admit, wide
+from seqpar_ring.kernels.base import Capabilities, Kept, Scores, Traits, admit_traits, traits_of, wide
 from seqpar_ring.kernels.delta import stand_in
 from seqpar_ring.kernels.library import Library
 from seqpar_ring.kernels.remembered import remembered
@@ -33,6 +33,9 @@ ALIGNED = 8
 
 HALVES = (torch.bfloat16, torch.float16)
 """What tensor cores compute with, and so the dtypes of these kernels."""
+
+Views = dict[tuple[int, object], tuple[Tensor, Tensor]]
+"""See `Resting.views`."""
 
 UNBOUNDED = -1
 """How flash-attention writes a side of a window that cuts nothing."""
@@ -108,7 +111,7 @@ class VarlenKernel:
 
     def __init__(self, library: Library, devices: tuple[str, ...] = ("cuda",), cached: int = 1024) -> None:
         self._library, self._devices = library, devices
-        self._pack = remembered(pack, cached)
+        self._admitted = remembered(self._admit, cached)
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -123,6 +126,10 @@ class VarlenKernel:
         """(dq, dk, dv) of packed rows; dk and dv with the heads of k and v."""
         raise NotImplementedError
 
+    def as_read(self, packed: Packed) -> Packed:
+        """With lengths and a window that the library reads as they are meant."""
+        return packed
+
     def widths(self, head: int, value: int) -> tuple[int, int]:
         """The widths to pad q, k and v to; most libraries want one, a multiple of 8."""
         width = -(-max(head, value) // ALIGNED) * ALIGNED
@@ -132,12 +139,11 @@ class VarlenKernel:
         self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, call: Call, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        admit(self, (q_BSHD, k_BSGD, v_BSGE), call, scores)
+        packed = self._admitted(call, traits_of((q_BSHD, k_BSGD, v_BSGE), scores))
         (B, S, H, _), E = q_BSHD.shape, v_BSGE.shape[3]
         if not q_BSHD.numel() or not k_BSGD.numel():  # nothing to see: libraries differ in what they do with no rows
             return q_BSHD.new_zeros((B, S, H, E)), q_BSHD.new_full((B, H, S), -torch.inf, dtype=wide(q_BSHD.dtype))
-        rows, packed = self._rows(q_BSHD, k_BSGD, v_BSGE), self._packed(call, q_BSHD)
-        out, lse_HT = self.attend(rows, packed, scores)
+        out, lse_HT = self.attend(self._rows(q_BSHD, k_BSGD, v_BSGE, _views(scores)), packed, scores)
         lse_BHS = lse_HT.unsqueeze(0) if B == 1 else lse_HT.view(H, B, S).transpose(0, 1)
         if packed.blind:
             lse_BHS = lse_BHS.masked_fill(lse_BHS == torch.inf, -torch.inf)
@@ -145,33 +151,36 @@ class VarlenKernel:
 
     def backward(self, dout_BSHE: Tensor, kept: Kept, call: Call, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`. Gradients come in the inputs' dtype, as these kernels write them."""
-        admit(self, kept[:3], call, scores)
+        packed = self._admitted(call, traits_of(kept[:3], scores))
         if not kept.q.numel() or not kept.k.numel():
             dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in kept[:3])
             return dq, dk, dv
         (B, S, H, D), E = kept.q.shape, kept.v.shape[3]
         dtype, width = kept.q.dtype, self.widths(D, E)[1]
-        out = stand_in(dout_BSHE.to(wide(dtype)), kept.delta) if kept.out is None else kept.out
-        dout, out = _flat(in_dtype(dout_BSHE, dtype), width), _flat(in_dtype(out, dtype), width)
-        lse_HT = kept.lse[0] if B == 1 else kept.lse.transpose(0, 1).reshape(H, B * S)
-        lse_HT = in_dtype(lse_HT, wide(dtype)).contiguous()
-        packed = self._packed(call, kept.q)
-        if packed.blind:  # else every row sees a key in this call, and its lse over all of them is finite
-            lse_HT = lse_HT.masked_fill(lse_HT == -torch.inf, torch.inf)
-        rows, results = self._rows(*kept[:3]), Results(dout, out, lse_HT)
+        views = _views(scores)
+        if kept.out is None:
+            out = _flat(stand_in(dout_BSHE.to(wide(dtype)), kept.delta).to(dtype), width)
+        else:
+            out = _flat(kept.out, width, views, dtype)
+        results = Results(_flat(dout_BSHE, width, views, dtype), out, _lse(kept.lse, packed, scores))
+        rows = self._rows(*kept[:3], views)
         dq, dk, dv = self.differentiate(rows, results, packed, scores)
+        keys, groups = kept.k.shape[1:3]
         return (
             columns_of(dq.view(B, S, H, -1), D),
-            columns_of(dk.view(*kept.k.shape[:3], -1), D),
-            columns_of(dv.view(*kept.v.shape[:3], -1), E),
+            columns_of(dk.view(B, keys, groups, -1), D),
+            columns_of(dv.view(B, keys, groups, -1), E),
         )
 
-    def _packed(self, call: Call, like: Tensor) -> Packed:
-        return self._pack(call, like.shape[0], like.device)
+    def _admit(self, call: Call, traits: Traits) -> Packed:
+        """What a call comes to, if the kernel may answer it; see `admit`."""
+        admit_traits(call, self, traits)
+        (q, _, _), _, device, *_ = traits
+        return self.as_read(pack(call, q[0], device))
 
-    def _rows(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> Rows:
+    def _rows(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, views: Views | None) -> Rows:
         head, value = self.widths(q_BSHD.shape[3], v_BSGE.shape[3])
-        return Rows(_flat(q_BSHD, head), _flat(k_BSGD, head), _flat(v_BSGE, value))
+        return Rows(_flat(q_BSHD, head, views), _flat(k_BSGD, head, views), _flat(v_BSGE, value, views))
 
 
 def room(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,10 +189,39 @@ def room(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     return dq, dk, dv
 
 
-def _flat(x_BSHD: Tensor, width: int) -> Tensor:
-    """(B * S, H, width), as libraries read it; a view where the batch is of one row of that width."""
-    x = readable(x_BSHD, width)
-    return x[0] if x.shape[0] == 1 else x.flatten(0, 1)
+def _views(scores: Scores) -> Views | None:
+    return None if scores.resting is None else scores.resting.views
+
+
+def _flat(x_BSHD: Tensor, width: int, views: Views | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """(B * S, H, width) in this dtype, as libraries read it; a view where the batch is of one row of that width.
+
+    A view of what a pass gives to many calls is made once: it takes the host as long as a launch.
+    """
+    key = id(x_BSHD), width
+    if views is not None and key in views:
+        return views[key][1]
+    x = readable(x_BSHD if dtype is None else in_dtype(x_BSHD, dtype), width)
+    flat = x[0] if x.shape[0] == 1 else x.flatten(0, 1)
+    if views is not None and flat.data_ptr() == x_BSHD.data_ptr():  # no copy, which what arrives next would not be in
+        views[key] = x_BSHD, flat
+    return flat
+
+
+def _lse(lse_BHS: Tensor, packed: Packed, scores: Scores) -> Tensor:
+    """(H, B * S) in the precision of sums, together in memory, +inf where a row sees nothing."""
+    resting = scores.resting
+    views = resting.views if resting is not None and resting.side == "q" else {}  # else lse travels
+    key = id(lse_BHS), packed.blind
+    if key in views:
+        return views[key][1]
+    B, H, S = lse_BHS.shape
+    lse_HT = lse_BHS[0] if B == 1 else lse_BHS.transpose(0, 1).reshape(H, B * S)
+    lse_HT = in_dtype(lse_HT, wide(lse_HT.dtype)).contiguous()
+    if packed.blind:  # else every row sees a key in this call, and its lse over all of them is finite
+        lse_HT = lse_HT.masked_fill(lse_HT == -torch.inf, torch.inf)
+    views[key] = lse_BHS, lse_HT
+    return lse_HT
 
 
 def readable(x_BSHD: Tensor, width: int) -> Tensor:

@@ -28,6 +28,7 @@ from seqpar_ring.kernels import (
     Kept,
     Kernel,
     ReferenceKernel,
+    Resting,
     Scores,
     TorchCudnnKernel,
     TorchFlashKernel,
@@ -39,7 +40,7 @@ from seqpar_ring.kernels import (
 )
 from seqpar_ring.kernels.library import NO_GPU, Library
 from seqpar_ring.kernels.squares import Squares
-from seqpar_ring.kernels.varlen import Packed, VarlenKernel, pack
+from seqpar_ring.kernels.varlen import VarlenKernel, pack
 from seqpar_ring.schedule import Call
 
 SQUARE = Call(0, 0, INF, 0, (0, 9), (0, 9))
@@ -163,14 +164,11 @@ def test_where_only_delta_is_known_backward_takes_a_stand_in_for_out(name: str) 
 def test_flash_attention_2_answers_wrongly_without_our_bounds_and_rightly_with_them(
     name: str, call: Call, trap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def as_they_are(p: Packed) -> flash2.Bounds:
-        return flash2.Bounds(p.max_q, p.max_k, p.left, p.right)
-
     tensors, scores = inputs(call.cu_q[-1], call.cu_k[-1]), Scores(0.2)
     want = answers(ReferenceKernel(), tensors, call, scores)
     assert off(answers(made(name)[0], tensors, call, scores), want) < 1e-2
     for module in (flash2, torch_flash):
-        monkeypatch.setattr(module, "bounds", as_they_are)
+        monkeypatch.setattr(module, "bounded", lambda packed: packed)
     assert not off(answers(made(name)[0], tensors, call, scores), want) < 1e-2
 
 
@@ -185,6 +183,61 @@ def test_a_call_is_blind_where_a_query_sees_nothing(segments: list[tuple[int, in
         not any(-left <= j - i - (n - m) <= right for j in range(n)) for m, n in segments for i in range(m)
     )
     assert pack(Call(0, 0, left, right, cu_q, cu_k), 1, torch.device("cpu")).blind == blind
+
+
+@pytest.mark.parametrize("name", VARLEN)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("value_width", [8, 6])
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_what_comes_into_the_same_memory_next_is_read_anew(name: str, batch: int, value_width: int, side: str) -> None:
+    """Within a pass rows come into the same tensors again, and views of tensors are made once: copies must not be."""
+    kernel, _ = made(name)
+    scores = Scores(0.2, resting=Resting(side, {}, {}))
+    q, k, v, dout = (torch.cat([x] * batch) for x in inputs(9, 9, widths=(8, value_width)))
+    out, lse = torch.zeros_like(dout), torch.zeros(batch, 4, 9)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for x in (k, v) if side == "q" else (q, dout):
+            x.copy_(torch.randn(x.shape, generator=generator))
+        if side == "k" or not seed:
+            for there, x in zip((out, lse), ReferenceKernel().forward(q, k, v, SQUARE, Scores(0.2)), strict=True):
+                there.copy_(x)
+        kept = Kept(q, k, v, out, lse)
+        got, want = (
+            [*one.forward(q, k, v, SQUARE, how), *one.backward(dout, kept, SQUARE, how)]
+            for one, how in ((kernel, scores), (ReferenceKernel(), Scores(0.2)))
+        )
+        assert off(got, want) < 2e-2
+
+
+def test_views_of_what_a_pass_gives_again_are_made_once() -> None:
+    kernel, there = made("torch_flash")
+    q, k, v, _ = inputs(9, 9)
+    again, other = Scores(0.2, resting=Resting("q", {}, {})), Scores(0.2, resting=Resting("q", {}, {}))
+    for scores in (again, again, other):
+        kernel.forward(q, k, v, SQUARE, scores)
+    first, second, third = (call[1][:3] for call in there.calls)
+    assert all(x is y for x, y in zip(first, second, strict=True))
+    assert not any(x is y for x, y in zip(first, third, strict=True)), "another pass, whose memory is another"
+
+
+@pytest.mark.parametrize("name", VARLEN)
+@pytest.mark.parametrize("value_width", [8, 6])  # of which most pad the second
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_no_memory_that_a_call_makes_is_held_for_the_pass(name: str, side: str, value_width: int) -> None:
+    """But for log-sum-exps where they rest, which are small."""
+    kernel, _ = made(name)
+    resting = Resting(side, {}, {})
+    q, k, v, dout = inputs(9, 9, widths=(8, value_width))
+    out, lse, delta = torch.zeros_like(dout), torch.zeros(1, 4, 9), torch.zeros(1, 4, 9)
+    for kept in (Kept(q, k, v, out, lse), Kept(q, k, v, None, lse, delta)):
+        for grad in (dout, dout.float()):
+            kernel.backward(grad, kept, SQUARE, Scores(0.2, resting=resting))
+    held = {x.data_ptr() for pair in resting.views.values() for x in pair}
+    assert {x.data_ptr() for x in (q, k)} <= held
+    small = {flat.data_ptr() for x, flat in resting.views.values() if x is lse}
+    assert len(small) == (side == "q")
+    assert held - small <= {x.data_ptr() for x in (q, k, v, dout, out, lse)}, "and nothing of what was made"
 
 
 @pytest.mark.parametrize("name", ["flash2", "torch_flash"])  # whose lse of such a row is +inf

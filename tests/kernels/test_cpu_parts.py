@@ -130,7 +130,7 @@ def test_rows_that_rest_are_looked_through_once_and_the_others_each_time(
     looked: list[int] = []
     largest = cpu._largest
     monkeypatch.setattr(cpu, "_largest", lambda x: looked.append(x.data_ptr()) or largest(x))
-    call, scores = tall(6, 6), Scores(1.0, resting=Resting(side, {}))
+    call, scores = tall(6, 6), Scores(1.0, resting=Resting(side, {}, {}))
     q, k, v, dout = tensors(call, torch.float32)
     kernel = CpuKernel()
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_rows_that_rest_are_looked_through_once_and_the_others_each_time(
 
 @pytest.mark.parametrize("side", ["q", "k"])
 def test_a_later_block_in_the_same_memory_may_overflow(side: str) -> None:
-    call, scores = tall(6, 6), Scores(1.0, resting=Resting(side, {}))
+    call, scores = tall(6, 6), Scores(1.0, resting=Resting(side, {}, {}))
     q, k, v, _ = tensors(call, torch.float32)
     rests, visits = (q, k) if side == "q" else (k, q)
     rests[:] = 1e19

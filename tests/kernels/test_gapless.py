@@ -69,7 +69,7 @@ def test_rows_that_are_gathered_do_not_rest(call: Call, same: bool) -> None:
             seen.append(scores.resting)
             return super().backward(dout, kept, call, scores)
 
-    resting = Resting("q", {})
+    resting = Resting("q", {}, {})
     q, k, v, dout = (x[:, : call.cu_q[-1]] for x in Case().inputs(8))
     out, lse = Gapless(Noting()).forward(q, k, v, call, Scores(0.3, resting=resting))
     Gapless(Noting()).backward(dout, Kept(q, k, v, out, lse), call, Scores(0.3, resting=resting))
