@@ -77,7 +77,7 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
                 plan.seen.clear()
             plan.seen[traits] = seen
     else:
-        problem = _tangents(*qkv)
+        problem = _wrong_now(qkv, plan, seen.request)
     # On a GPU a handshake in every layer would stall the stream, so there only what is new is agreed upon.
     sequence = plan.sequence
     sequence.agree_at_first("ring_attention", seen.record, problem, always=not q_BSHD.is_cuda, known_as=seen.text)
@@ -87,10 +87,12 @@ def ring_attention(  # noqa: PLR0913 - the public signature: three tensors, a pl
 
 
 class Examined(NamedTuple):
-    """What a call comes to: the scale and softcap of its logits, and what ranks compare, also as text."""
+    """What a call comes to: the scale and softcap of its logits, what it needs from a kernel (None where something is
+    wrong with it), and what ranks compare, also as text."""
 
     scale: float
     softcap: float | None
+    request: Request | None
     record: Mapping[str, object]
     text: str
 
@@ -114,19 +116,30 @@ def _examined(
     slopes: Tensor | None,
 ) -> tuple[Examined, Exception | None]:
     """What a call comes to, and what is wrong with it."""
-    q, problem = qkv[0], None
+    q, problem, request = qkv[0], None, None
     try:
         _check(*qkv, plan)
         _check_logits(qkv, scale, softcap, sinks, slopes)
-        request = operator.request_for(*qkv, plan, softcap, slopes is not None)
-        plan.kernel(_of_own_heads(request, plan))  # tried now, where an error is every rank's, and not within the pass
+        request = _of_own_heads(operator.request_for(*qkv, plan, softcap, slopes is not None), plan)
+        plan.kernel(request)  # tried now, where an error is every rank's, and not within the pass
         scale, softcap = q.shape[-1] ** -0.5 if scale is None else float(scale), softcap and float(softcap)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
         scale = softcap = None  # which may be what is wrong
     options = {"scale": scale, "softcap": softcap, "sinks": sinks is not None, "ALiBi": slopes is not None}
     record = _record(qkv, plan, options, sinks)
-    return Examined(scale or 0.0, softcap, record, repr(record)), problem
+    return Examined(scale or 0.0, softcap, request, record, repr(record)), problem
+
+
+def _wrong_now(qkv: tuple[Tensor, Tensor, Tensor], plan: Plan, request: Request | None) -> Exception | None:
+    """What is wrong with a call whose like was right: a kernel may have come or gone since, and tangents are each
+    tensor's own."""
+    try:
+        assert request is not None
+        plan.kernel(request)
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        return error
+    return _tangents(*qkv)
 
 
 def _of_own_heads(request: Request, plan: Plan) -> Request:
@@ -152,6 +165,9 @@ def _expect_types(plan: object, *tensors: object) -> None:
         kinds = [type(x).__name__ for x in tensors]
         error = PlanError("q, k and v are not torch tensors", fix="Make them some: torch.as_tensor(q).", given=kinds)
         plan.sequence.agree("ring_attention", {}, error)  # raises it, here and on every other rank
+    if any(isinstance(x, Tensor) and x.is_nested for x in tensors):  # they have no shape to speak of
+        error = PlanError("q, k and v are nested tensors", fix="Give documents one after the other, and their lengths.")
+        plan.sequence.agree("ring_attention", {}, error)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:

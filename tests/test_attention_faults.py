@@ -21,7 +21,7 @@ from seqpar_ring import layout as layouts
 from seqpar_ring import plan as plans
 from seqpar_ring.errors import DisagreementError, PlanError, SeqparError, UnsupportedError
 from seqpar_ring.geometry import Mask
-from seqpar_ring.kernels import ReferenceKernel, merge, register, unregister
+from seqpar_ring.kernels import ReferenceKernel, merge, names, register, unregister
 from seqpar_ring.packing import Balance
 from seqpar_ring.parallel import SequenceParallel
 from seqpar_ring.passes import Message
@@ -260,6 +260,45 @@ def test_a_call_that_was_right_lets_no_wrong_one_through(
         attend(sp)
 
     run_lockstep(second, 2)
+
+
+def test_a_kernel_that_has_gone_is_missed_before_anything_is_sent_and_found_when_it_is_back() -> None:
+    class Mine(ReferenceKernel):
+        name = "mine"
+
+    def again(sp: SequenceParallel) -> list[str]:
+        said = []
+        for present in (True, True, False, False, True):
+            sp.groups.ring.agree("all are here", {})
+            if sp.rank == 0:
+                (register(Mine()) if present else unregister("mine")) if present != ("mine" in names()) else None
+            sp.groups.ring.agree("it is done", {})
+            try:
+                attend(sp)
+                said.append("")
+            except SeqparError as error:
+                said.append(str(error))
+        return said
+
+    register(Mine())
+    try:
+        for said in run_lockstep(again, 2, kernel="mine"):
+            assert [bool(words) for words in said] == [False, False, True, True, False]
+            assert all("unknown kernel" in words for words in said[2:4])
+    finally:
+        unregister("mine")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_on_all_ranks() -> None:
+    def one(sp: SequenceParallel) -> None:
+        plan = sp.plan(12)
+        x = torch.zeros(1, plan.local_tokens, 2, 8)
+        some = torch.nested.nested_tensor([torch.zeros(6, 2, 8)]) if sp.rank else x
+        with pytest.raises(PlanError, match="nested tensors"):
+            ring_attention(some, x, x, plan)
+
+    run_lockstep(one, 2)
 
 
 def test_other_numbers_are_other_calls_and_few_kinds_are_remembered() -> None:

@@ -226,7 +226,8 @@ _lacks = lru_cache(maxsize=256)(lacks)
 
 
 def admit(kernel: Kernel, tensors: tuple[Tensor, Tensor, Tensor], call: Call, scores: Scores) -> None:
-    """Refuses q, k, v that this kernel would answer wrongly. Costs microseconds; every kernel calls it first.
+    """Refuses q, k, v that this kernel would answer wrongly. Costs microseconds; every kernel calls it first,
+    or `admit_traits` where it has not yet.
 
     Raises:
         PlanError: the slices do not have the call's rows.

@@ -37,6 +37,9 @@ HALVES = (torch.bfloat16, torch.float16)
 Views = dict[tuple[int, object], tuple[Tensor, Tensor]]
 """See `Resting.views`."""
 
+KEPT = ("bytes of log-sum-exps",)
+"""A note: how many are kept for the pass."""
+
 UNBOUNDED = -1
 """How flash-attention writes a side of a window that cuts nothing."""
 
@@ -111,7 +114,7 @@ class VarlenKernel:
 
     def __init__(self, library: Library, devices: tuple[str, ...] = ("cuda",), cached: int = 1024) -> None:
         self._library, self._devices = library, devices
-        self._admitted = remembered(self._admit, cached)
+        self._pack, self._admitted = remembered(pack, cached), remembered(self._admit, cached)
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -176,7 +179,7 @@ class VarlenKernel:
         """What a call comes to, if the kernel may answer it; see `admit`."""
         admit_traits(call, self, traits)
         (q, _, _), _, device, *_ = traits
-        return self.as_read(pack(call, q[0], device))
+        return self.as_read(self._pack(call, q[0], device))
 
     def _rows(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, views: Views | None) -> Rows:
         head, value = self.widths(q_BSHD.shape[3], v_BSGE.shape[3])
@@ -209,18 +212,24 @@ def _flat(x_BSHD: Tensor, width: int, views: Views | None = None, dtype: torch.d
 
 
 def _lse(lse_BHS: Tensor, packed: Packed, scores: Scores) -> Tensor:
-    """(H, B * S) in the precision of sums, together in memory, +inf where a row sees nothing."""
+    """(H, B * S) in the precision of sums, together in memory, +inf where a row sees nothing.
+
+    Of rows that stay it is made once for most calls: what is kept for the pass is no more than two of a rank's.
+    """
     resting = scores.resting
-    views = resting.views if resting is not None and resting.side == "q" else {}  # else lse travels
+    rests = resting is not None and resting.side == "q"  # else they travel
     key = id(lse_BHS), packed.blind
-    if key in views:
-        return views[key][1]
+    if resting is not None and rests and key in resting.views:
+        return resting.views[key][1]
     B, H, S = lse_BHS.shape
     lse_HT = lse_BHS[0] if B == 1 else lse_BHS.transpose(0, 1).reshape(H, B * S)
     lse_HT = in_dtype(lse_HT, wide(lse_HT.dtype)).contiguous()
     if packed.blind:  # else every row sees a key in this call, and its lse over all of them is finite
         lse_HT = lse_HT.masked_fill(lse_HT == -torch.inf, torch.inf)
-    views[key] = lse_BHS, lse_HT
+    if resting is not None and rests:
+        kept = resting.notes.get(KEPT, 0.0) + lse_HT.nbytes
+        if kept <= 2 * lse_BHS.untyped_storage().nbytes():
+            resting.notes[KEPT], resting.views[key] = kept, (lse_BHS, lse_HT)
     return lse_HT
 
 

@@ -146,7 +146,8 @@ def trained(text: str, parameters: int) -> int | None:
         return None
     found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kmb%]?)", text.strip().lower())
     unit = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "%": parameters / 100}
-    number = round(float(re.sub("[_,]", "", found[1])) * unit[found[2]]) if found else 0
+    asked = float(re.sub("[_,]", "", found[1])) * unit[found[2]] if found else 0.0
+    number = round(min(asked, parameters + 1.0))  # which is infinite where somebody leans on a key
     if not 1 <= number <= parameters:
         fix = "Write e.g. 40M (40,000,000) or 0.5%: what LoRA's adapters have, of which PEFT prints the number."
         raise ConfigError(

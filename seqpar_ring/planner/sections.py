@@ -64,6 +64,10 @@ def sections(answer: Answer, top: int = 5) -> Iterator[Section]:
     yield sources_section(answer.asked)
 
 
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.0f}" if number >= 1e9 else f"{number / 1e6:.4g}"
+
+
 def asked_section(asked: Asked) -> Section:
     """What was asked."""
     workload, machine, lengths = asked.workload, asked.machine, asked.workload.lengths
@@ -73,7 +77,7 @@ def asked_section(asked: Asked) -> Section:
     counted = "" if workload.model.exact else " (estimated as of a Llama: this family is not known)"
     size = f"{workload.model.parameters / 1e9:.2f} billion parameters{counted}"
     if workload.trained is not None:
-        size += f", of which {workload.trained / 1e6:,.4g} million are trained"
+        size += f", of which {_millions(workload.trained)} million are trained"
     joined = machine.inner.name
     if asked.gpus > machine.node:
         joined = f"{machine.node} a node: {machine.inner.name} within, {machine.outer.name} between"

@@ -132,17 +132,16 @@ def _one_gradient(workload: Workload, matrix: int) -> Held:
 
 
 def _whole_gradients(workload: Workload, choice: Choice, matrix: int) -> Iterator[Held]:
-    """Gradients that are not sharded: they come into being as backward goes, from the head to the first layer."""
-    model, b = workload.model, workload.itemsize
-    part = b * workload.share_trained
-    whole, head = part * model.parameters, part * model.vocabulary * model.hidden
-    mlp, layer = part * matrix, part * model.layer_parameters
-    behind = head + layer - part * model.attention_parameters
-    first = head + mlp + (model.layers - 1) * layer  # gradients of what was looked up come behind the first layer
-    at = {FINAL: head, MLP: head + mlp, NORM: behind, ATTENTION: behind, FIRST: first, AVERAGE: whole, UPDATE: whole}
-    yield Held("gradients", at)
+    """Gradients that are not sharded: they come into being as backward goes, from the head to the first layer. Where
+    not all is trained, what is may be what comes first."""
+    model, b, whole = workload.model, workload.itemsize, workload.parameters_trained
+    head, layer = model.vocabulary * model.hidden, model.layer_parameters
+    mlp, behind = head + matrix, head + layer - model.attention_parameters
+    first = mlp + (model.layers - 1) * layer  # gradients of what was looked up come behind the first layer
+    at = {FINAL: head, MLP: mlp, NORM: behind, ATTENTION: behind, FIRST: first, AVERAGE: whole, UPDATE: whole}
+    yield Held("gradients", {moment: float(b * min(size, whole)) for moment, size in at.items()})
     if not choice.zero:
-        yield Held("gradients in one piece, to be averaged", {AVERAGE: min(whole, b * FLAT)})
+        yield Held("gradients in one piece, to be averaged", {AVERAGE: float(b * min(whole, FLAT))})
 
 
 def _gathered(model: Model, b: int, buckets: Buckets) -> Held:

@@ -267,3 +267,17 @@ def test_a_size_that_is_left_open_counts_what_peft_has_frozen_and_what_it_recomp
         open_size({"memory": 9e9}, one, adapted, tmp_path)
     assert [workload.trained for workload in seen] == [None, 3 * 2 * (48 + 48 + 48 + 24)]
     assert "with checkpointing" in caplog.messages[-1]
+
+
+def test_one_model_within_that_recomputes_is_enough() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self, recomputes: bool) -> None:
+            super().__init__()
+            self.recomputes = recomputes
+
+        @property
+        def is_gradient_checkpointing(self) -> bool:
+            return self.recomputes
+
+    for each in ([], [False], [False, True], [True, False]):
+        assert deepspeed_auto._recomputes(torch.nn.ModuleList(Model(one) for one in each)) is any(each)

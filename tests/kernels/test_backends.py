@@ -240,6 +240,25 @@ def test_no_memory_that_a_call_makes_is_held_for_the_pass(name: str, side: str, 
     assert held - small <= {x.data_ptr() for x in (q, k, v, dout, out, lse)}, "and nothing of what was made"
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_log_sum_exps_that_are_kept_for_a_pass_are_few_however_many_ranges_of_rows_it_has(batch: int) -> None:
+    kernel, there = made("torch_flash")
+    resting = Resting("q", {}, {})
+    q, k, v, dout = (torch.cat([x] * batch) for x in inputs(9, 9))
+    lse = torch.randn(batch, 4, 9)
+    ranges = [(a, b) for a in range(9) for b in range(a + 1, 10)]
+    rows = {at: [x[:, slice(*at)] for x in (q, dout)] + [lse[:, :, slice(*at)]] for at in ranges}
+    for _ in range(2):
+        for a, b in ranges:
+            q_rows, dout_rows, lse_rows = rows[a, b]
+            call, kept = Call(a, 0, INF, INF, (0, b - a), (0, 9)), Kept(q_rows, k, v, dout_rows, lse_rows)
+            kernel.backward(dout_rows, kept, call, Scores(0.2, resting=resting))
+            given = there.calls[-1][1][5]
+            assert torch.equal(given, lse_rows.transpose(0, 1).reshape(4, batch * (b - a)))
+    of_lse = [flat for x, flat in resting.views.values() if x.dtype == torch.float32]
+    assert 0 < sum(x.nbytes for x in of_lse) <= 2 * lse.nbytes
+
+
 @pytest.mark.parametrize("name", ["flash2", "torch_flash"])  # whose lse of such a row is +inf
 def test_a_call_that_is_taken_to_see_all_is_answered_wrongly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call, scores = Call(0, 0, INF, 0, (0, 9), (0, 4)), Scores(0.2)

@@ -99,6 +99,19 @@ def test_no_gradient_is_larger_than_what_is_trained() -> None:
         assert part(half, name) == part(every, name)
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradients_that_are_whole_may_be_those_that_come_first(zero: int) -> None:
+    """Where the head is what is trained, its gradient is there before any layer's."""
+    numbers = (1_000_000, LLAMA.vocabulary * LLAMA.hidden, None)
+    few, head, every = (
+        next(one for one in states._whole_gradients(Workload(LLAMA, (1024,), trained=number), chosen(zero=zero), 9))
+        for number in numbers
+    )
+    assert set(few.at.values()) == {2 * 1_000_000}
+    assert set(head.at.values()) == {2 * LLAMA.vocabulary * LLAMA.hidden} == {every.at[states.FINAL]}
+    assert every.at[UPDATE] == 2 * LLAMA.parameters
+
+
 def test_sgd_has_no_moments() -> None:
     assert part(needed(optimizer="sgd"), "moments of the optimizer") == 0
 

@@ -16,7 +16,7 @@ from seqpar_ring.planner.remedy import _numbers, fewest_devices, largest_sequenc
 from seqpar_ring.planner.report import Answer, answer, as_data
 from seqpar_ring.planner.savefile import as_saved, load, merged, save
 from seqpar_ring.planner.search import Fixed, search
-from seqpar_ring.planner.sections import Section, limits_section, sections, text
+from seqpar_ring.planner.sections import Section, _millions, limits_section, sections, text
 
 JOB = Given("llama-3.1-8b", "h100", "nvlink+ndr", "128K", gpus=16)
 
@@ -73,7 +73,7 @@ def test_all_parameters_are_trained_where_nothing_else_is_said(text: str) -> Non
     assert workload.parameters_trained == 8_030_261_248
 
 
-@pytest.mark.parametrize("text", ["0", "9B", "101%", "-1", "few", "1e6", "40MM", "%"])
+@pytest.mark.parametrize("text", ["0", "9B", "101%", "-1", "few", "1e6", "40MM", "%", "9" * 400])
 def test_what_is_no_number_of_the_parameters_is_refused_with_how_many_there_are(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--trained is no number.*parameters=8030261248.*LoRA"):
         asked(JOB._replace(trained=text))
@@ -280,6 +280,14 @@ def test_a_saved_plan_tells_everything_that_was_asked(found: Answer, tmp_path: P
     assert read.fixed.zero == choice.zero
     assert read.fixed.settings["size"] == choice.settings.size
     assert as_saved(found.asked, found.best)["versions"]["seqpar_ring"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(40_151_306, "40.15"), (7000, "0.007"), (202_900_000_000, "202,900"), (1_500_000_000, "1,500")],
+)
+def test_trained_parameters_are_written_in_millions(number: int, words: str) -> None:
+    assert _millions(number) == words
 
 
 def test_a_plan_for_few_trained_parameters_says_so_and_is_saved_with_them(tmp_path: Path) -> None:
