@@ -97,7 +97,7 @@ def _micro_batch(config: Mapping[str, Any]) -> int:
 
 
 def _recomputes(model: Any) -> bool:
-    """Whether the model recomputes layers; of a model that PEFT or anything else has wrapped, one within."""
+    """Whether the model recomputes layers, or one within it, as where PEFT has wrapped it."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second before transformers 5.20 or so
     found = (getattr(part, name) for part in model.modules() for name in names if hasattr(type(part), name))
     return any(found)

@@ -80,6 +80,6 @@ def _posted(posting: Posting, rank: int) -> Posted:
     messages = []
     for move in posting.moves:
         out, block = move.src == rank, move.block
-        in_place = not posting.gradients and block.owner == move.src and len(block.rows) == 1
+        in_place = block.owner == move.src and len(block.rows) == 1  # never of gradients: others send them to the owner
         messages.append(Message(move, move.dst if out else move.src, out, block.owner == rank, in_place))
     return Posted(posting.due, posting.lane, posting.gradients, tuple(messages))
